@@ -1,0 +1,373 @@
+"""Largest singular values of weights and their vectors: exact at the start, one step after that.
+
+Pure torch, no modules and no optimizers. A weight is a matrix here: `as_matrix` says how a
+convolution kernel or a vector becomes one, `split_blocks` how a fused weight becomes several.
+Every result is float32, or float64 for float64 input, whatever autocast or the weight says.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "RowShard",
+    "SingularTriple",
+    "as_matrix",
+    "leading_triple",
+    "matrix_blocks",
+    "power_step",
+    "spectral_dtype",
+    "split_blocks",
+]
+
+EXACT_SVD_MAX_DIM = 128
+"""Matrices whose shorter side is at most this long get a full SVD; larger ones get Lanczos."""
+
+
+class SingularTriple(NamedTuple):
+    """A singular value with its unit vectors: `W @ v == sigma * u` and `W.T @ u == sigma * v`.
+
+    For a matrix (m, n): sigma has shape (), u (m,), v (n,). A leading batch dimension of the
+    matrix leads all three. Units: sigma is in the units of the matrix.
+    """
+
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+
+
+def spectral_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which spectra of a weight of `dtype` are computed.
+
+    float64 stays float64. Everything else becomes float32: a bfloat16 sigma is off by up to 0.4 %
+    and a warm-started vector gets stuck in it.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """View a weight as the 2-D matrix whose spectral norm is meant.
+
+    Args:
+        weight: (out, in) is returned as it is; a convolution kernel (out, in, *kernel) becomes
+            (out, in * prod(kernel)); a vector (d,) becomes (d, 1), so that its largest singular
+            value is its l2 norm.
+
+    Returns:
+        A view of `weight`, never a copy of contiguous input.
+
+    Raises:
+        ValueError: for a scalar, which has no spectrum.
+    """
+    if weight.ndim == 0:
+        raise ValueError("a scalar has no singular values; give it the shape (1,)")
+    if weight.ndim == 1:
+        return weight.unsqueeze(1)
+    return weight if weight.ndim == 2 else weight.flatten(1)
+
+
+def split_blocks(weight: Tensor, num_blocks: int, dim: int) -> tuple[Tensor, ...]:
+    """Split a fused matrix into equal blocks, as views.
+
+    GPT-2's `c_attn` keeps `[Wq | Wk | Wv]` in one (in, 3 * out) matrix: three blocks along dim 1.
+
+    Args:
+        weight: 2-D matrix.
+        num_blocks: number of blocks; must divide the length of `dim`.
+        dim: the dimension along which the blocks lie, 0 or 1.
+
+    Raises:
+        ValueError: if the length is not a multiple of `num_blocks`.
+    """
+    if num_blocks < 1 or weight.shape[dim] % num_blocks:
+        raise ValueError(
+            f"cannot split dimension {dim} of a {tuple(weight.shape)} weight into {num_blocks} "
+            "equal blocks"
+        )
+    return tuple(weight.chunk(num_blocks, dim=dim)) if num_blocks > 1 else (weight,)
+
+
+@torch.no_grad()
+def leading_triple(
+    matrix: Tensor, *, tolerance: float = 1e-6, max_iterations: int = 300
+) -> SingularTriple:
+    """Compute the largest singular value of a matrix and its vectors, from nothing.
+
+    sigma_1(W) = max |W x| over unit x (Zhai et al. 2023, section 3.3). A full SVD where the
+    shorter side is at most `EXACT_SVD_MAX_DIM`; Golub-Kahan-Lanczos iteration beyond, which is
+    power iteration that keeps its whole Krylov space: a few dozen products with W reach what
+    plain power iteration needs thousands for when two singular values nearly meet.
+
+    Deterministic: the start vector depends on the shape alone, and sigma's sign convention is
+    fixed by it. Host synchronisation: yes; this is for set-up, not for the training step.
+
+    Args:
+        matrix: (..., m, n), any floating dtype, any strides.
+        tolerance: stop when `|W.T u - sigma v| <= tolerance * sigma`.
+        max_iterations: bound on products with W, after which the best pair so far is returned;
+            where it is reached the two leading values agree to rounding, so sigma is right and
+            v is one vector of their common space.
+
+    Returns:
+        `SingularTriple` of shapes (...), (..., m), (..., n). A zero matrix gives sigma 0 with
+        unit vectors.
+
+    Raises:
+        ValueError: if the matrix is not at least 2-D, is empty, or has a NaN or an infinity.
+    """
+    if matrix.ndim < 2 or 0 in matrix.shape:
+        raise ValueError(f"need a non-empty (..., m, n) matrix, got shape {tuple(matrix.shape)}")
+    with torch.autocast(matrix.device.type, enabled=False):
+        matrix = matrix.detach().to(spectral_dtype(matrix.dtype))
+        if not torch.isfinite(matrix).all():
+            raise ValueError(
+                f"a {tuple(matrix.shape)} matrix has NaN or infinite entries: its largest "
+                "singular value is undefined"
+            )
+        if min(matrix.shape[-2:]) <= EXACT_SVD_MAX_DIM:
+            return _leading_by_svd(matrix)
+        if matrix.ndim == 2:
+            return _leading_by_lanczos(matrix, tolerance, max_iterations)
+        triples = [
+            _leading_by_lanczos(block, tolerance, max_iterations) for block in matrix.flatten(0, -3)
+        ]
+        batch = matrix.shape[:-2]
+        return SingularTriple(
+            *(torch.stack(part).unflatten(0, batch) for part in zip(*triples, strict=True))
+        )
+
+
+def _leading_by_svd(matrix: Tensor) -> SingularTriple:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return SingularTriple(s[..., 0].clone(), u[..., :, 0].contiguous(), vh[..., 0, :].contiguous())
+
+
+def _leading_by_lanczos(matrix: Tensor, tolerance: float, max_iterations: int) -> SingularTriple:
+    """Golub-Kahan bidiagonalisation with full reorthogonalisation, restarted from its best v."""
+    krylov_size = 32
+    generator = torch.Generator().manual_seed(matrix.shape[0] * 1_000_003 + matrix.shape[1])
+    v = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)
+    v = v / torch.linalg.vector_norm(v)
+    u = torch.full_like(matrix[:, 0], matrix.shape[0] ** -0.5)
+    for _ in range(max(1, max_iterations // krylov_size)):
+        v = _best_in_krylov_space(matrix, v, krylov_size)
+        triple = power_step([matrix], [u], [v])[0]
+        residual = torch.linalg.vector_norm(matrix.mv(triple.v) - triple.sigma * triple.u)
+        v = triple.v
+        if residual <= tolerance * triple.sigma:
+            break
+    return triple
+
+
+def _best_in_krylov_space(matrix: Tensor, v: Tensor, size: int) -> Tensor:
+    """Return the unit v in span{v, (W.T W) v, ...} with the largest |W v|."""
+    basis, images = [v], [matrix.mv(v)]
+    for _ in range(size - 1):
+        candidate = matrix.T.mv(images[-1])
+        scale = torch.linalg.vector_norm(candidate)
+        space = torch.stack(basis)
+        # One pass of Gram-Schmidt loses orthogonality in float32; two are enough.
+        for _ in range(2):
+            candidate = candidate - space.T.mv(space.mv(candidate))
+        norm = torch.linalg.vector_norm(candidate)
+        if norm <= torch.finfo(matrix.dtype).eps * scale * 10:
+            break  # the space is invariant: nothing new can be reached
+        basis.append(candidate / norm)
+        images.append(matrix.mv(basis[-1]))
+    best = torch.linalg.svd(torch.stack(images, dim=1), full_matrices=False).Vh[0]
+    v = torch.stack(basis, dim=1).mv(best)
+    return v / torch.linalg.vector_norm(v)
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The rows `offset : offset + len(local)` of a (num_rows, n) matrix that ranks share.
+
+    A rank may hold no row at all; it takes part in every collective all the same.
+    """
+
+    local: Tensor
+    offset: int
+    num_rows: int
+    group: Any
+    """The process group over whose ranks the rows are spread."""
+
+
+def matrix_blocks(weight: Tensor, num_blocks: int = 1, dim: int = 0) -> list[Tensor | RowShard]:
+    """Return the matrices that a weight stands for, wherever its rows are kept.
+
+    Args:
+        weight: a plain tensor of any shape that `as_matrix` accepts, or a DTensor that is
+            replicated or sharded on dimension 0 (what FSDP2 makes).
+        num_blocks: number of equal blocks of a fused weight.
+        dim: dimension of the matrix along which the blocks lie.
+
+    Returns:
+        Views: plain 2-D tensors, or `RowShard`s for a sharded weight.
+
+    Raises:
+        ValueError: for a DTensor that is sharded in any other way.
+    """
+    if not hasattr(weight, "placements"):
+        return list(split_blocks(as_matrix(weight.detach()), num_blocks, dim))
+    mesh, placements = weight.device_mesh, weight.placements
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    local = as_matrix(weight.detach().to_local())
+    if not sharded:
+        return list(split_blocks(local, num_blocks, dim))
+    if len(sharded) > 1 or not placements[sharded[0]].is_shard(0):
+        raise ValueError(
+            f"cannot take the spectrum of a DTensor placed as {placements}: allowed are "
+            "replicated and sharded once, on dimension 0 (FSDP2's own layout)"
+        )
+    num_rows = weight.shape[0]
+    rows_per_rank = -(-num_rows // mesh.size(sharded[0]))
+    offset = min(rows_per_rank * mesh.get_local_rank(sharded[0]), num_rows)
+    group = mesh.get_group(sharded[0])
+    if dim == 1 or num_blocks == 1:
+        blocks = split_blocks(local, num_blocks, 1)
+        return [RowShard(block, offset, num_rows, group) for block in blocks]
+    # Blocks of rows: a rank holds the part of each block that falls into its own rows.
+    if num_rows % num_blocks:
+        raise ValueError(f"cannot split {num_rows} rows into {num_blocks} equal blocks")
+    height = num_rows // num_blocks
+    shards: list[Tensor | RowShard] = []
+    for start in range(0, num_rows, height):
+        first = min(max(start, offset), start + height)
+        last = min(max(start, offset + len(local)), start + height)
+        rows = local[first - offset : last - offset] if last > first else local[:0]
+        shards.append(RowShard(rows, first - start, height, group))
+    return shards
+
+
+@torch.no_grad()
+def power_step(
+    matrices: Sequence[Tensor | RowShard], u: Sequence[Tensor], v: Sequence[Tensor]
+) -> list[SingularTriple]:
+    """Move each pair of vectors by one power iteration and read sigma off it.
+
+    `u <- normalize(W v)`, `v <- normalize(W.T u)`, `sigma = u.T W v = |W.T u|`
+    (Zhai et al. 2023, section 3.3; Qi et al. 2025, section 2). Warm-started from the vectors of
+    the step before, one iteration tracks a weight that moves slowly. The estimate never exceeds
+    the true sigma_1. Two passes over each matrix; equal shapes share their vector arithmetic; all
+    sharded matrices of a process group share one all-reduce. No host synchronisation.
+
+    Args:
+        matrices: (m, n) tensors of any floating dtype and strides, or `RowShard`s of such.
+        u: left vectors (m,), kept where a matrix is zero or has non-finite entries.
+        v: right vectors (n,), from which the step starts; kept in the same cases.
+
+    Returns:
+        New tensors, in the order of `matrices`; sigma is 0 for a zero matrix and NaN for a
+        non-finite one, whose old vectors come back unchanged, so that one bad step does not
+        poison the next.
+    """
+    results: list[SingularTriple | None] = [None] * len(matrices)
+    shapes: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    groups: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        if isinstance(matrix, RowShard):
+            groups[matrix.group].append(index)
+        else:
+            shapes[(matrix.shape, v[index].dtype, matrix.device)].append(index)
+    for indices in shapes.values():
+        _step_together(matrices, u, v, indices, results)
+    for group, indices in groups.items():
+        _step_sharded(matrices, u, v, indices, results, group)
+    return [triple for triple in results if triple is not None]
+
+
+def _step_together(
+    matrices: Sequence[Any],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    indices: list[int],
+    results: list[SingularTriple | None],
+) -> None:
+    """Step the matrices at `indices`, all of one shape: one product each, the rest as one batch."""
+    old_u = torch.stack([u[i] for i in indices])
+    old_v = torch.stack([v[i] for i in indices])
+    new_u, new_v = torch.empty_like(old_u), torch.empty_like(old_v)
+    with torch.autocast(old_v.device.type, enabled=False):
+        casted = [matrices[i].to(old_v.dtype) for i in indices]
+        for row, matrix in enumerate(casted):
+            torch.mv(matrix, old_v[row], out=new_u[row])
+        new_u /= _norm(new_u)
+        for row, matrix in enumerate(casted):
+            torch.mv(matrix.T, new_u[row], out=new_v[row])
+        sigma = torch.linalg.vector_norm(new_v, dim=1, keepdim=True)
+        new_v /= _norm(new_v)
+    for row, index in enumerate(indices):
+        results[index] = SingularTriple(sigma[row, 0], new_u[row], new_v[row])
+    _mend(indices, results, sigma, old_u, old_v)
+
+
+def _step_sharded(
+    matrices: Sequence[Any],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    indices: list[int],
+    results: list[SingularTriple | None],
+    group: Any,
+) -> None:
+    """Step row-sharded matrices with one all-reduce for all of them.
+
+    Each rank adds its rows of `y = W v` and its share of `z = W.T y`; then `u = y / |y|`,
+    `v = z / |z|` and `sigma = |z| / |y|` follow on every rank from the same sums, bit for bit.
+    """
+    sizes = [size for i in indices for size in (matrices[i].num_rows, len(v[i]))]
+    sums = torch.zeros(sum(sizes), dtype=v[indices[0]].dtype, device=v[indices[0]].device)
+    parts = sums.split(sizes)
+    with torch.autocast(sums.device.type, enabled=False):
+        for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
+            shard = matrices[index]
+            rows = shard.local.to(device=sums.device, dtype=sums.dtype)
+            mine = rows.mv(v[index].to(sums.dtype))
+            y[shard.offset : shard.offset + len(mine)] = mine
+            torch.mv(rows.T, mine, out=z)
+    dist.all_reduce(sums, group=group)
+    for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
+        sigma = torch.linalg.vector_norm(z) / _norm(y[None])[0, 0]
+        results[index] = SingularTriple(sigma, y / _norm(y[None])[0], z / _norm(z[None])[0])
+        _mend([index], results, sigma[None, None], u[index][None], v[index][None])
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """Return the norms of rows (b, n) as (b, 1), never zero: a zero row divided by it stays 0."""
+    return torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(
+        torch.finfo(rows.dtype).tiny
+    )
+
+
+def _mend(
+    indices: list[int],
+    results: list[SingularTriple | None],
+    sigma: Tensor,
+    old_u: Tensor,
+    old_v: Tensor,
+) -> None:
+    """Replace vectors that a zero or non-finite product has spoilt, without reading a value back.
+
+    After a non-finite product the old vectors stay. After a zero product the right vector
+    becomes a generic one: the old one may be orthogonal to all that the matrix has left, and
+    would then report 0 for ever.
+    """
+    fresh = torch.cos(2.4 * torch.arange(1, old_v.shape[1] + 1, device=old_v.device))
+    fresh = (fresh / torch.linalg.vector_norm(fresh)).to(old_v.dtype)
+    usable = torch.isfinite(sigma) & (sigma > 0)
+    restart = torch.where(sigma == 0, fresh, old_v)
+    for row, index in enumerate(indices):
+        triple = results[index]
+        assert triple is not None
+        results[index] = SingularTriple(
+            triple.sigma,
+            torch.where(usable[row], triple.u, old_u[row]),
+            torch.where(usable[row], triple.v, restart[row]),
+        )
