@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 __all__ = [
     "RowShard",
@@ -215,7 +216,7 @@ def matrix_blocks(weight: Tensor, num_blocks: int = 1, dim: int = 0) -> list[Ten
     Raises:
         ValueError: for a DTensor that is sharded in any other way.
     """
-    if not hasattr(weight, "placements"):
+    if not isinstance(weight, DTensor):
         return list(split_blocks(as_matrix(weight.detach()), num_blocks, dim))
     mesh, placements = weight.device_mesh, weight.placements
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
