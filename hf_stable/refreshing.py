@@ -1,0 +1,132 @@
+"""One power iteration per optimizer step, for the sigma layers whose weights just moved.
+
+Outside the forward, so that gradient checkpointing sees one u and v in both of its forwards, that
+results do not depend on the number of micro-batches, and that evaluation moves nothing. A global
+hook of torch does it, so any loop and any optimizer will do.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakSet, ref
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from hf_stable.sigma_layers import SigmaLayer, live_layers
+from hf_stable.spectral import RowShard, matrix_blocks, power_step
+
+__all__ = ["install_hooks", "refresh"]
+
+_stepping: list[ref[Optimizer]] = []
+_trained_layers: WeakSet[SigmaLayer] = WeakSet()
+_hooks: list[Any] = []
+
+
+def install_hooks() -> None:
+    """Hook every optimizer of this process, once; later calls change nothing."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+@torch.no_grad()
+def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
+    """Move u and v of the layers by one power iteration and set sigma from it, in place.
+
+    Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
+    `sigma = u.T W v`. A weight that has turned non-finite gets a NaN sigma and keeps its
+    vectors. No host synchronisation; every rank of a sharded weight has to call it.
+
+    Args:
+        layers: sigma layers, the same and in the same order on every rank.
+        keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
+            skipped because a gradient overflowed).
+    """
+    matrices: list[Tensor | RowShard] = []
+    sigmas: list[Tensor] = []
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
+    for layer in layers:
+        matrices += matrix_blocks(layer.weight, layer.num_blocks, layer.block_dim)
+        sigmas += layer.sigma.unbind()
+        us += layer.sigma_u.unbind()
+        vs += layer.sigma_v.unbind()
+    triples = power_step(matrices, us, vs)
+    for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
+        new = list(moved)
+        if keep is not None:
+            new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _stepping.append(ref(optimizer))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    while _stepping and _stepping.pop()() is not optimizer:
+        pass  # steps that ended in an exception never came back here
+    if any(_wraps(outer(), optimizer) for outer in _stepping):
+        return  # ZeroRedundancyOptimizer: the weights are whole after its own step, not before
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = [
+        layer for layer in live_layers() if layer.weight.requires_grad and id(layer.weight) in owned
+    ]
+    if not layers:
+        return
+    unseen = [layer for layer in layers if layer not in _trained_layers]
+    if unseen:
+        _check_gammas_are_trained(unseen, owned)
+        _trained_layers.update(unseen)
+    # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
+    refresh(layers, keep=getattr(optimizer, "found_inf", None))
+
+
+def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
+    return outer is not None and any(value is inner for value in vars(outer).values())
+
+
+def _check_gammas_are_trained(layers: Iterable[SigmaLayer], owned: set[int]) -> None:
+    """Raise if the weight of a layer moves but its gamma never will, or not in step with others."""
+    missing = [
+        layer for layer in layers if layer.gamma.requires_grad and id(layer.gamma) not in owned
+    ]
+    if missing:
+        # Another optimizer may have them: matrices to one, everything else to another.
+        elsewhere = {
+            id(p)
+            for other in _live_instances(Optimizer)
+            for group in other.param_groups
+            for p in group["params"]
+        }
+        missing = [layer for layer in missing if id(layer.gamma) not in elsewhere]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} reparametrised layers (first: {missing[0].layer_name!r}) have their "
+            "weight in the optimizer but not their gamma, which would never be trained. Call "
+            "hf_stable.patch before the optimizer is built and before the model is wrapped"
+        )
+    if not torch.distributed.is_initialized():
+        return
+    for ddp in _live_instances(DistributedDataParallel):
+        reduced = {id(p) for p in ddp._module_parameters}
+        for layer in layers:
+            if id(layer.weight) in reduced and id(layer.gamma) not in reduced:
+                raise RuntimeError(
+                    f"gamma of {layer.layer_name!r} is not averaged over ranks: the model was "
+                    "wrapped in DistributedDataParallel before hf_stable.patch. Patch first"
+                )
+
+
+def _live_instances(cls: type) -> list[Any]:
+    # By type, not isinstance: proxies among the objects may answer __class__ with an error.
+    return [obj for obj in gc.get_objects() if issubclass(type(obj), cls)]
