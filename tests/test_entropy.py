@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.conftest import MODEL_TYPES, tiny_batch, tiny_model
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,6 +22,7 @@ from hf_stable.entropy import (
     rank_share,
     sample_queries,
 )
+from tests.conftest import MODEL_TYPES, tiny_batch, tiny_model
 
 NEG = -math.inf
 

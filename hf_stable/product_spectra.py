@@ -1,0 +1,218 @@
+"""Spectra of products of weights that are never formed: Wq^T Wk and Wo Wv per head, W2 W1.
+
+Pure torch. Weights come as (out, in) matrices, the effective ones where a layer is patched;
+transpose what a `Conv1D` holds. `hf_stable.spectral` offers the first four names as its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ProductSigma",
+    "leading_product_sigma",
+    "ov_singular_values",
+    "qk_singular_values",
+    "spectral_energy_concentration",
+    "stable_rank",
+]
+
+SUBSPACE_SIZE = 4
+"""Vectors that `leading_product_sigma` iterates together: it converges by the ratio of the fifth
+singular value to the first, and a product with four vectors costs hardly more than with one."""
+
+
+class ProductSigma(NamedTuple):
+    """The largest singular value of a product, and the vectors to start from next time."""
+
+    sigma: Tensor
+    start: Tensor
+
+
+@torch.no_grad()
+def qk_singular_values(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
+    """Compute the singular values of Wq^T Wk for each head, exactly.
+
+    Attention's logits are `x_i^T (Wq^T Wk) x_j` up to scale and biases (Qi et al. 2025, section
+    3.1). With thin QR factorisations `Wq^T = Q R_q`, `Wk^T = Q' R_k` the singular values of the
+    d x d product are those of the d_q x d_q matrix `R_q R_k^T`.
+
+    Args:
+        wq: (num_heads * d_q, d).
+        wk: (kv_heads * d_q, d); kv_heads divides num_heads (grouped-query attention).
+        num_heads: number of query heads.
+
+    Returns:
+        (num_heads, min(d_q, d)), descending, float32 (float64 for float64 input). NaN for a head
+        with a non-finite weight.
+
+    Raises:
+        ValueError: if the heads do not divide the rows, or the shapes do not fit each other.
+    """
+    return _head_singular_values(wq, wk, num_heads)
+
+
+@torch.no_grad()
+def ov_singular_values(wo: Tensor, wv: Tensor, num_heads: int) -> Tensor:
+    """Compute the singular values of Wo Wv for each head, exactly.
+
+    Head h writes `Wo_h Wv_h x` to the stream: Wo_h are its columns of Wo, Wv_h its rows of Wv
+    (Qi et al. 2025, Eq. 1). Computed as in `qk_singular_values`.
+
+    Args:
+        wo: (d, num_heads * d_v).
+        wv: (kv_heads * d_v, d); kv_heads divides num_heads.
+        num_heads: number of query heads.
+
+    Returns:
+        (num_heads, min(d_v, d)), descending, float32 (float64 for float64 input). NaN for a head
+        with a non-finite weight.
+
+    Raises:
+        ValueError: if the heads do not divide the columns, or the shapes do not fit each other.
+    """
+    return _head_singular_values(wo.T, wv, num_heads)
+
+
+@torch.no_grad()
+def spectral_energy_concentration(singular_values: Tensor, s: int) -> Tensor:
+    """Measure how much of the spectral energy the s largest singular values hold.
+
+    `SEC(d_q, s) = sum_{i<=s} s_i^2 / sum_{i<=d_q} s_i^2` (Qi et al. 2025, Eq. 4). Above 99 % for
+    SEC(64, 4) the paper calls a head collapsed; under a small initialisation healthy heads come
+    near it too, since the first low-rank updates dwarf the initial weight.
+
+    Args:
+        singular_values: (..., d_q), of Wq^T Wk per head, in any order.
+        s: how many to count as dominant, 1 to d_q.
+
+    Returns:
+        (...), in [s / d_q, 1]. NaN for a zero matrix, which has no energy.
+
+    Raises:
+        ValueError: if s is out of range.
+    """
+    if not 1 <= s <= singular_values.shape[-1]:
+        raise ValueError(
+            f"s must be between 1 and the {singular_values.shape[-1]} singular values, got {s}"
+        )
+    energy = _relative_energy(singular_values)
+    return (energy.topk(s).values.sum(-1) / energy.sum(-1)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def stable_rank(singular_values: Tensor) -> Tensor:
+    """Compute the stable rank `sum s_i^2 / s_1^2`: how many directions carry the energy.
+
+    Args:
+        singular_values: (..., r), in any order.
+
+    Returns:
+        (...), in [1, r]. NaN for a zero matrix.
+    """
+    return _relative_energy(singular_values).sum(-1)
+
+
+@torch.no_grad()
+def leading_product_sigma(
+    left: Tensor,
+    right: Tensor,
+    start: Tensor | None = None,
+    *,
+    tolerance: float = 1e-5,
+    max_iterations: int = 200,
+) -> ProductSigma:
+    """Compute the largest singular value of `left @ right` by products with a few vectors.
+
+    Subspace iteration on `(left right)^T (left right)`, warm-started: W2 W1 moves little between
+    two calls, so from the last call's vectors one or two rounds are enough. One host
+    synchronisation a round. Never above the true value beyond rounding.
+
+    Args:
+        left: (m, k), such as W2.
+        right: (k, n), such as W1.
+        start: (n, c) vectors that the last call returned, or None for generic ones.
+        tolerance: stop when a round raises the value by less than this share of it.
+        max_iterations: bound on rounds; where it is reached the leading values nearly coincide,
+            and the value is right to about their distance.
+
+    Returns:
+        sigma, shape (), and the vectors (n, min(n, SUBSPACE_SIZE)); float32 (float64 for float64
+        input). A zero product has sigma 0, a non-finite one NaN; then the vectors are generic.
+
+    Raises:
+        ValueError: if the matrices cannot be multiplied, or `start` does not fit.
+    """
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"cannot multiply matrices of shapes {tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    if start is not None and start.shape[0] != right.shape[1]:
+        raise ValueError(f"start has {start.shape[0]} rows, the product {right.shape[1]} columns")
+    with torch.autocast(left.device.type, enabled=False):
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        left, right = left.to(dtype), right.to(dtype)
+        generic = _generic_vectors(right.shape[1], dtype).to(right.device)
+        vectors = generic if start is None else torch.linalg.qr(start.to(generic)).Q
+        sigma, last = vectors.new_zeros(()), -1.0
+        for _ in range(max_iterations):
+            image = left @ (right @ vectors)
+            sigma = (
+                torch.linalg.matrix_norm(image, 2) if image.isfinite().all() else sigma * math.nan
+            )
+            value = sigma.item()
+            if not value > 0:
+                return ProductSigma(sigma, generic)
+            if value - last <= tolerance * value:
+                break
+            last = value
+            # Scaled, so that the fourth power of a large product stays finite.
+            vectors = torch.linalg.qr(right.T @ (left.T @ (image / value))).Q
+    return ProductSigma(sigma, vectors)
+
+
+def _head_singular_values(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
+    """Return the singular values of left_h^T right_h for row blocks of (rows, d) matrices."""
+    if left.ndim != 2 or right.ndim != 2 or left.shape[0] % num_heads:
+        raise ValueError(
+            f"cannot cut weights of shapes {tuple(left.shape)} and {tuple(right.shape)} into "
+            f"{num_heads} heads"
+        )
+    size = left.shape[0] // num_heads
+    kv_heads = right.shape[0] // max(size, 1)
+    if kv_heads * size != right.shape[0] or kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"a weight of {right.shape[0]} rows does not hold heads of size {size} whose number "
+            f"divides {num_heads}"
+        )
+    with torch.autocast(left.device.type, enabled=False):
+        factors = []
+        for weight, heads in ((left, num_heads), (right, kv_heads)):
+            weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            blocks = weight.reshape(heads, size, -1).transpose(-1, -2)
+            # LAPACK refuses NaN in an SVD; a head that has one is set to NaN afterwards.
+            finite = blocks.isfinite().all(-1).all(-1)
+            factor = torch.linalg.qr(blocks.where(finite[:, None, None], 0), mode="r").R
+            repeats = num_heads // heads
+            factors.append(
+                (factor.repeat_interleave(repeats, 0), finite.repeat_interleave(repeats))
+            )
+        (r_left, finite_left), (r_right, finite_right) = factors
+        values = torch.linalg.svdvals(r_left @ r_right.transpose(-1, -2))
+        return values.masked_fill(~(finite_left & finite_right)[:, None], math.nan)
+
+
+def _relative_energy(singular_values: Tensor) -> Tensor:
+    """Return squares relative to the largest: no overflow, and NaN (0 / 0) for a zero matrix."""
+    values = singular_values.to(torch.promote_types(singular_values.dtype, torch.float32))
+    return (values / values.amax(-1, keepdim=True)).square()
+
+
+def _generic_vectors(length: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    vectors = torch.randn(length, min(length, SUBSPACE_SIZE), generator=generator, dtype=dtype)
+    return torch.linalg.qr(vectors).Q
