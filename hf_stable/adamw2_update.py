@@ -1,0 +1,252 @@
+"""The update of AdamW2: Adam's moments, Rule 1 and the step, for weights of any layout.
+
+Pure functions on weights and their state; the optimizer around them is in `adamw2`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_stable.spectral import (
+    RowShard,
+    generic_vector,
+    matrix_blocks,
+    power_step,
+    spectral_dtype,
+)
+
+__all__ = ["MOMENTS", "RULE_STATE", "Weight", "adam_step", "batches", "prepare_state", "update"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps per weight beside `step`; the same here."""
+
+RULE_STATE = ("weight_v", "update_v", "exempt", "effective_lr")
+"""What Rule 1 adds: right vectors of W and U (blocks, n); whether a block is exempt and its last
+rate, (blocks,) each."""
+
+COLD_ITERATIONS = 10
+"""Power iterations at the first step of a weight, whose vectors start from nothing."""
+
+CPU_BATCH_NUMEL = 1 << 16
+"""On a CPU, weights of one shape are updated together up to this many entries.
+
+Small weights share the cost of each call; a large one is alone, so that its update is still in
+the cache when it is applied.
+"""
+
+
+@dataclass(slots=True)
+class Weight:
+    """A parameter with its gradient, its state and the options of its group."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+    def blocks(self, tensor: Tensor) -> list[Tensor | RowShard]:
+        """View a tensor that is laid out like the parameter as the matrices that it stands for."""
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        return matrix_blocks(tensor, self.group["blocks"], self.group["block_dim"])
+
+    def entries(self, tensor: Tensor) -> list[Tensor]:
+        """View the entries of each block that this process holds, for writing."""
+        if self.group["blocks"] == 1:
+            return [_local(tensor)]  # unflattened: a flattened channels_last kernel is a copy
+        return [b.local if isinstance(b, RowShard) else b for b in self.blocks(tensor)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def prepare_state(weight: Weight) -> None:
+    """Create what the state of a weight lacks: all of it, or what Rule 1 adds."""
+    param, state, blocks = weight.param, weight.state, weight.group["blocks"]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    if math.isinf(weight.group["tau"]):
+        return
+    if "weight_v" in state and len(state["weight_v"]) == blocks:
+        return
+    for key in RULE_STATE:
+        state.pop(key, None)
+    block = weight.blocks(param)[0]
+    width = (block.local if isinstance(block, RowShard) else block).shape[1]
+    vector = generic_vector(width, dtype=spectral_dtype(param.dtype), device=param.device)
+    for key in ("weight_v", "update_v"):
+        state[key] = vector.repeat(blocks, 1)
+
+
+def batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
+    """Yield the weights that `update` takes together, apart by group.
+
+    Sharded weights of a process group go together whatever their group, so that they share their
+    collectives. Others go by shape, on a CPU up to `CPU_BATCH_NUMEL` entries.
+    """
+    sharded: defaultdict[Any, dict[Any, list[Weight]]] = defaultdict(dict)
+    whole: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        param = weight.param
+        block = weight.blocks(param)[0] if isinstance(param, DTensor) else None
+        if isinstance(block, RowShard):
+            sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
+            continue
+        key = (id(weight.group), param.shape, param.dtype, param.device)
+        together = whole.setdefault(key, [])
+        together.append(weight)
+        if param.device.type == "cpu" and (len(together) + 1) * param.numel() > CPU_BATCH_NUMEL:
+            yield [whole.pop(key)]
+    for together in whole.values():
+        yield [together]
+    for groups in sharded.values():
+        yield list(groups.values())
+
+
+def adam_step(
+    weights: list[Weight], targets: list[Tensor], *, lr: float | Tensor, weight_decay: float
+) -> None:
+    """Move the moments and take a plain AdamW step on `targets`, in place.
+
+    On targets of zeros, without decay, this leaves `-lr * U_t` there in one pass over gradient
+    and moments.
+
+    Args:
+        weights: weights of one group.
+        targets: what to step, one for each weight and laid out like it.
+        lr: rate of the step.
+        weight_decay: decoupled decay of the targets.
+    """
+    group = weights[0].group
+    torch._foreach_add_([weight.state["step"] for weight in weights], 1.0)
+    calls: defaultdict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
+    relaid = []
+    for weight, target in zip(weights, targets, strict=True):
+        first, second = (_local(weight.state[key]) for key in MOMENTS)
+        grad, entries = _local(weight.grad), _local(target)
+        # The fused kernel walks all tensors of a weight in the order of their memory.
+        if grad.stride() != first.stride():
+            grad = torch.empty_like(first).copy_(grad)
+        if entries.stride() != first.stride():
+            relaid.append((entries, torch.empty_like(first).copy_(entries)))
+            entries = relaid[-1][1]
+        tensors = (entries, grad, first, second, weight.state["step"])
+        calls[entries.device, entries.dtype].append(tensors)
+    for (device, _), call in calls.items():
+        params, grads, firsts, seconds, steps = map(list, zip(*call, strict=True))
+        torch._fused_adamw_(
+            params, grads, firsts, seconds, [], steps,
+            lr=lr.to(device) if isinstance(lr, Tensor) else lr,
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=weight_decay, amsgrad=False, maximize=group["maximize"],
+        )  # fmt: skip
+    for entries, copy in relaid:
+        entries.copy_(copy)
+
+
+def update(together: list[list[Weight]]) -> None:
+    """Step weights under Rule 1, in place; the comments name the lines of Algorithm 1.
+
+    Working memory: one more copy of these weights.
+
+    Args:
+        together: weights that share their power iterations, apart by group.
+    """
+    # Lines 3 to 5: the moments, and targets that are multiples of -U_t.
+    targets = []
+    for weights in together:
+        targets.append([torch.zeros_like(weight.param) for weight in weights])
+        adam_step(weights, targets[-1], lr=_target_scale(weights[0]), weight_decay=0.0)
+    # Line 6. Paper: prints sigma1 of the last update; its Eq. 6 has that of W_{t-1}, as here.
+    sigma_weights, sigma_targets = _spectral_norms(together, targets)
+    for weights, own_targets, sigma_weight, sigma_target in zip(
+        together, targets, sigma_weights, sigma_targets, strict=True
+    ):
+        # Lines 7 to 9: one rate for each block.
+        rates = _clip(weights, sigma_weight, sigma_target / _target_scale(weights[0]))
+        # Lines 10 to 14.
+        _move(weights, own_targets, rates)
+
+
+def _target_scale(weight: Weight) -> float:
+    """Return what -U is multiplied by in a target: 1 / weight_decay where that is safe.
+
+    `W - rate * U - rate * decay * W` lies at `rate * decay` on the way from W to `-U / decay`, so
+    that step and decay are one pass over W. A vanishing decay would drown W in the rounding of
+    that far point; half precision would overflow, and is stepped in float32 anyway.
+    """
+    decay, dtype = weight.group["weight_decay"], weight.param.dtype
+    return 1.0 / decay if decay >= 1e-6 and dtype == spectral_dtype(dtype) else 1.0
+
+
+def _spectral_norms(
+    together: list[list[Weight]], targets: list[list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Move the power vectors; return sigma1 of weights and targets, (blocks of the group,) each."""
+    weights = [weight for part in together for weight in part]
+    matrices: list[Tensor | RowShard] = []
+    for weight in weights:
+        matrices += weight.blocks(weight.param)
+    for weight, target in zip(weights, [t for part in targets for t in part], strict=True):
+        matrices += weight.blocks(target)
+    stored = [v for key in ("weight_v", "update_v") for w in weights for v in w.state[key].unbind()]
+    iterations = max(part[0].group["power_iterations"] for part in together)
+    if any("exempt" not in weight.state for weight in weights):
+        iterations = max(iterations, COLD_ITERATIONS)
+    vectors = stored
+    for _ in range(iterations):
+        triples = power_step(matrices, None, vectors)
+        vectors = [triple.v for triple in triples]
+    torch._foreach_copy_(stored, vectors)
+    counts = [sum(weight.group["blocks"] for weight in part) for part in together]
+    sigmas = [triple.sigma for triple in triples]
+    parts = [torch.stack(sigmas[sum(counts[:i]) :][:n]) for i, n in enumerate(counts * 2)]
+    return parts[: len(together)], parts[len(together) :]
+
+
+def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+    """Return `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6) for every block, and store it.
+
+    A NaN stays a NaN: an update of unknown size must not pass as a small one.
+    """
+    group = weights[0].group
+    by_weight = (len(weights), group["blocks"])
+    for weight, sigma in zip(weights, sigma_weight.unflatten(0, by_weight), strict=True):
+        if "exempt" not in weight.state:
+            weight.state["exempt"] = sigma == 0
+            weight.state["effective_lr"] = torch.zeros_like(sigma)
+    exempt = torch.cat([weight.state["exempt"] for weight in weights])
+    bound = group["tau"] * sigma_weight / sigma_update
+    bound = torch.where(exempt | (sigma_update == 0), math.inf, bound)
+    lr = group["lr"]
+    rates = bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
+    torch._foreach_copy_(
+        [weight.state["effective_lr"] for weight in weights],
+        list(rates.unflatten(0, by_weight).unbind()),
+    )
+    return rates
+
+
+def _move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
+    """Step the blocks of weights of one group towards their targets, in place."""
+    decay = weights[0].group["weight_decay"]
+    blocks = [block for weight in weights for block in weight.entries(weight.param)]
+    towards = [b for w, target in zip(weights, targets, strict=True) for b in w.entries(target)]
+    if _target_scale(weights[0]) != 1.0:
+        torch._foreach_lerp_(blocks, towards, list((rates * decay).unbind()))
+        return
+    for block, update_of_block, rate in zip(blocks, towards, rates.unbind(), strict=True):
+        moved = block.to(rate.dtype)
+        moved.mul_(1 - rate * decay).addcmul_(update_of_block.to(rate.dtype), rate)
+        if moved is not block:
+            block.copy_(moved)
