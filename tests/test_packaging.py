@@ -1,0 +1,114 @@
+"""The wheel in a bare environment, and the core tests at the oldest versions that it claims."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+CORE_TESTS = [
+    "tests/test_spectral.py",
+    "tests/test_sigma_layers.py",
+    "tests/test_refreshing.py",
+    "tests/test_patching.py",
+    "tests/architectures",
+    "tests/test_checkpoints.py",
+    "tests/test_adamw2.py",
+    "tests/test_entropy.py",
+]
+
+
+def make_environment(path: Path, *requirements: str) -> Path:
+    """Create a virtual environment, install the requirements one after another, return python."""
+    subprocess.run([sys.executable, "-m", "venv", path], check=True)
+    python = path / "bin" / "python"
+    for requirement in requirements:
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *requirement.split()], check=True
+        )
+    return python
+
+
+def oldest_versions() -> dict[str, str]:
+    """Map each dependency to the lowest version that pyproject allows, exclusions skipped."""
+    oldest = {}
+    for requirement in PROJECT["dependencies"]:
+        name, lowest = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        excluded = re.findall(r"!=([\d.]+)", requirement)
+        # 5.10 is 5.10.0, which is excluded: the oldest allowed one is the patch release after it.
+        oldest[name] = f"{lowest}.1" if f"{lowest}.0" in excluded else lowest
+    return oldest
+
+
+def test_version_has_one_source():
+    import hf_stable
+
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_stable.__version__)
+    assert f"## {hf_stable.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_import_of_the_package_is_declared():
+    sources = [p.read_text() for p in (ROOT / "hf_stable").rglob("*.py")]
+    imported = {
+        match.split(".")[0]
+        for source in sources
+        for match in re.findall(r"^(?:from|import) ([\w.]+)", source, flags=re.M)
+    }
+    third_party = imported - set(sys.stdlib_module_names) - {"hf_stable"}
+    declared = {re.match(r"[\w-]+", r).group().replace("-", "_") for r in PROJECT["dependencies"]}
+    assert third_party <= declared
+    assert {"torch", "transformers", "safetensors"} <= third_party
+
+
+@pytest.mark.slow
+def test_wheel_works_in_a_bare_environment(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    version = torch.__version__.split("+")[0]
+    python = make_environment(tmp_path / "venv", f"torch=={version}", str(wheel))
+    script = "import hf_stable, pathlib; p = pathlib.Path(hf_stable.__file__); " + (
+        "print(hf_stable.__version__, 'site-packages' in p.parts, (p.parent / 'py.typed').exists())"
+    )
+    result = subprocess.run(
+        [python, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    import hf_stable
+
+    assert result.stdout.split() == [hf_stable.__version__, "True", "True"]
+    command = [tmp_path / "venv" / "bin" / "hf-stable", "--version"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert hf_stable.__version__ in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_core_tests_pass_at_the_oldest_versions(tmp_path):
+    oldest = oldest_versions()
+    pins = [f"{name}=={version}" for name, version in oldest.items()]
+    python = make_environment(
+        tmp_path / "venv",
+        f"torch=={oldest['torch']}",
+        " ".join([*pins, "pytest", "pytest-timeout", "numpy"]),
+        f"--no-deps {ROOT}",
+    )
+    result = subprocess.run(
+        [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *CORE_TESTS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert re.search(r"\d+ passed", result.stdout)
