@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from hf_stable.spectral import RowShard, matrix_blocks, power_step
 __all__ = ["install_hooks", "refresh"]
 
 _stepping: list[ref[Optimizer]] = []
-_trained_layers: WeakSet[SigmaLayer] = WeakSet()
+_checked_layers: set[int] = set()  # serial numbers: a layer folded and patched again is new
 _hooks: list[Any] = []
 
 
@@ -83,10 +83,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     ]
     if not layers:
         return
-    unseen = [layer for layer in layers if layer not in _trained_layers]
+    unseen = [layer for layer in layers if layer.serial_number not in _checked_layers]
     if unseen:
         _check_gammas_are_trained(unseen, owned)
-        _trained_layers.update(unseen)
+        _checked_layers.update(layer.serial_number for layer in unseen)
     # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
     refresh(layers, keep=getattr(optimizer, "found_inf", None))
 

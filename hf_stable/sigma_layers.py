@@ -16,6 +16,7 @@ from weakref import WeakSet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -94,13 +95,14 @@ class SigmaLayer(nn.Module):
     def scales_activations(self, num_tokens: int, in_features: int) -> bool:
         """Say whether scaling the output is right and cheaper than scaling the weight.
 
-        It is where no gradient is wanted (`generate`, evaluation) and the output is the smaller
-        of the two. Training always scales the weight, whose backward is exact in two passes.
+        It is where no derivative is wanted (`generate`, evaluation) and the output is the smaller
+        of the two. Training always scales the weight, whose backward is exact in two passes;
+        also in the forward without gradients that reentrant checkpointing makes, so that both
+        of its forwards round alike.
         """
-        wants_grad = torch.is_grad_enabled() and (
-            self.weight.requires_grad or self.gamma.requires_grad
-        )
-        return not wants_grad and num_tokens < in_features
+        if self.training or num_tokens >= in_features:
+            return False
+        return not (_is_differentiated(self.weight) or _is_differentiated(self.gamma))
 
     def register(self) -> None:
         """Let the optimizer hook find this layer for as long as it lives."""
@@ -115,12 +117,13 @@ class SigmaLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaLayer:
         # bfloat16 would change every weight by up to 0.4 % through gamma and sigma, and a gamma
         # that small steps cannot move stays where it is.
-        kept = {id(getattr(self, name)) for name in self.SIGMA_TENSORS}
+        kept = [self.gamma.grad, *(getattr(self, name) for name in self.SIGMA_TENSORS)]
 
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            if id(tensor) in kept and result.dtype != spectral_dtype(result.dtype):
-                return tensor.to(device=result.device, dtype=spectral_dtype(result.dtype))
+            dtype = spectral_dtype(result.dtype)
+            if result.dtype != dtype and any(tensor is other for other in kept):
+                return tensor.to(device=result.device, dtype=dtype)
             return result
 
         super()._apply(keep_precision, recurse)
@@ -160,6 +163,13 @@ class SigmaConv2d(SigmaLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Map (batch, in, height, width) to (batch, out, height', width')."""
         return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Say whether a derivative is taken through a tensor, backward or forward (`jvp`)."""
+    return (torch.is_grad_enabled() and tensor.requires_grad) or (
+        unpack_dual(tensor).tangent is not None
+    )
 
 
 def _scaled_output(output: Tensor, layer: SigmaLayer) -> Tensor:
@@ -209,13 +219,14 @@ def prepare(
 
     Raises:
         TypeError: if the layer is of any other type, a subclass included.
-        ValueError: if a block is zero or not finite, or is on the meta device.
+        ValueError: if a block is zero or not finite.
     """
     if type(layer) not in SIGMA_CLASSES:
         raise TypeError(
-            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__name__}; allowed are "
-            "exactly Linear, Conv1D and Conv2d (a subclass, a quantised layer or an adapter may "
-            "use its weight in ways that gamma / sigma would break)"
+            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
+            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
+            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
+            "sigma would break)"
         )
     weight: Any = layer.weight
     block_dim = 1 if type(layer) is Conv1D else 0

@@ -164,11 +164,13 @@ def lookup(model: nn.Module) -> Architecture:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _registry:
-        given = (
-            f"model_type {model_type!r}" if model_type else f"{type(model).__name__} has no config"
-        )
+        if model_type is None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no config.model_type to look its architecture up by; "
+                "pass the transformers model itself"
+            )
         raise UnsupportedModelError(
-            f"no hf_stable architecture for {given} (supported: "
+            f"no hf_stable architecture for model_type {model_type!r} (supported: "
             f"{', '.join(supported_architectures())}); describe it in a few lines with "
             "hf_stable.register_architecture"
         )
@@ -210,7 +212,7 @@ def find_layers(model: nn.Module, architecture: Architecture) -> list[FoundLayer
     return [
         FoundLayer(name, module, tuple(found[name]))
         for name, module in model.named_modules()
-        if name in found
+        if name in found and not isinstance(module, nn.Identity)  # a head with num_labels=0
     ]
 
 
