@@ -9,7 +9,9 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
-from hf_stable.patching import SigmaReparamConfig, describe, fold, is_patched, patch
+from hf_stable.describing import describe
+from hf_stable.patching import fold, is_patched, patch
+from hf_stable.sigma_reparam import SigmaReparamConfig
 
 __version__ = "0.1.0"
 
