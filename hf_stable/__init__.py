@@ -1,5 +1,7 @@
 """Train Hugging Face Transformers that would not train."""
 
+from hf_stable import trainer_plugin
+from hf_stable.adamw2 import AdamW2
 from hf_stable.architectures import (
     Architecture,
     Attention,
@@ -9,6 +11,7 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
+from hf_stable.checkpoints import load
 from hf_stable.describing import describe
 from hf_stable.patching import fold, is_patched, patch
 from hf_stable.sigma_reparam import SigmaReparamConfig
@@ -16,6 +19,7 @@ from hf_stable.sigma_reparam import SigmaReparamConfig
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamW2",
     "Architecture",
     "Attention",
     "Block",
@@ -25,7 +29,10 @@ __all__ = [
     "describe",
     "fold",
     "is_patched",
+    "load",
     "patch",
     "register_architecture",
     "supported_architectures",
 ]
+
+trainer_plugin.register()

@@ -1,0 +1,369 @@
+"""What hf_stable changes in a process: a closed list, each entry with its reason.
+
+The only module that touches names of transformers and PEFT that are not public. Everything here
+passes straight through where no patched model is involved, unless its reason says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import pkgutil
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, __version__
+
+from hf_stable.adamw2 import AdamW2
+from hf_stable.adamw2_groups import ModelAdamW2, parse_options
+from hf_stable.checkpoints import check_writable, fold_state_dict, is_complete, restoring
+from hf_stable.patching import patch_configs
+from hf_stable.sidecar import remove_state, write_state
+from hf_stable.sigma_reparam import sigma_layers
+
+_ADVICE = "Install a version that hf_stable's requirements allow, or a newer hf_stable"
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+    from transformers.training_args import OptimizerNames
+except ImportError as error:
+    raise ImportError(
+        f"hf_stable does not fit transformers {__version__}: {error}. {_ADVICE}"
+    ) from error
+
+__all__ = ["WRAPPED", "Wrap", "register"]
+
+OPTIMIZER_NAME = "adamw2"
+
+_MARK = "_hf_stable_wraps"
+_publishing: ContextVar[bool] = ContextVar("hf_stable_publishing", default=False)
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """One thing in the process that hf_stable changes.
+
+    Attributes:
+        target: `module:qualified.name` of what is wrapped or added to.
+        reason: why, in one line.
+        parameters: names that a function must have for its wrapper to fit.
+        wrapper: called with the original function and its arguments; None where nothing is
+            replaced but something added.
+    """
+
+    target: str
+    reason: str
+    parameters: tuple[str, ...] = ()
+    wrapper: Callable[..., Any] | None = None
+
+
+_wraps: list[Wrap] = [
+    Wrap("transformers.training_args:OptimizerNames", 'gains the member "adamw2"'),
+    Wrap(
+        "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
+        'gains the handler that builds AdamW2 for optim="adamw2"',
+    ),
+    Wrap(
+        "torch.optim.optimizer:register_optimizer_step_post_hook",
+        "gains, at the first patch, the hook that refreshes sigma after each optimizer step",
+    ),
+]
+
+
+def _wrapping(target: str, *parameters: str, reason: str) -> Callable[[Any], Any]:
+    def note(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        _wraps.append(Wrap(target, reason, parameters, wrapper))
+        return wrapper
+
+    return note
+
+
+def register() -> None:
+    """Make every change on the list, once; later calls change nothing.
+
+    Raises:
+        ImportError: if a name on the list is not there or has other parameters, naming the
+            version. Nothing has been changed then.
+    """
+    found = [(wrap, _resolve(wrap)) for wrap in WRAPPED if wrap.wrapper and _is_loaded(wrap)]
+    for wrap, original in found:
+        if getattr(original, _MARK, None) != wrap.target:
+            _replace(wrap, original)
+    _add_optimizer_name()
+    _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = _build_adamw2
+
+
+def _is_loaded(wrap: Wrap) -> bool:
+    # The Trainer imports PEFT where it is installed, so what is not here now will not come.
+    return wrap.target.partition(".")[0] in sys.modules
+
+
+def _resolve(wrap: Wrap) -> Any:
+    try:
+        original = pkgutil.resolve_name(wrap.target)
+        missing = set(wrap.parameters) - set(inspect.signature(original).parameters)
+        problem = f"has no parameter {sorted(missing)[0]!r}" if missing else None
+    except (ImportError, AttributeError):
+        problem = "does not exist"
+    if problem:
+        package = wrap.target.partition(".")[0]
+        raise ImportError(
+            f"hf_stable does not fit {package} {sys.modules[package].__version__}: {wrap.target} "
+            f"{problem}. {_ADVICE}"
+        )
+    return original
+
+
+def _replace(wrap: Wrap, original: Any) -> None:
+    function = wrap.wrapper
+    assert function is not None
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    setattr(wrapper, _MARK, wrap.target)
+    owner, _, name = wrap.target.replace(":", ".").rpartition(".")
+    setattr(pkgutil.resolve_name(owner), name, wrapper)
+
+
+# Saving and publishing
+
+
+@_wrapping(
+    "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+    "save_directory", "is_main_process", "state_dict", "max_shard_size",
+    reason="folds the weights of a patched model and writes the sidecar; removes a stale sidecar",
+)  # fmt: skip
+def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
+    options = call.arguments
+    folder, saves_here = options["save_directory"], _saves_here(model, options["is_main_process"])
+    raw: dict[str, Tensor] = {}
+    if sigma_layers(model):
+        if options.get("distributed_checkpoint"):
+            raise ValueError(
+                "distributed_checkpoint=True writes each rank's raw weights, which no plain model "
+                "can load; save a patched model without it, or hf_stable.fold it first"
+            )
+        if saves_here:
+            check_writable(folder)
+        own = options["state_dict"]
+        options["state_dict"], raw = fold_state_dict(
+            model, model.state_dict() if own is None else own
+        )
+    result = original(*call.args, **call.kwargs)
+    # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).
+    if saves_here and raw and not _publishing.get():
+        write_state(folder, patch_configs(model), raw, options["max_shard_size"])
+    elif saves_here and os.path.isdir(folder) and not _has_adapters(model):
+        remove_state(folder)
+    return result
+
+
+def _saves_here(model: PreTrainedModel, is_main_process: bool) -> bool:
+    decide = getattr(model, "should_save_on_this_rank", None)
+    return decide(is_main_process) if decide is not None else is_main_process
+
+
+def _has_adapters(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _publish(original: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _publishing.set(True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        _publishing.reset(token)
+
+
+for _target in (
+    "transformers.modeling_utils:PreTrainedModel.push_to_hub",
+    "transformers.trainer:Trainer.push_to_hub",
+):
+    _wrapping(_target, reason="saves without the sidecar, which is not for publishing")(_publish)
+
+
+# Resuming
+
+
+@_wrapping(
+    "transformers.trainer:Trainer._load_from_checkpoint", "resume_from_checkpoint", "model",
+    reason="renames native keys (also for plain models) and restores a patched model exactly",
+)  # fmt: skip
+def _load_from_checkpoint(
+    original: Any, trainer: Any, resume_from_checkpoint: str, model: nn.Module | None = None
+) -> None:
+    target = trainer.model if model is None else model
+    if not _loads_whole_weights(trainer, target):
+        return original(trainer, resume_from_checkpoint, model)
+    with restoring(target, resume_from_checkpoint, _renaming(target)):
+        return original(trainer, resume_from_checkpoint, model)
+
+
+@_wrapping(
+    "transformers.trainer:Trainer._load_best_model",
+    reason="the same for load_best_model_at_end",
+)
+def _load_best_model(original: Any, trainer: Any) -> None:
+    if not _loads_whole_weights(trainer, trainer.model):
+        return original(trainer)
+    folder = trainer.state.best_model_checkpoint
+    with restoring(trainer.model, folder, _renaming(trainer.model)):
+        return original(trainer)
+
+
+def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:
+    # FSDP keeps raw state dicts of its own, under the names in memory: exact as they are.
+    return (
+        isinstance(model, PreTrainedModel)
+        and not trainer.is_fsdp_enabled
+        and not trainer.is_deepspeed_enabled
+        and not _has_adapters(model)
+    )
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return the function from a key on disk to its name in the model, as in from_pretrained."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    prefix, names = model.base_model_prefix, model.state_dict()
+    return lambda key: rename_source_key(key, renamings, [], prefix, names)[0]
+
+
+@_wrapping(
+    "transformers.trainer:get_last_checkpoint", "folder",
+    reason="resume_from_checkpoint=True skips, with a warning, what was not saved to the end",
+)  # fmt: skip
+def _get_last_checkpoint(original: Any, folder: str) -> str | None:
+    last = original(folder)
+    if last is None or is_complete(last):
+        return last
+    numbered = [(re.fullmatch(r"checkpoint-(\d+)", name), name) for name in os.listdir(folder)]
+    newest_first = sorted(((int(m[1]), name) for m, name in numbered if m), reverse=True)
+    paths = [os.path.join(folder, name) for _, name in newest_first]
+    complete = next((path for path in paths if is_complete(path)), None)
+    warnings.warn(
+        f"{last} was not saved to the end (its trainer_state.json or a weights file is missing or "
+        f"cut short); resuming from {complete or 'nothing'} instead",
+        UserWarning,
+        stacklevel=3,
+    )
+    return complete
+
+
+# Training
+
+
+@_wrapping(
+    "transformers.trainer:Trainer.get_decay_parameter_names", "model",
+    reason="gamma of a sigma layer is never weight-decayed, under any optimizer",
+)  # fmt: skip
+def _get_decay_parameter_names(original: Any, trainer: Any, model: nn.Module) -> list[str]:
+    gammas = {f"{name}.gamma" for name, _ in sigma_layers(model)}
+    return [name for name in original(trainer, model) if name not in gammas]
+
+
+@_wrapping(
+    "transformers.trainer:Trainer.log", "logs",
+    reason="values that a callback holds ready (take_pending_logs) join the record of the step",
+)  # fmt: skip
+def _log(original: Any, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    pending: dict[str, float] = {}
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "take_pending_logs"):
+            pending |= callback.take_pending_logs()
+    if not pending:
+        return original(trainer, logs, *args, **kwargs)
+    # The caller keeps using its dict, as metrics: it gets what the Trainer adds, not ours.
+    record = {**logs, **pending}
+    original(trainer, record, *args, **kwargs)
+    logs.update({key: value for key, value in record.items() if key not in pending})
+
+
+@_wrapping(
+    "peft.tuners.tuners_utils:BaseTuner.__init__", "model",
+    reason="refuses adapters on an unfolded model, whose merge would edit the raw weight",
+)  # fmt: skip
+def _inject_adapters(
+    original: Any, tuner: Any, model: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    layers = sigma_layers(model)
+    if layers:
+        raise ValueError(
+            f"{len(layers)} layers of the model (first: {layers[0][0]!r}) are reparametrised: an "
+            "adapter merged into them would be scaled by gamma / sigma. Call hf_stable.fold(model) "
+            "first, then add the adapter"
+        )
+    return original(tuner, model, *args, **kwargs)
+
+
+# The optimizer
+
+
+@_wrapping(
+    "transformers.trainer:_parse_optim_args", "optim_args_str",
+    reason="an entry of optim_args without '=' gets an error that says so",
+)  # fmt: skip
+def _parse_optim_args(original: Any, optim_args_str: str | None) -> dict[str, str]:
+    for entry in (optim_args_str or "").replace(" ", "").split(","):
+        if optim_args_str and entry.count("=") != 1:
+            raise ValueError(
+                f"optim_args={optim_args_str!r}: {entry!r} is not of the form key=value; separate "
+                "several by commas, as in 'tau=0.004,power_iterations=2'"
+            )
+    return original(optim_args_str)
+
+
+WRAPPED: tuple[Wrap, ...] = tuple(_wraps)
+"""Everything that `register` and the first `patch` change in a process."""
+
+
+def _add_optimizer_name() -> None:
+    members: Any = OptimizerNames
+    if OPTIMIZER_NAME in members._value2member_map_:
+        return
+    name = OPTIMIZER_NAME.upper()
+    member: Any = str.__new__(members, OPTIMIZER_NAME)
+    member._name_, member._value_ = name, OPTIMIZER_NAME
+    member.__objclass__ = members
+    member._sort_order_ = len(members._member_names_)
+    # A pickle (training_args.bin) names this module, so that reading it imports and registers.
+    member.__reduce_ex__ = lambda protocol: (_optimizer_name, (OPTIMIZER_NAME,))
+    members._member_names_.append(name)
+    members._member_map_[name] = member
+    members._value2member_map_[OPTIMIZER_NAME] = member
+    if hasattr(members, "_hashable_values_"):
+        members._hashable_values_.append(OPTIMIZER_NAME)
+    type.__setattr__(members, name, member)
+
+
+def _optimizer_name(value: str) -> OptimizerNames:
+    return OptimizerNames(value)
+
+
+def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, Any]]:
+    """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
+    if getattr(context.args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
+            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
+        )
+    options = parse_options(context.optim_args)
+    arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
+    if context.model is None:
+        return AdamW2, arguments
+    return ModelAdamW2, {**arguments, "structure": context.model}
