@@ -204,7 +204,7 @@ class AdamW2(Optimizer):
                 "the second moments"
             )
         known = [
-            {key: group[key] for key in self.defaults}
+            {key: group[key] for key in self.defaults if key in group}
             | {key: value for key, value in saved.items() if key not in _ADAMW_ONLY_OPTIONS}
             for group, saved in zip(self.param_groups, saved_groups, strict=False)
         ]
