@@ -21,13 +21,9 @@ __all__ = [
     "stable_rank",
 ]
 
-SUBSPACE_SIZE = 4
-"""Vectors that `leading_product_sigma` iterates together: it converges by the ratio of the fifth
-singular value to the first, and a product with four vectors costs hardly more than with one."""
-
 
 class ProductSigma(NamedTuple):
-    """The largest singular value of a product, and the vectors to start from next time."""
+    """The largest singular value of a product, and its right vector, to start from next time."""
 
     sigma: Tensor
     start: Tensor
@@ -123,26 +119,27 @@ def leading_product_sigma(
     right: Tensor,
     start: Tensor | None = None,
     *,
-    tolerance: float = 1e-5,
-    max_iterations: int = 200,
+    tolerance: float = 1e-4,
+    max_products: int = 64,
 ) -> ProductSigma:
-    """Compute the largest singular value of `left @ right` by products with a few vectors.
+    """Compute the largest singular value of `left @ right` by products with single vectors.
 
-    Subspace iteration on `(left right)^T (left right)`, warm-started: W2 W1 moves little between
-    two calls, so from the last call's vectors one or two rounds are enough. One host
-    synchronisation a round. Never above the true value beyond rounding.
+    Lanczos iteration on `(left right)^T (left right)`, warm-started: W2 W1 moves little between
+    two calls, so from the last call's vector a few products are enough. One host synchronisation
+    per product. Never above the true value beyond rounding.
 
     Args:
         left: (m, k), such as W2.
         right: (k, n), such as W1.
-        start: (n, c) vectors that the last call returned, or None for generic ones.
-        tolerance: stop when a round raises the value by less than this share of it.
-        max_iterations: bound on rounds; where it is reached the leading values nearly coincide,
-            and the value is right to about their distance.
+        start: (n,) vector that the last call returned, or None for a generic one.
+        tolerance: stop when the value is certain to this share of itself.
+        max_products: bound on products with `(left right)^T (left right)`. Where it is reached
+            the leading singular values nearly coincide, and the value is right to about their
+            distance.
 
     Returns:
-        sigma, shape (), and the vectors (n, min(n, SUBSPACE_SIZE)); float32 (float64 for float64
-        input). A zero product has sigma 0, a non-finite one NaN; then the vectors are generic.
+        sigma, shape (), and the vector (n,); float32 (float64 for float64 input). A zero product
+        has sigma 0, a non-finite one NaN; the vector is then a generic one.
 
     Raises:
         ValueError: if the matrices cannot be multiplied, or `start` does not fit.
@@ -151,28 +148,51 @@ def leading_product_sigma(
         raise ValueError(
             f"cannot multiply matrices of shapes {tuple(left.shape)} and {tuple(right.shape)}"
         )
-    if start is not None and start.shape[0] != right.shape[1]:
-        raise ValueError(f"start has {start.shape[0]} rows, the product {right.shape[1]} columns")
+    if start is not None and start.shape != right.shape[1:]:
+        raise ValueError(
+            f"start has shape {tuple(start.shape)}, the product {right.shape[1]} columns"
+        )
     with torch.autocast(left.device.type, enabled=False):
         dtype = torch.promote_types(left.dtype, torch.float32)
         left, right = left.to(dtype), right.to(dtype)
-        generic = _generic_vectors(right.shape[1], dtype).to(right.device)
-        vectors = generic if start is None else torch.linalg.qr(start.to(generic)).Q
-        sigma, last = vectors.new_zeros(()), -1.0
-        for _ in range(max_iterations):
-            image = left @ (right @ vectors)
-            sigma = (
-                torch.linalg.matrix_norm(image, 2) if image.isfinite().all() else sigma * math.nan
-            )
-            value = sigma.item()
-            if not value > 0:
-                return ProductSigma(sigma, generic)
-            if value - last <= tolerance * value:
-                break
-            last = value
-            # Scaled, so that the fourth power of a large product stays finite.
-            vectors = torch.linalg.qr(right.T @ (left.T @ (image / value))).Q
-    return ProductSigma(sigma, vectors)
+        generic = _generic_vector(right)
+        vector = generic if start is None else start.to(generic)
+        result = _lanczos(left, right, vector, tolerance, max_products)
+        # A start vector may be orthogonal to all that is left of a weight.
+        if start is not None and result.sigma == 0:
+            result = _lanczos(left, right, generic, tolerance, max_products)
+    return result if result.sigma > 0 else ProductSigma(result.sigma, generic)
+
+
+def _lanczos(
+    left: Tensor, right: Tensor, start: Tensor, tolerance: float, max_products: int
+) -> ProductSigma:
+    """Return the leading singular value of the product and its Ritz vector."""
+    basis = [start / torch.linalg.vector_norm(start)]
+    images: list[Tensor] = []
+    sigma, vector = start.new_zeros(()), start
+    for _ in range(max_products):
+        images.append(left.mv(right.mv(basis[-1])))
+        # The basis is orthonormal: the images' largest singular value is the best in its span.
+        stacked = torch.stack(images, dim=1)
+        if not stacked.isfinite().all():
+            return ProductSigma(torch.full_like(sigma, math.nan), start)
+        _, values, weights = torch.linalg.svd(stacked, full_matrices=False)
+        sigma, space = values[0], torch.stack(basis, dim=1)
+        vector = space.mv(weights[0])
+        if sigma == 0:
+            break
+        # Scaled by sigma, so that a large product does not overflow when squared.
+        candidate = right.T.mv(left.T.mv(images[-1] / sigma))
+        # One pass of Gram-Schmidt loses orthogonality in float32; two are enough.
+        for _ in range(2):
+            candidate = candidate - space.mv(space.T.mv(candidate))
+        norm = torch.linalg.vector_norm(candidate)
+        # |A^T A v - sigma^2 v| / (2 sigma^2) bounds the relative error of sigma.
+        if norm * weights[0, -1].abs() <= 2 * tolerance * sigma or len(basis) == len(start):
+            break
+        basis.append(candidate / norm)
+    return ProductSigma(sigma, vector)
 
 
 def _head_singular_values(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
@@ -212,7 +232,7 @@ def _relative_energy(singular_values: Tensor) -> Tensor:
     return (values / values.amax(-1, keepdim=True)).square()
 
 
-def _generic_vectors(length: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
-    vectors = torch.randn(length, min(length, SUBSPACE_SIZE), generator=generator, dtype=dtype)
-    return torch.linalg.qr(vectors).Q
+def _generic_vector(matrix: Tensor) -> Tensor:
+    """Return a vector for the columns of a matrix that no structured one is orthogonal to."""
+    generator = torch.Generator().manual_seed(matrix.shape[1])
+    return torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)

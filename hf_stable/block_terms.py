@@ -1,0 +1,231 @@
+"""The weights' share of what to watch in a transformer block: spectra and norms of Eq. 1.
+
+Where a block keeps its weights is the registry's knowledge; what is measured is the effective
+weight, so patched and plain blocks compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hf_stable.architectures.registry import Block
+from hf_stable.product_spectra import (
+    leading_product_sigma,
+    ov_singular_values,
+    qk_singular_values,
+    spectral_energy_concentration,
+    stable_rank,
+)
+from hf_stable.sigma_layers import SigmaLayer
+from hf_stable.spectral import EXACT_SVD_MAX_DIM, leading_triple, power_step
+
+__all__ = ["SEC_VALUES", "WEIGHT_TERMS", "query_bias_reach", "weight_terms"]
+
+WEIGHT_TERMS = (
+    "sigma_wq",
+    "sigma_wk",
+    "sigma_wv",
+    "sigma_wo",
+    "sigma_w1",
+    "sigma_w2",
+    "sigma_qk",
+    "sigma_ov",
+    "sigma_w2w1",
+    "norm_gamma1",
+    "norm_beta1",
+    "norm_gamma2",
+    "norm_beta2",
+    "sec",
+    "stable_rank",
+)
+"""What `weight_terms` knows: thirteen terms of Eq. 1 and two shapes of the spectrum of Wq^T Wk."""
+
+SEC_VALUES = 4
+"""How many singular values of Wq^T Wk count as dominant: the paper's SEC(d_q, 4)."""
+
+TRACKING_TOLERANCE = 1e-4
+"""A warm-started sigma that one more power iteration raises by more than this share of itself has
+lost its vector, and is computed anew."""
+
+# Power vectors of the last measurement by block; they only save time, results do not hang on them.
+_vectors: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def weight_terms(module: nn.Module, block: Block, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Measure the weights of one block.
+
+    Args:
+        module: the block, its parameters whole (FSDP2 has them whole within its forward).
+        block: where it keeps its weights.
+        wanted: names from `WEIGHT_TERMS`.
+
+    Returns:
+        float32 (float64 for a float64 model) tensors: (heads,) for `sigma_qk`, `sigma_ov`, `sec`
+        and `stable_rank`, () for all others. Terms that the block has no parameter for (betas of
+        an RMSNorm, norms that were removed) are missing. NaN for non-finite weights.
+    """
+    weights = _BlockWeights(module, block)
+    with torch.autocast(next(module.parameters()).device.type, enabled=False):
+        terms = _norm_terms(module, block)
+        terms |= _tracked(module, {k: v() for k, v in weights.single.items() if k in wanted})
+        if not {"sigma_qk", "sec", "stable_rank"}.isdisjoint(wanted):
+            query, key, _ = weights.qkv
+            spectrum = qk_singular_values(query, key, weights.num_heads)
+            dominant = min(SEC_VALUES, spectrum.shape[1])
+            terms["sigma_qk"] = spectrum[:, 0]
+            terms["sec"] = spectral_energy_concentration(spectrum, dominant)
+            terms["stable_rank"] = stable_rank(spectrum)
+        if "sigma_ov" in wanted:
+            spectrum = ov_singular_values(weights.output, weights.qkv[2], weights.num_heads)
+            terms["sigma_ov"] = spectrum[:, 0]
+        if "sigma_w2w1" in wanted:
+            terms["sigma_w2w1"] = _mlp_sigma(module, weights.mlp_in, weights.mlp_out)
+    return {name: term for name, term in terms.items() if name in wanted}
+
+
+@torch.no_grad()
+def query_bias_reach(module: nn.Module, block: Block) -> Tensor:
+    """Return |Wk^T bq| of each head: what the query bias adds to the logits' norm.
+
+    For tokens X the centred logits of a row obey
+    `|a_i| <= scale * (sigma_1(Wq^T Wk) |x_i| + |Wk^T bq|) * sigma_1(X)`: the key bias shifts a
+    row as a whole, which a softmax ignores, and the query bias adds a fixed direction.
+
+    Returns:
+        (heads,), zero without a query bias.
+    """
+    weights = _BlockWeights(module, block)
+    query, key, _ = weights.qkv
+    bias = getattr(module.get_submodule(block.attentions[0].query), "bias", None)
+    if bias is None:
+        return torch.zeros(weights.num_heads, device=key.device)
+    with torch.autocast(key.device.type, enabled=False):
+        # A fused projection's bias begins with the queries' part, as its weight does.
+        per_head = _whole(bias)[: len(query)].float().view(weights.num_heads, -1, 1)
+        keys = key.float().view(-1, per_head.shape[1], key.shape[1])
+        keys = keys.repeat_interleave(weights.num_heads // len(keys), 0)
+        return torch.linalg.vector_norm((keys * per_head).sum(1), dim=1)
+
+
+class _BlockWeights:
+    """The effective weights of one block as (out, in) matrices, each formed when first needed."""
+
+    def __init__(self, module: nn.Module, block: Block) -> None:
+        self._module = module
+        self._block = block
+        self._attention = block.attentions[0]
+        owner = module.get_submodule(self._attention.module)
+        self.num_heads: int = getattr(owner, self._attention.num_heads)
+        self.single: dict[str, Callable[[], list[Tensor]]] = {
+            "sigma_wq": lambda: [self.qkv[0]],
+            "sigma_wk": lambda: [self.qkv[1]],
+            "sigma_wv": lambda: [self.qkv[2]],
+            "sigma_wo": lambda: [self.output],
+            "sigma_w1": lambda: self.mlp_in,
+            "sigma_w2": lambda: self.mlp_out,
+        }
+
+    @cached_property
+    def qkv(self) -> list[Tensor]:
+        """Wq, Wk, Wv: a fused projection holds its parts in that order."""
+        paths = (self._attention.query, self._attention.key, self._attention.value)
+        parts = {path: iter(self._matrix(path).chunk(paths.count(path))) for path in paths}
+        return [next(parts[path]) for path in paths]
+
+    @cached_property
+    def output(self) -> Tensor:
+        return self._matrix(self._attention.output)
+
+    @cached_property
+    def mlp_in(self) -> list[Tensor]:
+        return [self._matrix(path) for path in self._block.mlp_in]
+
+    @cached_property
+    def mlp_out(self) -> list[Tensor]:
+        return [self._matrix(path) for path in self._block.mlp_out]
+
+    def _matrix(self, path: str) -> Tensor:
+        layer = self._module.get_submodule(path)
+        weight: Any = layer.effective_weight() if isinstance(layer, SigmaLayer) else layer.weight
+        return _whole(weight).T if isinstance(layer, Conv1D) else _whole(weight)
+
+
+def _norm_terms(module: nn.Module, block: Block) -> dict[str, Tensor]:
+    """Return l2 norms of gains and biases of the norms at attention (1) and MLP (2)."""
+    paths = block.pre_norms or block.post_norms
+    terms = {}
+    for number, path in ((1, paths[0]), (2, paths[-1])):
+        norm = module.get_submodule(path)
+        for name, parameter in (("gamma", "weight"), ("beta", "bias")):
+            vector = getattr(norm, parameter, None)
+            if vector is not None:
+                terms[f"norm_{name}{number}"] = torch.linalg.vector_norm(_whole(vector).float())
+    return terms
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    # Only where FSDP2 shards below the block; every rank comes by here, so all may gather.
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def _tracked(module: nn.Module, matrices: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Return sigma_1 of each named matrix, the largest where a name stands for several."""
+    known = _vectors.setdefault(module, {})
+    flat = {f"{k}.{i}": m for k, group in matrices.items() for i, m in enumerate(group)}
+    sigmas: dict[str, Tensor] = {}
+    warm = [
+        key
+        for key, matrix in flat.items()
+        if min(matrix.shape) > EXACT_SVD_MAX_DIM
+        and key in known
+        and known[key].shape == matrix.shape[1:]
+        and known[key].device == matrix.device
+    ]
+    if warm:
+        chosen = [flat[key] for key in warm]
+        first = power_step(chosen, [m[:, 0].to(known[warm[0]]) for m in chosen],
+                           [known[key] for key in warm])  # fmt: skip
+        second = power_step(chosen, [t.u for t in first], [t.v for t in first])
+        gains = torch.stack([b.sigma / a.sigma - 1 for a, b in zip(first, second, strict=True)])
+        for key, triple, gain in zip(warm, second, gains.tolist(), strict=True):
+            if gain <= TRACKING_TOLERANCE:
+                sigmas[key], known[key] = triple.sigma, triple.v
+    for key, matrix in flat.items():
+        if key not in sigmas:
+            sigmas[key] = _cold_sigma(key, matrix, known)
+    return {
+        name: torch.stack([sigmas[f"{name}.{i}"] for i in range(len(group))]).amax()
+        for name, group in matrices.items()
+    }
+
+
+def _cold_sigma(key: str, matrix: Tensor, known: dict[str, Tensor]) -> Tensor:
+    if not matrix.isfinite().all():
+        known.pop(key, None)
+        return torch.full_like(matrix[0, 0], float("nan"), dtype=torch.float32)
+    triple = leading_triple(matrix, tolerance=TRACKING_TOLERANCE)
+    known[key] = triple.v
+    return triple.sigma
+
+
+def _mlp_sigma(module: nn.Module, into: list[Tensor], out_of: list[Tensor]) -> Tensor:
+    known = _vectors.setdefault(module, {})
+    sigmas = []
+    for index, (first, second) in enumerate((a, b) for a in into for b in out_of):
+        key = f"sigma_w2w1.{index}"
+        start = known.get(key)
+        if start is not None and (start.device != first.device or start.shape != first.shape[1:]):
+            start = None
+        result = leading_product_sigma(second, first, start, tolerance=TRACKING_TOLERANCE)
+        known[key] = result.start
+        sigmas.append(result.sigma)
+    return torch.stack(sigmas).amax()
