@@ -144,4 +144,9 @@ def _minus_rank_one(
 
 
 def _is_traced(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    functorch = torch._C._functorch
+    return (
+        torch.compiler.is_compiling()
+        or functorch.is_functorch_wrapped_tensor(tensor)
+        or functorch.is_legacy_batchedtensor(tensor)  # autograd.grad(..., is_grads_batched=True)
+    )
