@@ -13,6 +13,11 @@ from hf_stable.architectures import (
 )
 from hf_stable.checkpoints import load
 from hf_stable.describing import describe
+from hf_stable.norm_removal import (
+    RemoveLayerNormConfig,
+    RemovePreLayerNormConfig,
+    restore_layernorms,
+)
 from hf_stable.patching import fold, is_patched, patch
 from hf_stable.sigma_reparam import SigmaReparamConfig
 
@@ -24,6 +29,8 @@ __all__ = [
     "Attention",
     "Block",
     "Member",
+    "RemoveLayerNormConfig",
+    "RemovePreLayerNormConfig",
     "SigmaReparamConfig",
     "UnsupportedModelError",
     "describe",
@@ -32,6 +39,7 @@ __all__ = [
     "load",
     "patch",
     "register_architecture",
+    "restore_layernorms",
     "supported_architectures",
 ]
 

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
-__all__ = ["MethodConfig", "nearest"]
+__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "nearest"]
+
+CONFIGS_ATTRIBUTE = "hf_stable_configs"
+"""The attribute of a patched model that holds its configs."""
 
 
 @dataclass(frozen=True)

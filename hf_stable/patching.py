@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable.architectures.registry import UnsupportedModelError, lookup
-from hf_stable.method_config import MethodConfig, nearest
+from hf_stable.method_config import CONFIGS_ATTRIBUTE, MethodConfig, nearest
+from hf_stable.norm_removal import (
+    RemoveLayerNormConfig,
+    RemovePreLayerNormConfig,
+    plan_removal,
+    removed_norms,
+)
 from hf_stable.sigma_layers import fold_layer
 from hf_stable.sigma_reparam import SigmaReparamConfig, plan_sigma_reparam, sigma_layers
 
@@ -23,8 +29,6 @@ __all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_config
 
 STATE_FILE = "hf_stable_state.safetensors"
 """The file beside a checkpoint's plain weights that holds raw W, gamma, sigma, u and v."""
-
-CONFIGS_ATTRIBUTE = "hf_stable_configs"
 
 
 class Plan(Protocol):
@@ -36,6 +40,8 @@ class Plan(Protocol):
 
 METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], Plan]]] = {
     SigmaReparamConfig.method: (SigmaReparamConfig, plan_sigma_reparam),
+    RemovePreLayerNormConfig.method: (RemovePreLayerNormConfig, plan_removal),
+    RemoveLayerNormConfig.method: (RemoveLayerNormConfig, plan_removal),
 }
 """Every patch method: its options, and the function that validates them against a model."""
 
@@ -80,7 +86,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     for config, plan in zip(missing, plans, strict=True):
         plan.apply()
         present[config.method] = config
-    setattr(model, CONFIGS_ATTRIBUTE, tuple(present.values()))
+    # In the table's order, whichever was asked for first: a checkpoint is compared by them.
+    setattr(model, CONFIGS_ATTRIBUTE, tuple(present[name] for name in METHODS if name in present))
     return model
 
 
@@ -89,13 +96,21 @@ def fold(model: nn.Module) -> nn.Module:
 
     `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
     their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
-    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for.
+    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. Removed norms stay
+    removed, with a warning that says so: they are no weights that could be folded.
 
     Returns:
         The same model.
     """
     for _, layer in sigma_layers(model):
         fold_layer(layer)
+    if removed_norms(model):
+        warnings.warn(
+            f"fold keeps the {len(removed_norms(model))} removed LayerNorms removed: the model is "
+            "no plain one yet. hf_stable.restore_layernorms brings them back, untrained since",
+            UserWarning,
+            stacklevel=2,
+        )
     for module in model.modules():
         configs = getattr(module, CONFIGS_ATTRIBUTE, ())
         left = tuple(c for c in configs if not isinstance(c, SigmaReparamConfig))

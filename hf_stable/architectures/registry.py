@@ -13,6 +13,8 @@ from typing import Literal
 
 from torch import nn
 
+from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
+
 __all__ = [
     "Architecture",
     "Attention",
@@ -159,10 +161,14 @@ def supported_architectures() -> list[str]:
 def lookup(model: nn.Module) -> Architecture:
     """Return the architecture of a model by its config.
 
+    A model that was loaded without its LayerNorms is of the architecture that it was made from.
+
     Raises:
         UnsupportedModelError: if the model has no config or its model_type is not registered.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is not None:
+        model_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
     if model_type not in _registry:
         if model_type is None:
             raise UnsupportedModelError(

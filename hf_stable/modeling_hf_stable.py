@@ -1,0 +1,103 @@
+"""Transformers models with LayerNorms removed. This file stands alone: it needs transformers only.
+
+`HfStable<Name>` is the transformers class `<Name>` in which the norms that
+`config.removed_layernorms` lists are the identity: `HfStableGPT2LMHeadModel`, for example, with
+its config `HfStableGPT2Config` of model_type "hf_stable_gpt2".
+
+In config.json a sentence stands where the epsilon of the norms belongs. The classes of
+transformers themselves would bring the norms back; they refuse the folder and show the sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import transformers
+from packaging.version import Version
+from torch import nn
+
+PREFIX = "HfStable"
+MODEL_TYPE_PREFIX = "hf_stable_"
+GUARD = (
+    "no number: LayerNorms of this model were removed, and this class would bring them back. Load "
+    "it by its auto class with trust_remote_code=True, or import hf_stable first"
+)
+
+if Version(transformers.__version__) < Version("5.10"):
+    raise ImportError(
+        f"transformers {transformers.__version__} has other names for some modules, whose weights "
+        "would start anew; install transformers >= 5.10"
+    )
+
+
+def __getattr__(name: str) -> type:
+    """Derive `HfStable<Name>` from the transformers class `<Name>`, when it is first asked for."""
+    native = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or not isinstance(native, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    is_config = issubclass(native, transformers.PreTrainedConfig)
+    members = _config_members(native) if is_config else _model_members(native)
+    globals()[name] = type(name, (native,), {"__module__": __name__, **members})
+    return globals()[name]
+
+
+def _model_members(native: Any) -> dict[str, Any]:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        native.__init__(self, config, *args, **kwargs)
+        for owner, path in find_norms(self, config.removed_layernorms):
+            parent, _, attribute = path.rpartition(".")
+            setattr(owner.get_submodule(parent), attribute, nn.Identity())
+
+    config_name = PREFIX + native.config_class.__name__
+    return {
+        "__doc__": f"`{native.__name__}` without the norms in `config.removed_layernorms`.",
+        "__init__": __init__,
+        "config_class": globals().get(config_name) or __getattr__(config_name),
+    }
+
+
+def _config_members(native: Any) -> dict[str, Any]:
+    epsilon = epsilon_field(native)
+
+    def __init__(self: Any, **kwargs: Any) -> None:
+        # What to_dict writes comes back here: from config.json, and from copies of a config.
+        kwargs.pop("model_type", None)
+        self.removed_layernorms = kwargs.pop("removed_layernorms", {})
+        if "layer_norm_number" in kwargs:
+            kwargs[epsilon] = kwargs.pop("layer_norm_number")
+        native.__init__(self, **kwargs)
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        """Return what config.json holds: the sentence stands in place of the epsilon."""
+        output = native.to_dict(self)
+        if output.get("architectures"):
+            names = [name.removeprefix(PREFIX) for name in output["architectures"]]
+            output["architectures"] = [PREFIX + name for name in names]
+        return output | {"layer_norm_number": output[epsilon], epsilon: GUARD}
+
+    return {
+        "__doc__": f"`{native.__name__}` with `removed_layernorms`: class names to their norms.",
+        "__init__": __init__,
+        "to_dict": to_dict,
+        "model_type": MODEL_TYPE_PREFIX + native.model_type,
+    }
+
+
+def epsilon_field(config_class: Any) -> str:
+    """Return the name of the field of a config class that holds the epsilon of its norms."""
+    for field in dataclasses.fields(config_class):
+        if "norm" in field.name and "eps" in field.name:
+            return field.name
+    raise TypeError(f"{config_class.__name__} has no field for the epsilon of its norms")
+
+
+def find_norms(model: nn.Module, norms: dict[str, list[str]]) -> list[tuple[nn.Module, str]]:
+    """Return (module, path in it) of all norms in a model that are listed by class name."""
+    return [
+        (module, path)
+        for module in model.modules()
+        for cls in type(module).__mro__
+        for path in norms.get(cls.__name__, ())
+        if path in dict(module.named_modules())  # a block may lack cross-attention and its norm
+    ]
