@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ def as_matrix(weight: Tensor) -> Tensor:
         raise ValueError("a scalar has no singular values; give it the shape (1,)")
     if weight.ndim == 1:
         return weight.unsqueeze(1)
-    return weight if weight.ndim == 2 else weight.flatten(1)
+    return weight if weight.ndim == 2 else weight.reshape(len(weight), prod(weight.shape[1:]))
 
 
 def split_blocks(weight: Tensor, num_blocks: int, dim: int) -> tuple[Tensor, ...]:
@@ -126,7 +127,7 @@ def leading_triple(
 
     Args:
         matrix: (..., m, n), any floating dtype, any strides.
-        tolerance: stop when `|W.T u - sigma v| <= tolerance * sigma`.
+        tolerance: stop when `|W v - sigma u| <= tolerance * sigma`.
         max_iterations: bound on products with W, after which the best pair so far is returned;
             where it is reached the two leading values agree to rounding, so sigma is right and
             v is one vector of their common space.

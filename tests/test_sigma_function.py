@@ -68,8 +68,7 @@ def test_first_derivatives_in_every_mode(case):
         (weight, gamma),
         check_forward_ad=True,
         check_batched_grad=True,
-        # torch's own old batching has no rule for flattening a kernel.
-        check_batched_forward_grad=weight.ndim == 2,
+        check_batched_forward_grad=True,
     )
 
 
