@@ -19,7 +19,6 @@ from hf_stable.adamw2_update import (
     RULE_STATE,
     Weight,
     adam_step,
-    batches,
     prepare_state,
     update,
 )
@@ -58,7 +57,8 @@ class AdamW2(Optimizer):
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
         tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
             Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit.
-        power_iterations: power iterations per step and matrix.
+        power_iterations: power iterations per step on each weight; its update, which nothing
+            keeps from jumping, gets one more.
         maximize: ascend instead of descend.
         capturable: tells torch's check that the step may be captured in a CUDA graph. All state
             lives beside the parameters and nothing is read back, so the step is the same.
@@ -149,8 +149,7 @@ class AdamW2(Optimizer):
             elif weights:
                 params = [weight.param for weight in weights]
                 adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
-        for together in batches(ruled):
-            update(together)
+        update(ruled)
         return loss
 
     def _weight(self, param: Tensor, group: dict[str, Any], *, replaced: bool) -> Weight:

@@ -23,7 +23,7 @@ from hf_stable.spectral import (
     spectral_dtype,
 )
 
-__all__ = ["MOMENTS", "RULE_STATE", "Weight", "adam_step", "batches", "prepare_state", "update"]
+__all__ = ["MOMENTS", "RULE_STATE", "Weight", "adam_step", "prepare_state", "update"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW keeps per weight beside `step`; the same here."""
@@ -88,31 +88,6 @@ def prepare_state(weight: Weight) -> None:
         state[key] = vector.repeat(blocks, 1)
 
 
-def batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
-    """Yield the weights that `update` takes together, apart by group.
-
-    Sharded weights of a process group go together whatever their group, so that they share their
-    collectives. Others go by shape, on a CPU up to `CPU_BATCH_NUMEL` entries.
-    """
-    sharded: defaultdict[Any, dict[Any, list[Weight]]] = defaultdict(dict)
-    whole: dict[Any, list[Weight]] = {}
-    for weight in weights:
-        param = weight.param
-        block = weight.blocks(param)[0] if isinstance(param, DTensor) else None
-        if isinstance(block, RowShard):
-            sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
-            continue
-        key = (id(weight.group), param.shape, param.dtype, param.device)
-        together = whole.setdefault(key, [])
-        together.append(weight)
-        if param.device.type == "cpu" and (len(together) + 1) * param.numel() > CPU_BATCH_NUMEL:
-            yield [whole.pop(key)]
-    for together in whole.values():
-        yield [together]
-    for groups in sharded.values():
-        yield list(groups.values())
-
-
 def adam_step(
     weights: list[Weight], targets: list[Tensor], *, lr: float | Tensor, weight_decay: float
 ) -> None:
@@ -154,18 +129,54 @@ def adam_step(
         entries.copy_(copy)
 
 
-def update(together: list[list[Weight]]) -> None:
-    """Step weights under Rule 1, in place; the comments name the lines of Algorithm 1.
+def update(weights: list[Weight]) -> None:
+    """Step weights under Rule 1, in place.
 
-    Working memory: one more copy of these weights.
-
-    Args:
-        together: weights that share their power iterations, apart by group.
+    Working memory: a copy of the largest batch, which is one weight or many small ones of one
+    shape on a CPU, all weights of a shape elsewhere, and the local rows of all sharded ones.
     """
+    work = list(_batches(weights))
+    sizes: defaultdict[Any, int] = defaultdict(int)
+    for (first, *others), *_ in work:
+        key, numel = (first.param.device, first.param.dtype), first.param.numel()
+        if not isinstance(first.param, DTensor):
+            sizes[key] = max(sizes[key], numel * (1 + len(others)))
+    workspace = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
+    for together in work:
+        _step_together(together, workspace)
+
+
+def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
+    """Yield the weights that take their steps together, apart by group.
+
+    Sharded weights of a process group go together whatever their group, so that they share their
+    collectives. Others go by shape, on a CPU up to `CPU_BATCH_NUMEL` entries.
+    """
+    sharded: defaultdict[Any, dict[Any, list[Weight]]] = defaultdict(dict)
+    whole: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        param = weight.param
+        block = weight.blocks(param)[0] if isinstance(param, DTensor) else None
+        if isinstance(block, RowShard):
+            sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
+            continue
+        key = (id(weight.group), param.shape, param.dtype, param.device)
+        together = whole.setdefault(key, [])
+        together.append(weight)
+        if param.device.type == "cpu" and (len(together) + 1) * param.numel() > CPU_BATCH_NUMEL:
+            yield [whole.pop(key)]
+    for together in whole.values():
+        yield [together]
+    for groups in sharded.values():
+        yield list(groups.values())
+
+
+def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -> None:
+    """Step weights that share their power iterations; comments name lines of Algorithm 1."""
     # Lines 3 to 5: the moments, and targets that are multiples of -U_t.
     targets = []
     for weights in together:
-        targets.append([torch.zeros_like(weight.param) for weight in weights])
+        targets.append(_zero_targets(weights, workspace))
         adam_step(weights, targets[-1], lr=_target_scale(weights[0]), weight_decay=0.0)
     # Line 6. Paper: prints sigma1 of the last update; its Eq. 6 has that of W_{t-1}, as here.
     sigma_weights, sigma_targets = _spectral_norms(together, targets)
@@ -176,6 +187,20 @@ def update(together: list[list[Weight]]) -> None:
         rates = _clip(weights, sigma_weight, sigma_target / _target_scale(weights[0]))
         # Lines 10 to 14.
         _move(weights, own_targets, rates)
+
+
+def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[Tensor]:
+    """Return zeros laid out like the moments of each weight, in the workspace unless sharded."""
+    if isinstance(weights[0].param, DTensor):
+        return [torch.zeros_like(weight.param) for weight in weights]
+    layouts = [weight.state["exp_avg"] for weight in weights]
+    space = workspace[layouts[0].device, layouts[0].dtype]
+    size = layouts[0].numel()
+    space[: size * len(layouts)].zero_()
+    return [
+        space.as_strided(layout.shape, layout.stride(), size * i)
+        for i, layout in enumerate(layouts)
+    ]
 
 
 def _target_scale(weight: Weight) -> float:
@@ -194,24 +219,25 @@ def _spectral_norms(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Move the power vectors; return sigma1 of weights and targets, (blocks of the group,) each."""
     weights = [weight for part in together for weight in part]
-    matrices: list[Tensor | RowShard] = []
-    for weight in weights:
-        matrices += weight.blocks(weight.param)
+    own: list[Tensor | RowShard] = []
+    theirs: list[Tensor | RowShard] = []
     for weight, target in zip(weights, [t for part in targets for t in part], strict=True):
-        matrices += weight.blocks(target)
+        own += weight.blocks(weight.param)
+        theirs += weight.blocks(target)
     stored = [v for key in ("weight_v", "update_v") for w in weights for v in w.state[key].unbind()]
-    iterations = max(part[0].group["power_iterations"] for part in together)
-    if any("exempt" not in weight.state for weight in weights):
-        iterations = max(iterations, COLD_ITERATIONS)
-    vectors = stored
-    for _ in range(iterations):
-        triples = power_step(matrices, None, vectors)
-        vectors = [triple.v for triple in triples]
-    torch._foreach_copy_(stored, vectors)
-    counts = [sum(weight.group["blocks"] for weight in part) for part in together]
-    sigmas = [triple.sigma for triple in triples]
-    parts = [torch.stack(sigmas[sum(counts[:i]) :][:n]) for i, n in enumerate(counts * 2)]
-    return parts[: len(together)], parts[len(together) :]
+    steady = max(part[0].group["power_iterations"] for part in together)
+    cold = any("exempt" not in weight.state for weight in weights)
+    together_count = max(steady, COLD_ITERATIONS) if cold else steady
+    triples = power_step(own + theirs, None, stored)
+    for _ in range(together_count - 1):
+        triples = power_step(own + theirs, None, [triple.v for triple in triples])
+    # Rule 1 keeps W from turning fast; nothing keeps U, so it gets one iteration more.
+    triples[len(own) :] = power_step(theirs, None, [triple.v for triple in triples[len(own) :]])
+    torch._foreach_copy_(stored, [triple.v for triple in triples])
+    sigmas = iter([triple.sigma for triple in triples])
+    counts = [len(part) * part[0].group["blocks"] for part in together]
+    stacks = [torch.stack([next(sigmas) for _ in range(count)]) for count in counts * 2]
+    return stacks[: len(together)], stacks[len(together) :]
 
 
 def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
