@@ -156,6 +156,10 @@ class SigmaConv1D(SigmaLayer, Conv1D):
             output = torch.addmm(self.bias, rows, self.effective_weight())
         return output.view(*x.shape[:-1], output.shape[1])
 
+    def __repr__(self) -> str:
+        """Print what `Conv1D` prints of itself, which it does without `extra_repr`."""
+        return f"Sigma{super().__repr__()[:-1]}, sigma_blocks={self.num_blocks})"
+
 
 class SigmaConv2d(SigmaLayer, nn.Conv2d):
     """`nn.Conv2d` (patch embeddings) with the effective weight; W is (out, in, kh, kw)."""
