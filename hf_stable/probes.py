@@ -268,6 +268,6 @@ def _leave_forward(module: nn.Module, args: Any, output: Any) -> None:
 @torch.compiler.disable
 def _observe_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     recorder = _recorders.get(module)
-    if recorder is not None and recorder.is_in_forward:
+    if recorder is not None:
         tokens = args[0] if args else kwargs["hidden_states"]
         recorder.observe_input(module, tokens)

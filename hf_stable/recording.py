@@ -61,7 +61,7 @@ NORM_ITERATIONS = 30
 class Records:
     """What one probe has recorded: for each quantity, a mapping from layer name to its value.
 
-    Layers are blocks, by their qualified name, in the order in which they ran; attention that
+    Layers are blocks, by their qualified name, in the order of the model; attention that
     belongs to no known block, or is a block's second, goes by the name of its own module. Values
     are float32 tensors on the model's device, (heads,) or (), means over what ran.
 
@@ -202,6 +202,8 @@ class Recorder:
         self._layers: dict[nn.Module, str] = {}
         self._projections: dict[nn.Module, str] = {}
         self._measured: set[str] = set()
+        # Within a reentrant checkpoint the first forward builds no graph; recomputation does.
+        self._without_gradient: set[str] = set()
         self._reach: dict[str, tuple[Tensor, Tensor]] = {}
         self._token_norms: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -218,23 +220,31 @@ class Recorder:
         yield from self._projections
 
     def close(self) -> None:
-        """Stop listening to gradients that are still to come."""
+        """Stop listening to gradients still to come; put those that came into model order."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for term in ("norm_dx", "nonfinite_dx"):
+            found = getattr(self.records, term)
+            in_order = {name: found[name] for name in self._blocks.values() if name in found}
+            setattr(self.records, term, in_order)
 
     @torch.no_grad()
     def observe_input(self, module: nn.Module, tokens: Tensor) -> None:
         """Record the tokens (batch, tokens, features) that enter a block or its projection."""
-        if module in self._projections:
+        if module in self._projections and self.is_in_forward:
             self._token_norms[self._projections[module]] = _token_norms(tokens.detach())
+        if module not in self._blocks:
             return
         layer = self._blocks[module]
-        if layer not in self._measured:
-            self._measured.add(layer)
-            self._measure_weights(module, layer)
-        self._observe_tokens("x", layer, tokens.detach())
-        if tokens.requires_grad and not {"norm_dx", "nonfinite_dx"}.isdisjoint(self._terms):
+        if self.is_in_forward:
+            if layer not in self._measured:
+                self._measured.add(layer)
+                self._measure_weights(module, layer)
+            self._observe_tokens("x", layer, tokens.detach())
+            self._without_gradient.add(layer)
+        if tokens.requires_grad and layer in self._without_gradient:
+            self._without_gradient.remove(layer)
             self._handles.append(
                 tokens.register_hook(lambda g: self._observe_tokens("dx", layer, g.detach()))
             )
