@@ -17,14 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.patching import CONFIGS_ATTRIBUTE, STATE_FILE, patch_configs
+from hf_stable.method_config import CONFIGS_ATTRIBUTE
+from hf_stable.norm_removal import RemovalConfig
+from hf_stable.patching import STATE_FILE, patch_configs
 from hf_stable.sidecar import WAY_OUT, SavedState, read_state
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SIGMA_CLASSES, SigmaLayer, SigmaState
 from hf_stable.sigma_reparam import SigmaReparamPlan, sigma_layers
+from hf_stable.standalone import standalone_class
 
 __all__ = ["check_writable", "fold_state_dict", "is_complete", "load", "restoring"]
 
@@ -101,7 +105,8 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
         **kwargs: for `from_pretrained`.
 
     Returns:
-        The model, in evaluation mode, with the raw weights, gamma, sigma, u and v as saved.
+        The model, in evaluation mode, with the raw weights, gamma, sigma, u and v as saved. One
+        without LayerNorms is of a class of `modeling_hf_stable`, derived from the one given.
 
     Raises:
         FileNotFoundError: if there is no sidecar.
@@ -109,6 +114,9 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
         UnsupportedModelError: if a saved layer is not in the model.
     """
     saved = read_state(path)
+    removal = any(isinstance(config, RemovalConfig) for config in saved.configs)
+    if removal and isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        model_class = standalone_class(model_class)
     with _naming_damaged_weights(path):
         model = model_class.from_pretrained(path, **kwargs)
     layers = []
@@ -116,7 +124,9 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
         name, module = _find_layer(model, key, saved)
         block_dim = 1 if isinstance(module, Conv1D) else 0
         saved.check_folds_to(module.weight, key, block_dim)
-        parts = {part: t.to(module.weight.device) for part, t in saved.layer(key).items()}
+        # Copies, for what safetensors hands out lies unaligned in the memory of the file.
+        device = module.weight.device
+        parts = {part: t.to(device, copy=True) for part, t in saved.layer(key).items()}
         with torch.no_grad():
             module.weight.copy_(parts.pop("weight"))
         gamma, sigma, u, v = (parts[part] for part in SigmaLayer.SIGMA_TENSORS)
@@ -221,7 +231,7 @@ def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
     """Read and check the sidecar that a model needs, before anything of the model changes."""
     path = os.path.join(folder, STATE_FILE)
     names = [name for name, _ in sigma_layers(model)]
-    if not names:
+    if not names and not patch_configs(model):
         if os.path.isfile(path):
             raise ValueError(
                 f"{path} shows that a patched model was saved here, but this "

@@ -24,6 +24,7 @@ from hf_stable.method_config import CONFIGS_ATTRIBUTE, MethodConfig
 from hf_stable.modeling_hf_stable import PREFIX, epsilon_field
 
 __all__ = [
+    "RemovalConfig",
     "RemovalPlan",
     "RemoveLayerNormConfig",
     "RemovePreLayerNormConfig",

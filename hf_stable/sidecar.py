@@ -120,7 +120,7 @@ def write_state(
     files = {
         file: {key: tensors[key] for key in keys}
         for file, keys in split.filename_to_tensors.items()
-    }
+    } or {STATE_FILE: {}}  # a method may have no tensors: then it is the configs that count
     if split.is_sharded:
         description["shards"] = sorted(files)
         files[STATE_FILE] = {}  # comes last: the shards count from when it is there

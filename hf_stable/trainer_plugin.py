@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,11 @@ from hf_stable.checkpoints import check_writable, fold_state_dict, is_complete, 
 from hf_stable.patching import patch_configs
 from hf_stable.sidecar import remove_state, write_state
 from hf_stable.sigma_reparam import sigma_layers
+from hf_stable.standalone import (
+    needs_standalone_form,
+    register_auto_classes,
+    standalone_form,
+)
 
 _ADVICE = "Install a version that hf_stable's requirements allow, or a newer hf_stable"
 
@@ -73,6 +79,10 @@ _wraps: list[Wrap] = [
         'gains the handler that builds AdamW2 for optim="adamw2"',
     ),
     Wrap(
+        "transformers:AutoConfig.register",
+        "knows the model types of models without LayerNorms, as do the auto classes of models",
+    ),
+    Wrap(
         "torch.optim.optimizer:register_optimizer_step_post_hook",
         "gains, at the first patch, the hook that refreshes sigma after each optimizer step",
     ),
@@ -98,6 +108,7 @@ def register() -> None:
     for wrap, original in found:
         if getattr(original, _MARK, None) != wrap.target:
             _replace(wrap, original)
+    register_auto_classes()
     _add_optimizer_name()
     _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = _build_adamw2
 
@@ -141,8 +152,9 @@ def _replace(wrap: Wrap, original: Any) -> None:
 
 @_wrapping(
     "transformers.modeling_utils:PreTrainedModel.save_pretrained",
-    "save_directory", "is_main_process", "state_dict", "max_shard_size",
-    reason="folds the weights of a patched model and writes the sidecar; removes a stale sidecar",
+    "save_directory", "is_main_process", "state_dict", "max_shard_size", "save_original_format",
+    reason="folds the weights of a patched model, guards one without LayerNorms and writes the "
+    "sidecar; removes a stale sidecar",
 )  # fmt: skip
 def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(model, *args, **kwargs)
@@ -150,7 +162,8 @@ def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs
     options = call.arguments
     folder, saves_here = options["save_directory"], _saves_here(model, options["is_main_process"])
     raw: dict[str, Tensor] = {}
-    if sigma_layers(model):
+    layers, guarded = sigma_layers(model), needs_standalone_form(model)
+    if layers:
         if options.get("distributed_checkpoint"):
             raise ValueError(
                 "distributed_checkpoint=True writes each rank's raw weights, which no plain model "
@@ -162,12 +175,17 @@ def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs
         options["state_dict"], raw = fold_state_dict(
             model, model.state_dict() if own is None else own
         )
-    result = original(*call.args, **call.kwargs)
+    if guarded:
+        options["save_original_format"] = False  # the names that the modeling file expects
+    with standalone_form(model) if guarded else nullcontext():
+        result = original(*call.args, **call.kwargs)
     # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).
-    if saves_here and raw and not _publishing.get():
-        write_state(folder, patch_configs(model), raw, options["max_shard_size"])
-    elif saves_here and os.path.isdir(folder) and not _has_adapters(model):
-        remove_state(folder)
+    if saves_here and os.path.isdir(folder) and not _has_adapters(model):
+        whole = bool(raw) or not layers
+        if whole and patch_configs(model) and not _publishing.get():
+            write_state(folder, patch_configs(model), raw, options["max_shard_size"])
+        else:
+            remove_state(folder)
     return result
 
 
