@@ -13,13 +13,14 @@ from hf_stable.architectures import (
 )
 from hf_stable.checkpoints import load
 from hf_stable.describing import describe
+from hf_stable.exporting import export, push_to_hub
 from hf_stable.norm_removal import (
     RemoveLayerNormConfig,
     RemovePreLayerNormConfig,
     restore_layernorms,
 )
 from hf_stable.patching import fold, is_patched, patch
-from hf_stable.sigma_reparam import SigmaReparamConfig
+from hf_stable.sigma_reparam import SigmaReparamConfig, refresh
 
 __version__ = "0.1.0"
 
@@ -34,10 +35,12 @@ __all__ = [
     "SigmaReparamConfig",
     "UnsupportedModelError",
     "describe",
+    "export",
     "fold",
     "is_patched",
     "load",
     "patch",
+    "push_to_hub",
     "register_architecture",
     "restore_layernorms",
     "supported_architectures",

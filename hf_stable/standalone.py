@@ -29,6 +29,7 @@ __all__ = [
     "is_standalone",
     "needs_standalone_form",
     "register_auto_classes",
+    "removed_by_class",
     "standalone_class",
     "standalone_config",
     "standalone_form",
@@ -86,7 +87,7 @@ def standalone_config(model: Any) -> Any:
     """
     native = model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())
-    config.removed_layernorms = _removed_by_class(model)
+    config.removed_layernorms = removed_by_class(model)
     config.auto_map = _auto_map(native.__class__)
     return config
 
@@ -135,7 +136,7 @@ def _native_classes(native_config: Any) -> dict[str, Any]:
     return {auto_class: native for auto_class, native in found.items() if native is not None}
 
 
-def _removed_by_class(model: Any) -> dict[str, list[str]]:
+def removed_by_class(model: Any) -> dict[str, list[str]]:
     """Return what of a model's norms is gone, by the class that has it and the path in it."""
     architecture = lookup(model)
     block = architecture.block

@@ -11,6 +11,7 @@ import inspect
 import os
 import pkgutil
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,16 +20,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import PreTrainedModel, __version__
 
+from hf_stable import modeling_hf_stable
 from hf_stable.adamw2 import AdamW2
 from hf_stable.adamw2_groups import ModelAdamW2, parse_options
 from hf_stable.checkpoints import check_writable, fold_state_dict, is_complete, restoring
+from hf_stable.model_cards import amend_card
 from hf_stable.patching import patch_configs
 from hf_stable.sidecar import remove_state, write_state
 from hf_stable.sigma_reparam import sigma_layers
 from hf_stable.standalone import (
+    is_standalone,
     needs_standalone_form,
     register_auto_classes,
     standalone_form,
@@ -211,6 +216,34 @@ for _target in (
     "transformers.trainer:Trainer.push_to_hub",
 ):
     _wrapping(_target, reason="saves without the sidecar, which is not for publishing")(_publish)
+
+
+@_wrapping(
+    "transformers.trainer:Trainer._push_from_checkpoint", "checkpoint_folder",
+    reason="pushes the modeling file of a model without LayerNorms along, and no stale sidecar",
+)  # fmt: skip
+def _push_from_checkpoint(original: Any, trainer: Any, checkpoint_folder: str) -> None:
+    # The original copies weights and config from the checkpoint into the folder that it uploads.
+    output_dir = trainer.args.output_dir
+    code = os.path.join(checkpoint_folder, os.path.basename(modeling_hf_stable.__file__))
+    if os.path.isfile(code):
+        shutil.copy(code, output_dir)
+    if patch_configs(trainer.model):
+        remove_state(output_dir)
+    return original(trainer, checkpoint_folder)
+
+
+@_wrapping(
+    "transformers.trainer:Trainer.create_model_card",
+    reason="the card of a patched model says what was patched and how to load it",
+)
+def _create_model_card(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    original(trainer, *args, **kwargs)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero() and (patch_configs(model) or is_standalone(model)):
+        path = os.path.join(trainer.args.output_dir, "README.md")
+        name = trainer.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
+        amend_card(ModelCard.load(path), model, name=name).save(path)
 
 
 # Resuming
