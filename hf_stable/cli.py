@@ -1,0 +1,341 @@
+"""The command line, `hf-stable`: each command is one library call and the printing of its result.
+
+Tables go to stdout, progress and errors to stderr; where stdout is no terminal, tables are plain
+text without colour or line wrapping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import hf_stable
+
+__all__ = ["app", "main"]
+
+SUCCESS, NO, BAD_INPUT, CRASH, INTERRUPTED = 0, 1, 2, 3, 130
+
+EPILOG = """\
+\b
+Examples:
+  hf-stable demo
+  hf-stable run --patch sigma_reparam train.py --output_dir out
+  hf-stable inspect out/checkpoint-500
+  hf-stable COMMAND --help
+
+\b
+Exit codes:
+  0  done, and the answer is yes
+  1  done, but the answer is no: a demo's claim did not show, a checkpoint or this environment
+     has a problem
+  2  wrong usage or bad input; the message says what to do
+  3  unexpected failure; --debug shows the trace
+  130  interrupted
+"""
+
+# typer carries its own copy of click or uses click itself, depending on its version.
+_UsageError: Any = typer.BadParameter.__base__
+_ClickException: Any = _UsageError.__base__
+
+app = typer.Typer(
+    help="Train Hugging Face Transformers that would not train.",
+    epilog=EPILOG,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure costs against baselines in the same run.")
+app.add_typer(bench, name="bench")
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments; by default those of this process.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"]:
+        # Everything behind the script's name is the script's own, its errors and "--" included.
+        from hf_stable import run
+
+        run.main(argv[1:])
+        return SUCCESS
+    try:
+        return app(argv, prog_name="hf-stable", standalone_mode=False) or SUCCESS
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", INTERRUPTED)
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        return _complain(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return what to say about an error, and the exit code."""
+    if isinstance(error, _ClickException):
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return f"{error.format_message()}{hint}", BAD_INPUT
+    if isinstance(error, OSError | ValueError | TypeError | ImportError):
+        return str(error) or type(error).__name__, BAD_INPUT
+    return f"{type(error).__name__}: {error} (--debug shows the trace)", CRASH
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"hf-stable: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Debug = False,
+) -> None:
+    if version:
+        print(f"hf-stable {hf_stable.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command(
+    epilog="\b\nExamples:\n  hf-stable demo\n  hf-stable demo --quick --output demo-output --json"
+)
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the model, the runs' logs and results.json.")
+    ] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Seed of split, weights and data order.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps only: see that it works, claim nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Train without warmup, save folded, reload: digits, on CPU.
+
+    Trains a small ViT at a high learning rate with and without sigmaReparam, and with AdamW (with
+    and without warmup, and at a lower rate) and AdamW2. Saves the patched model folded and reloads
+    it with stock transformers in a new process. About two minutes on two cores. Exit code 0 only
+    if the reload agrees and, without --quick, the patched run and the AdamW2 run beat the plain
+    ones.
+    """
+    from hf_stable.demo import run_demo
+
+    console = _console()
+
+    def show(part: Any, results: Any) -> None:
+        if not as_json:
+            console.print(part.title, _demo_table(results), "", sep="\n")
+
+    # The Trainer prints its log lines: they are progress, not the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run_demo(
+            output,
+            seed=seed,
+            quick=quick,
+            on_run=lambda run: print(f"Training: {run.name}", file=sys.stderr, flush=True),
+            on_part=show,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        for finding in result.findings:
+            console.print(f"- {finding}")
+        if quick:
+            console.print("- Quick: too few steps to compare the runs, so nothing is claimed.")
+        console.print(f"{result.seconds:.0f} s in all; model and results are in {result.output}")
+    return SUCCESS if result.passed else NO
+
+
+@app.command(
+    epilog="\b\nExamples:\n  hf-stable inspect demo-output/model\n"
+    "  hf-stable inspect model.safetensors --json"
+)
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint folder, or a safetensors file.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show sigma, shape and gamma per layer of a checkpoint.
+
+    gamma is there for patched models. Streamed from safetensors, sharded or not: one tensor in
+    memory at a time, no model is built. Exit code 1 if a matrix has NaN or infinite entries, or
+    the sidecar belongs to another save.
+    """
+    from hf_stable.inspection import inspect_checkpoint
+
+    with _progress("Reading") as on_layer:
+        report = inspect_checkpoint(path, on_layer=on_layer)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_report(report)
+    return SUCCESS if report.is_healthy else NO
+
+
+@app.command(epilog="\b\nExample:\n  hf-stable fold runs/checkpoint-500 plain-model")
+def fold(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a patched model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write the plain model of a patched checkpoint.
+
+    Folded weights, config, tokenizer, no more: it loads with from_pretrained anywhere. What only
+    serves to continue the training (sidecar, optimizer, Trainer state) stays behind.
+    """
+    from hf_stable.folding import fold_checkpoint
+
+    report = fold_checkpoint(source, output)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        print(f"{report.num_layers} patched layers are plain in {report.output}:")
+        print(*(f"  {name}" for name in report.files), sep="\n")
+    return SUCCESS
+
+
+@app.command(epilog="\b\nExample:\n  hf-stable doctor --json")
+def doctor(as_json: Json = False, debug: Debug = False) -> int:
+    """Show versions, what is supported, what was changed.
+
+    The last is the list of all that importing hf_stable changes in a process.
+
+    Exit code 1 if something that hf_stable needs is missing or of a version that it does not fit.
+    """
+    from hf_stable.diagnosis import diagnose
+
+    report = diagnose()
+    if as_json:
+        _print_json(asdict(report) | {"is_healthy": report.is_healthy})
+        return SUCCESS if report.is_healthy else NO
+    console = _console()
+    versions = _table("package", "installed", "needed", "verdict")
+    for row in report.packages:
+        versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
+    console.print("Versions", versions, "", sep="\n")
+    changes = _table("what", "in use", "why")
+    for change in report.changes:
+        changes.add_row(change.target, "yes" if change.active else "not loaded", change.reason)
+    console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
+    for name, values in report.supported.items():
+        console.print(f"{name}: {', '.join(values)}")
+    return SUCCESS if report.is_healthy else NO
+
+
+BenchOutput = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Alternated repetitions of every case.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")]
+Only = Annotated[str, typer.Option(help="Only cases with this text in their name.")]
+
+
+@bench.command(
+    "sigma", epilog="\b\nExample:\n  hf-stable bench sigma --rounds 20 --output sigma.json"
+)
+def _bench_sigma(
+    output: BenchOutput = None,
+    rounds: Rounds = 20,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time sigmaReparam against the plain model and against torch's spectral_norm."""
+    from hf_stable.bench_sigma import bench_sigma
+
+    summaries = bench_sigma(
+        output=output, rounds=rounds, only=only, device=device, console=_console(stderr=as_json)
+    )
+    if as_json:
+        _print_json({"results": [asdict(summary) for summary in summaries]})
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    epilog="\b\nExample:\n  hf-stable run --patch sigma_reparam train.py --warmup_steps 0\n"
+    "hf-stable run --help lists its options.",
+)
+def run() -> None:
+    """Run a training script with hf_stable attached."""
+    raise AssertionError("main() hands this command to hf_stable.run")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # A pipe has no width: nothing is wrapped or cut there.
+    file = sys.stderr if stderr else sys.stdout
+    width = None if file.isatty() else 100_000
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    lines = box.HEAVY_HEAD if sys.stdout.isatty() else None
+    table = Table(box=lines, pad_edge=lines is not None)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _demo_table(results: Sequence[Any]) -> Table:
+    table = _table("run", "test loss", "accuracy", "min sigma", "min gamma", "seconds")
+    for row in results:
+        gamma = "-" if row.gamma is None else f"{row.gamma:.3f}"
+        figures = (f"{row.loss:.3f}", f"{row.accuracy:.1%}", f"{row.sigma:.3f}", gamma)
+        table.add_row(row.name, *figures, f"{row.seconds:.1f}")
+    return table
+
+
+def _print_report(report: Any) -> None:
+    patched = report.kind != "plain"
+    console = _console()
+    columns = ("layer", "shape", "dtype", "sigma", *(("gamma", "raw sigma") * patched))
+    table = _table(*columns)
+    for layer in report.layers:
+        cells = ["x".join(map(str, layer.shape)), layer.dtype, layer.note or _numbers(layer.sigma)]
+        if patched:
+            cells += [_numbers(layer.gamma), _numbers(layer.raw_sigma)]
+        table.add_row(layer.name, *cells)
+    console.print(f"{report.path} ({report.kind})", table, sep="\n")
+    console.print(f"{len(report.layers)} matrices, {report.num_parameters:,} parameters")
+    if report.problem:
+        console.print(f"Problem: {report.problem}")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2))
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Any]:
+    """Show a bar on a terminal's stderr while the yielded function is told (done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

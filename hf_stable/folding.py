@@ -1,0 +1,146 @@
+"""Make a plain checkpoint folder out of one that a patched model left behind, file by file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_stable.inspection import block_dim_of, pair_layers
+from hf_stable.patching import STATE_FILE
+from hf_stable.sigma_function import scale_blocks
+from hf_stable.sigma_layers import SigmaLayer
+from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
+
+__all__ = ["FoldReport", "fold_checkpoint"]
+
+_TRAINING_FILES = ("trainer_state.json", "stability.jsonl")
+_PICKLES = (".bin", ".pt", ".pth")
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold_checkpoint` did.
+
+    Attributes:
+        source: the folder that was read.
+        output: the folder that was written.
+        num_layers: patched layers that are plain in it.
+        files: names of its files.
+    """
+
+    source: str
+    output: str
+    num_layers: int
+    files: tuple[str, ...]
+
+
+def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> FoldReport:
+    """Write the plain model of a folder to another one, without building the model.
+
+    A folder that `save_pretrained` wrote holds folded weights already: they are checked against
+    its sidecar and copied. Where the weights are the raw state dict of a patched model (saved by
+    accelerate or by hand), each becomes `gamma / sigma * W`, one file in memory at a time. Config,
+    tokenizer and the like are copied; the sidecar, pickles and the Trainer's own state are not.
+
+    Args:
+        source: folder of a patched model.
+        output: folder to make; it must not exist, or be empty.
+
+    Raises:
+        FileNotFoundError: if `source` or one of its shards is missing.
+        ValueError: if there is nothing to fold, a file is damaged, the sidecar belongs to another
+            save, or `output` is not empty. Nothing is written then.
+        OSError: if `output` cannot be written.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is there already; give a folder that is new or empty")
+    if source.is_file():
+        raise ValueError(f"{source} is a file; give the folder that it is in")
+    weights, sidecar = open_weights(source), open_sidecar(source)
+    raw = [name.removesuffix(".sigma_u") for name in weights.shapes if name.endswith(".sigma_u")]
+    if sidecar is not None and not raw:
+        num_layers = _check(weights, sidecar)
+    elif raw:
+        num_layers = len(raw)
+    else:
+        raise ValueError(
+            f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
+            "to fold, from_pretrained loads it as it is"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Everything is written beside the output and renamed into place: all of it or nothing.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        partial = Path(folder) / output.name
+        partial.mkdir()
+        _copy_others(source, partial)
+        if raw:
+            _write_folded(weights, partial)
+        else:
+            _copy_weights(weights, partial)
+        partial.replace(output)
+    files = tuple(sorted(file.name for file in output.iterdir()))
+    return FoldReport(str(source), str(output), num_layers, files)
+
+
+def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:
+    """Return the number of the sidecar's layers, all of which fold to one of the weights."""
+    partners, unmatched = pair_layers(weights, sidecar)
+    if unmatched:
+        raise ValueError(
+            f"{sidecar.path} belongs to another save than the weights beside it: {unmatched[0]!r} "
+            "folds to none of them; save the model again"
+        )
+    return len(partners)
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if (
+            file.is_file()
+            and not file.name.endswith(_WEIGHT_FILES)
+            and file.suffix not in _PICKLES
+            and file.name not in _TRAINING_FILES
+        ):
+            shutil.copy2(file, target)
+
+
+def _copy_weights(weights: WeightFiles, target: Path) -> None:
+    for file in weights.files:
+        shutil.copy2(file, target)
+    for index in weights.path.glob("*.safetensors.index.json"):
+        shutil.copy2(index, target)
+
+
+def _write_folded(weights: WeightFiles, target: Path) -> None:
+    """Fold raw weights file by file under their own names, and index them if there are several."""
+    weight_map: dict[str, str] = {}
+    for file in weights.files:
+        names = [name for name, where in weights.file_of.items() if where == file]
+        tensors = {name: _folded(name, weights) for name in names if not _is_sigma(name, weights)}
+        save_file(tensors, target / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file.name)
+    if len(weights.files) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_sigma(name: str, weights: WeightFiles) -> bool:
+    layer, _, part = name.rpartition(".")
+    return part in SigmaLayer.SIGMA_TENSORS and f"{layer}.sigma_u" in weights.shapes
+
+
+def _folded(name: str, weights: WeightFiles) -> Tensor:
+    tensor, layer = weights.read(name), name.removesuffix(".weight")
+    if not name.endswith(".weight") or f"{layer}.sigma_u" not in weights.shapes:
+        return tensor
+    scale = weights.read(f"{layer}.gamma") / weights.read(f"{layer}.sigma")
+    return scale_blocks(tensor, scale, block_dim_of(layer, weights))

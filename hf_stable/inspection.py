@@ -1,0 +1,208 @@
+"""What a checkpoint's matrices look like, streamed from safetensors without building the model."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stable.patching import STATE_FILE
+from hf_stable.sigma_function import scale_blocks
+from hf_stable.spectral import as_matrix, leading_triple, split_blocks
+from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
+
+__all__ = ["CheckpointReport", "LayerSpectrum", "block_dim_of", "inspect_checkpoint", "pair_layers"]
+
+SIGMA_TOLERANCE = 1e-4
+"""Residual at which a singular vector is good enough: sigma's own error is of its square."""
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One matrix of a checkpoint.
+
+    Attributes:
+        name: name of the layer on disk, without ".weight".
+        shape: shape of the tensor, as stored.
+        dtype: its type, such as "bfloat16".
+        sigma: largest singular value of the tensor as it is stored, of each block of a fused one
+            whose blocks have a gamma of their own; empty if `note` says why.
+        gamma: learnable scale of each block, where the layer is patched.
+        raw_sigma: largest singular value of the raw weight in the sidecar.
+        note: why there is no sigma, or None.
+        finite: whether all entries are finite numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sigma: tuple[float, ...]
+    gamma: tuple[float, ...] = ()
+    raw_sigma: tuple[float, ...] = ()
+    note: str | None = None
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `inspect_checkpoint` found.
+
+    Attributes:
+        path: the folder or file.
+        kind: `"plain"`; `"folded"` for plain weights beside a sidecar; `"raw"` for the state dict
+            of a patched model, whose weights are not what the model computes with.
+        layers: its matrices, in the order of the files.
+        num_parameters: entries of all tensors of the model.
+        problem: what makes sidecar and weights not fit together, or None.
+    """
+
+    path: str
+    kind: str
+    layers: tuple[LayerSpectrum, ...]
+    num_parameters: int
+    problem: str | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Return whether every entry is finite, and weights and sidecar are of the same save."""
+        return self.problem is None and all(layer.finite for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self) | {"is_healthy": self.is_healthy}
+
+
+def inspect_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> CheckpointReport:
+    """Compute sigma of every matrix of a checkpoint, one tensor in memory at a time.
+
+    Matrices are the floating-point tensors that are 2-D, or kernels (more dimensions, named
+    "*.weight"), which are flattened as `as_matrix` does. gamma and the raw sigma come from the
+    sidecar, or from the file itself if it is the raw state dict of a patched model.
+
+    Args:
+        path: a folder, sharded or not, or one safetensors file; see `open_weights`.
+        on_layer: called with (matrices done, matrices in all) after each.
+
+    Raises:
+        FileNotFoundError: if there is nothing there, or a shard is missing.
+        ValueError: if there are no safetensors, or a file is damaged.
+    """
+    weights = open_weights(path)
+    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    sidecar = None if weights.path.name.startswith(Path(STATE_FILE).stem) else open_sidecar(folder)
+    partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
+    raw = {name.removesuffix(".sigma_u") for name in weights.shapes if name.endswith(".sigma_u")}
+    names = [name for name in weights.shapes if _is_matrix(name, weights.shapes[name], raw)]
+    layers: list[LayerSpectrum] = []
+    for name, tensor in weights:
+        if name not in names:
+            continue
+        layer = name.removesuffix(".weight")
+        if name in partners:
+            assert sidecar is not None
+            layers.append(_spectrum(layer, tensor, sidecar, partners[name]))
+        else:
+            layers.append(_spectrum(layer, tensor, weights, layer if layer in raw else None))
+        on_layer(len(layers), len(names))
+    problem = None
+    if unmatched and weights.path.is_dir():
+        problem = (
+            f"{STATE_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
+            f"of its layers fold to none of them (first: {unmatched[0]!r})"
+        )
+    return CheckpointReport(
+        path=str(weights.path),
+        kind="raw" if raw else "folded" if sidecar else "plain",
+        layers=tuple(layers),
+        num_parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
+        problem=problem,
+    )
+
+
+def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:
+    """Find, for each layer of a sidecar, the weight that it folds to.
+
+    The sidecar has the names of the model in memory and the weights those on disk, which differ
+    for ViT and Swin. So layers are told by their content: the first row of the folded weight,
+    bit for bit; the name decides where several have the same.
+
+    Returns:
+        The layer of the sidecar for each weight's name, and the layers that fit no weight.
+    """
+    by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+    layers = [name.removesuffix(".gamma") for name in sidecar.shapes if name.endswith(".gamma")]
+    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in layers}
+    for name, shape in weights.shapes.items():
+        if shape in shapes:
+            by_content[_content(shape, weights.read_first_row(name))].append(name)
+    partners: dict[str, str] = {}
+    unmatched = []
+    for layer in layers:
+        name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
+        scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
+        dim = block_dim_of(layer, sidecar)
+        row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
+        candidates = by_content[_content(shape, row)]
+        if not candidates:
+            unmatched.append(layer)
+            continue
+        chosen = name if name in candidates else candidates[0]
+        candidates.remove(chosen)
+        partners[chosen] = layer
+    return partners, unmatched
+
+
+def block_dim_of(layer: str, state: WeightFiles) -> int:
+    """Return the dimension along which the blocks of a patched layer lie.
+
+    u has the length of a block's first side: where that is the whole side, the blocks lie along
+    the other.
+    """
+    num_blocks, height = state.shapes[f"{layer}.sigma_u"]
+    return 1 if num_blocks > 1 and height == state.shapes[f"{layer}.weight"][0] else 0
+
+
+def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
+    return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _is_matrix(name: str, shape: tuple[int, ...], raw: set[str]) -> bool:
+    layer, _, part = name.rpartition(".")
+    if layer in raw and part != "weight":
+        return False
+    return len(shape) == 2 or (len(shape) > 2 and part == "weight")
+
+
+def _spectrum(name: str, tensor: Tensor, state: WeightFiles, layer: str | None) -> LayerSpectrum:
+    """Compute one row; `layer` is the name of its patched layer in `state`, if it is one."""
+    gamma: tuple[float, ...] = ()
+    raw_sigma: tuple[float, ...] = ()
+    dim = 0
+    if layer is not None:
+        gamma = tuple(state.read(f"{layer}.gamma").tolist())
+        raw_sigma = tuple(state.read(f"{layer}.sigma").tolist())
+        dim = block_dim_of(layer, state)
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    note, finite = None, True
+    if not tensor.is_floating_point():
+        note = "not floating point: quantised, or no weight"
+    elif tensor.numel() == 0:
+        note = "empty"
+    elif not torch.isfinite(tensor).all():
+        note, finite = "has NaN or infinite entries", False
+    if note is not None:
+        return LayerSpectrum(name, shape, dtype, (), gamma, raw_sigma, note, finite)
+    blocks = split_blocks(as_matrix(tensor), max(1, len(gamma)), dim)
+    triples = [leading_triple(block, tolerance=SIGMA_TOLERANCE) for block in blocks]
+    sigma = tuple(triple.sigma.item() for triple in triples)
+    return LayerSpectrum(name, shape, dtype, sigma, gamma, raw_sigma)

@@ -1,0 +1,170 @@
+"""Safetensors checkpoints as they lie on disk: which file holds which tensor, read one at a time.
+
+Nothing here builds a model or knows an architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hf_stable.patching import STATE_FILE
+
+__all__ = ["WeightFiles", "open_sidecar", "open_weights", "shape_text", "sidecar_files"]
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The tensors of one checkpoint by name, wherever they are.
+
+    Attributes:
+        path: the folder or file that was asked for.
+        file_of: the file of each tensor, in the order of the files.
+        shapes: the shape of each tensor.
+    """
+
+    path: Path
+    file_of: dict[str, Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the files, each once."""
+        return list(dict.fromkeys(self.file_of.values()))
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            ValueError: if its file is damaged.
+        """
+        with _opened(self.file_of[name]) as file:
+            return file.get_tensor(name)
+
+    def read_first_row(self, name: str) -> Tensor:
+        """Read the first entry along dimension 0 of one tensor, (1, ...), and no more."""
+        with _opened(self.file_of[name]) as file:
+            return file.get_slice(name)[0:1]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Read every tensor, one after the other; each file is opened once."""
+        names: defaultdict[Path, list[str]] = defaultdict(list)
+        for name, file in self.file_of.items():
+            names[file].append(name)
+        for path, inside in names.items():
+            with _opened(path) as file:
+                for name in inside:
+                    yield name, file.get_tensor(name)
+
+
+def open_weights(path: str | os.PathLike[str]) -> WeightFiles:
+    """Find the weights of a checkpoint and read the headers of their files.
+
+    Args:
+        path: a folder as `save_pretrained` or the Trainer writes it, sharded or not; any folder
+            with safetensors files; one such file; or the index of a sharded checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is nothing there, or a shard is missing.
+        ValueError: if there are no safetensors, or a file is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in (_WEIGHTS, _INDEX):
+            if (path / name).is_file():
+                return _read_headers(path, _files_of(path / name))
+        sidecar = set(sidecar_files(path))
+        files = [file for file in sorted(path.glob("*.safetensors")) if file not in sidecar]
+        if not files:
+            raise ValueError(f"{path} holds no safetensors weights{_what_instead(path)}")
+        return _read_headers(path, files)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give a local folder or file")
+    if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+        raise ValueError(f"{path} is no safetensors file{_about_pickles([path])}")
+    return _read_headers(path, _files_of(path))
+
+
+def open_sidecar(folder: Path) -> WeightFiles | None:
+    """Read the headers of a folder's sidecar, or return None where there is none.
+
+    Raises:
+        ValueError: if one of its files is damaged.
+    """
+    files = sidecar_files(folder)
+    return _read_headers(folder / STATE_FILE, files) if folder / STATE_FILE in files else None
+
+
+def sidecar_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's sidecar: itself and its shards."""
+    return sorted(folder.glob(f"{STATE_FILE.removesuffix('.safetensors')}*.safetensors"))
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    """Return a shape as text, such as 768x2304."""
+    return "x".join(map(str, shape))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the files behind a weights file (itself) or an index (its shards)."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it is no index of shards ({error!r})") from error
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise FileNotFoundError(f"{path.parent / name} is missing, which {path.name} names")
+    return [path.parent / name for name in names]
+
+
+def _read_headers(path: Path, files: list[Path]) -> WeightFiles:
+    file_of: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for each in files:
+        with _opened(each) as file:
+            for name in file.keys():
+                file_of[name] = each
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return WeightFiles(path, file_of, shapes)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file, and name it if it turns out to be damaged: safetensors' own error does not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error})") from error
+
+
+def _what_instead(folder: Path) -> str:
+    """Say what the folder has that the user may have meant."""
+    inside = sorted(p.parent.name for p in folder.glob("*/*.safetensors"))
+    if inside:
+        return f"; its subfolders do: {', '.join(dict.fromkeys(inside))}"
+    return _about_pickles(list(folder.iterdir()))
+
+
+def _about_pickles(files: list[Path]) -> str:
+    pickles = sorted(file.name for file in files if file.suffix in _PICKLES)
+    if not pickles:
+        return ""
+    return (
+        f"; {pickles[0]} may be a pickle, which can run code and is not read: load it with "
+        "transformers where you trust it, and save_pretrained writes safetensors"
+    )
