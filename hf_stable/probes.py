@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -37,8 +37,7 @@ __all__ = ["ATTENTION_TERMS", "DEFAULT_TERMS", "TERMS", "Records", "probe"]
 PREFIX = "hf_stable_probe_"
 """Attention functions are registered under this and the native implementation's name."""
 
-# Which recorder listens to which module. Hooks and attention functions look here when they run:
-# what torch.compile has traced of one probe is right for the next.
+# Which recorder listens to which module. Hooks and attention functions look here when they run.
 _recorders: WeakKeyDictionary[nn.Module, Recorder] = WeakKeyDictionary()
 
 
@@ -58,7 +57,8 @@ def probe(
     gradient checkpointing is not recorded again, nor are the one-token steps of `generate`.
     Within the block `model.config` is a private copy, which names the probing attention function;
     a model that shares the config is not affected, and the original is back afterwards, whatever
-    happens.
+    happens. A compiled model runs uncompiled within the block and takes up its graph after it; its
+    outputs then differ by rounding from the compiled ones.
 
     Args:
         model: a transformers model, also inside DDP, FSDP2, `torch.compile` or PEFT wrappers.
@@ -91,9 +91,10 @@ def probe(
     handles: list[Any] = []
     originals = _with_private_configs(inner)
     try:
-        _switch_attention(inner)
+        native = _switch_attention(inner)
         handles += _hook(inner, recorder)
-        yield recorder.records
+        with _uncompiled(native):
+            yield recorder.records
     finally:
         for handle in handles:
             handle.remove()
@@ -158,8 +159,8 @@ def _with_private_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     return originals
 
 
-def _switch_attention(model: PreTrainedModel) -> None:
-    """Make a model call the observing attention function of its native implementation."""
+def _switch_attention(model: PreTrainedModel) -> str:
+    """Make a model call the observing form of its native attention; return the native name."""
     native = model.config._attn_implementation
     if native == "eager" and getattr(model.config, "reorder_and_upcast_attn", False):
         raise UnsupportedModelError(
@@ -178,6 +179,16 @@ def _switch_attention(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not use transformers' attention interface (eager only), "
             "so its attention cannot be observed; its weights can be measured by hf_stable.spectral"
         )
+    return native
+
+
+def _uncompiled(native: str) -> AbstractContextManager[Any]:
+    """Let compiled models run as they were written, for as long as the context is open.
+
+    Traced with hooks, a graph would come in pieces, and torch.compile would go on to use the
+    pieces after the hooks are gone. Flex attention has to be compiled to be itself.
+    """
+    return nullcontext() if "flex" in native else torch.compiler.set_stance("force_eager")
 
 
 def _observed(native: str) -> Callable[..., Any]:
@@ -267,7 +278,5 @@ def _leave_forward(module: nn.Module, args: Any, output: Any) -> None:
 
 @torch.compiler.disable
 def _observe_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    recorder = _recorders.get(module)
-    if recorder is not None:
-        tokens = args[0] if args else kwargs["hidden_states"]
-        recorder.observe_input(module, tokens)
+    if module in _recorders:
+        _recorders[module].observe_input(module, args[0] if args else kwargs["hidden_states"])
