@@ -234,23 +234,21 @@ class AdamW2(Optimizer):
 
 def _check_options(options: dict[str, Any]) -> None:
     """Raise for an option that no AdamW2 group can have."""
-    positive_integers = ("power_iterations", "blocks")
-    checks = {
-        "lr": ("a number >= 0", lambda lr: lr >= 0 and not math.isinf(lr)),
+    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
+        raise ValueError(f"a tensor lr needs one element, got shape {tuple(options['lr'].shape)}")
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "lr": ("a finite number >= 0", lambda lr: 0 <= lr < math.inf),
         "betas": ("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)),
         "eps": ("a number >= 0", lambda eps: eps >= 0),
         "weight_decay": ("a number >= 0", lambda decay: decay >= 0),
         "tau": ("a number > 0; inf switches Rule 1 off", lambda tau: tau > 0),
+        "power_iterations": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
+        "blocks": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
         "block_dim": ("0 or 1", lambda dim: dim in (0, 1)),
     }
     for name, (allowed, holds) in checks.items():
         if not holds(options[name]):
             raise ValueError(f"AdamW2 cannot use {name}={options[name]!r}: give {allowed}")
-    for name in positive_integers:
-        if not isinstance(options[name], int) or options[name] < 1:
-            raise ValueError(f"AdamW2 cannot use {name}={options[name]!r}: give an integer >= 1")
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError(f"a tensor lr needs one element, got shape {tuple(options['lr'].shape)}")
 
 
 def _check_param(param: Any, options: dict[str, Any]) -> None:
