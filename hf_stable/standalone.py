@@ -85,10 +85,10 @@ def standalone_config(model: Any) -> Any:
         UnsupportedModelError: if the model's architecture is not registered (a patched model
             inside another one).
     """
-    native = model.config
+    removed, native = removed_by_class(model), model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())
-    config.removed_layernorms = removed_by_class(model)
-    config.auto_map = _auto_map(native.__class__)
+    config.removed_layernorms = removed
+    config.auto_map = _auto_map(type(native))
     return config
 
 
