@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from hf_stable.settling import mark_settled
 from hf_stable.sigma_layers import SigmaLayer, live_layers
 from hf_stable.spectral import RowShard, matrix_blocks, power_step
 
@@ -66,6 +67,8 @@ def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
         if keep is not None:
             new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
+    for layer in layers:
+        mark_settled(layer)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

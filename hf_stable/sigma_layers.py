@@ -1,8 +1,9 @@
 """Linear layers whose weight is used as `gamma / sigma(W) * W`: sigmaReparam, layer by layer.
 
 `SigmaLinear`, `SigmaConv1D` and `SigmaConv2d` are the plain layers with another class: `weight`
-stays the raw parameter, `gamma` joins it, and three buffers hold the singular triple. Nothing
-here moves the triple; `refreshing` does that, once per optimizer step.
+stays the raw parameter, `gamma` joins it, and three buffers hold the singular triple. `refreshing`
+moves the triple once per optimizer step; where anything else changed the weight (an average of
+weights, a plain state dict), `settling` makes the triple that of the weight before it is used.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable.settling import (
+    mark_moved,
+    mark_settled,
+    settle_if_moved,
+    settle_loaded,
+)
 from hf_stable.sigma_function import effective_weight, spread_over_blocks
 from hf_stable.spectral import (
     RowShard,
@@ -63,6 +70,7 @@ class SigmaLayer(nn.Module):
         sigma_v: (k, n) right singular vectors.
         block_dim: dimension of `weight` along which its blocks lie.
         layer_name: qualified name in the model, for messages.
+        settled_for: identity and version of the weight that the triple was last known to fit.
     """
 
     weight: Tensor
@@ -74,6 +82,7 @@ class SigmaLayer(nn.Module):
     block_dim: int
     layer_name: str
     serial_number: int
+    settled_for: tuple[int, int]
 
     SIGMA_TENSORS = ("gamma", "sigma", "sigma_u", "sigma_v")
 
@@ -84,12 +93,14 @@ class SigmaLayer(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
+        settle_if_moved(self)
         return effective_weight(
             self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.block_dim
         )
 
     def output_scale(self) -> Tensor:
         """Return gamma / sigma over the output features: (1,) or (out_features,)."""
+        settle_if_moved(self)
         return spread_over_blocks(self.gamma / self.sigma, self.weight, self.block_dim).flatten()
 
     def scales_activations(self, num_tokens: int, in_features: int) -> bool:
@@ -111,8 +122,35 @@ class SigmaLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the copy that deepcopy or pickle makes: it keeps refreshing on its own."""
+        from hf_stable.refreshing import install_hooks  # which imports this module
+
         super().__setstate__(state)
         self.register()
+        mark_moved(self)
+        install_hooks()  # in a process that unpickles, nobody has called patch
+
+    def train(self, mode: bool = True) -> SigmaLayer:
+        """Switch between training and evaluation, where averages of weights come and go."""
+        if mode != self.training:
+            mark_moved(self)
+        return super().train(mode)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; another `weight` needs another sigma."""
+        super().register_parameter(name, param)
+        if name == "weight":
+            mark_moved(self)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        names = ("weight", *self.SIGMA_TENSORS)
+        settle_loaded(self, {name for name in names if prefix + name in state_dict})
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        settle_if_moved(self)
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaLayer:
         # bfloat16 would change every weight by up to 0.4 % through gamma and sigma, and a gamma
@@ -263,6 +301,7 @@ def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
     layer.block_dim = state.block_dim
     layer.layer_name = state.name
     layer.register()
+    mark_settled(layer)
     return layer
 
 
@@ -272,6 +311,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
 
     `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
     """
+    settle_if_moved(layer)
     weight = layer.weight
     scale = spread_over_blocks(layer.gamma / layer.sigma, weight, layer.block_dim)
     if isinstance(weight, DTensor):
@@ -282,7 +322,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     weight.copy_(weight.to(scale.dtype) * scale)
     for name in SigmaLayer.SIGMA_TENSORS:
         delattr(layer, name)
-    for name in ("block_dim", "layer_name", "serial_number"):
+    for name in ("block_dim", "layer_name", "serial_number", "settled_for"):
         delattr(layer, name)
     _live.discard(layer)
     plain_class: Any = PLAIN_CLASSES[type(layer)]

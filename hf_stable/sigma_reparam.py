@@ -12,6 +12,7 @@ from torch import nn
 from hf_stable.architectures.registry import FoundLayer, find_layers, lookup
 from hf_stable.method_config import MethodConfig, nearest
 from hf_stable.refreshing import install_hooks
+from hf_stable.settling import settle
 from hf_stable.sigma_layers import SigmaLayer, SigmaState, install, prepare
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SigmaReparamPlan",
     "choose_layers",
     "plan_sigma_reparam",
+    "refresh",
     "sigma_layers",
 ]
 
@@ -95,6 +97,22 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
 def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
     """Return (name, layer) of every sigma layer, in the order of the model."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, SigmaLayer)]
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Make sigma of every sigma layer that of its weight as it is now, in place.
+
+    Optimizer steps, averaging in place, loading, copying and switching between `train` and `eval`
+    are followed without this. Call it after anything else has written to the weights: through
+    `.data`, or, in a model under `torch.compile`, at all. Where nothing has changed, nothing does.
+    Every rank of a sharded model has to call it.
+
+    Returns:
+        The same model.
+    """
+    for _, layer in sigma_layers(model):
+        settle(layer)
+    return model
 
 
 def choose_layers(
