@@ -25,6 +25,7 @@ from hf_stable.product_spectra import (
     spectral_energy_concentration,
     stable_rank,
 )
+from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 from hf_stable.spectral import EXACT_SVD_MAX_DIM, leading_triple, power_step
 
@@ -156,9 +157,12 @@ class _BlockWeights:
         return [self._matrix(path) for path in self._block.mlp_out]
 
     def _matrix(self, path: str) -> Tensor:
-        layer = self._module.get_submodule(path)
-        weight: Any = layer.effective_weight() if isinstance(layer, SigmaLayer) else layer.weight
-        return _whole(weight).T if isinstance(layer, Conv1D) else _whole(weight)
+        layer: Any = self._module.get_submodule(path)
+        weight = _whole(layer.weight)
+        if isinstance(layer, SigmaLayer):
+            scale = _whole(layer.gamma) / layer.sigma
+            weight = scale_blocks(weight, scale, layer.block_dim)
+        return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def _norm_terms(module: nn.Module, block: Block) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -182,6 +184,31 @@ def test_uniform_is_log_t_and_one_hot_is_zero():
         assert torch.equal(
             attention_entropy_from_logits(torch.eye(length) * 1e4), torch.zeros(length)
         )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+def test_no_t_by_t_tensor_exists_at_4096_tokens():
+    q, k = random_qk(batch=1, heads=2, kv_heads=1, length=4096)
+    with LargestTensor() as exact:
+        attention_entropy_from_qk(q, k, is_causal=True)
+    assert exact.size <= entropy_module.CHUNK_ELEMENTS < 4096**2 / 2
+    with LargestTensor() as sampled:
+        attention_entropy_from_qk(q, k, is_causal=True, queries=64)
+    assert sampled.size <= 2 * 64 * 4096
 
 
 # Samples of queries.
