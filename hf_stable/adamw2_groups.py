@@ -13,7 +13,7 @@ from hf_stable.adamw2 import AdamW2
 from hf_stable.architectures.registry import UnsupportedModelError, find_layers, lookup
 from hf_stable.method_config import nearest
 
-__all__ = ["ModelAdamW2", "parameter_rules", "parse_options"]
+__all__ = ["ModelAdamW2", "parameter_rules", "parse_options", "refuse_deepspeed"]
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int}
 _TRAINER_FIELDS = {
@@ -79,6 +79,15 @@ def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
             TrainingArguments field to set instead; or for a value that is no number.
     """
     return {key: _parse(key, text) for key, text in texts.items()}
+
+
+def refuse_deepspeed(args: Any) -> None:
+    """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
+            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
+        )
 
 
 def _parse(key: str, text: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,7 +31,14 @@ from hf_stable.sigma_layers import SIGMA_CLASSES, SigmaLayer, SigmaState
 from hf_stable.sigma_reparam import SigmaReparamPlan, sigma_layers
 from hf_stable.standalone import standalone_class
 
-__all__ = ["check_writable", "fold_state_dict", "is_complete", "load", "restoring"]
+__all__ = [
+    "check_writable",
+    "fold_state_dict",
+    "is_complete",
+    "load",
+    "newest_complete",
+    "restoring",
+]
 
 Folder = str | os.PathLike[str]
 
@@ -196,6 +204,14 @@ def is_complete(checkpoint: Folder) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return True
+
+
+def newest_complete(folder: Folder) -> str | None:
+    """Return the path of the last checkpoint of a run that was saved to the end, if any was."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", name), name) for name in os.listdir(folder)]
+    newest_first = sorted(((int(match[1]), name) for match, name in found if match), reverse=True)
+    paths = (os.path.join(folder, name) for _, name in newest_first)
+    return next((path for path in paths if is_complete(path)), None)
 
 
 def _whole(value: Any) -> Any:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import os
 import pkgutil
-import re
 import shutil
 import sys
 import warnings
@@ -26,8 +25,14 @@ from transformers import PreTrainedModel, __version__
 
 from hf_stable import modeling_hf_stable
 from hf_stable.adamw2 import AdamW2
-from hf_stable.adamw2_groups import ModelAdamW2, parse_options
-from hf_stable.checkpoints import check_writable, fold_state_dict, is_complete, restoring
+from hf_stable.adamw2_groups import ModelAdamW2, parse_options, refuse_deepspeed
+from hf_stable.checkpoints import (
+    check_writable,
+    fold_state_dict,
+    is_complete,
+    newest_complete,
+    restoring,
+)
 from hf_stable.model_cards import amend_card
 from hf_stable.patching import patch_configs
 from hf_stable.sidecar import remove_state, write_state
@@ -303,10 +308,7 @@ def _get_last_checkpoint(original: Any, folder: str) -> str | None:
     last = original(folder)
     if last is None or is_complete(last):
         return last
-    numbered = [(re.fullmatch(r"checkpoint-(\d+)", name), name) for name in os.listdir(folder)]
-    newest_first = sorted(((int(m[1]), name) for m, name in numbered if m), reverse=True)
-    paths = [os.path.join(folder, name) for _, name in newest_first]
-    complete = next((path for path in paths if is_complete(path)), None)
+    complete = newest_complete(folder)
     warnings.warn(
         f"{last} was not saved to the end (its trainer_state.json or a weights file is missing or "
         f"cut short); resuming from {complete or 'nothing'} instead",
@@ -408,11 +410,7 @@ def _optimizer_name(value: str) -> OptimizerNames:
 
 def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, Any]]:
     """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
-    if getattr(context.args, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
-            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
-        )
+    refuse_deepspeed(context.args)
     options = parse_options(context.optim_args)
     arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
     if context.model is None:

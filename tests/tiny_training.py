@@ -35,7 +35,7 @@ def dataset(model, size: int = 40, seed: int = 1) -> list[dict[str, torch.Tensor
     return [{key: value[i] for key, value in batch.items()} for i in range(size)]
 
 
-def make_trainer(model, folder, *, callbacks=(), trainer_class=Trainer, **options):
+def make_trainer(model, folder, *, callbacks=(), model_init=None, **options):
     """A Trainer on the CPU that writes a checkpoint and a loss at every step."""
     settings = dict(
         max_steps=6, per_device_train_batch_size=8, per_device_eval_batch_size=8,
@@ -44,11 +44,13 @@ def make_trainer(model, folder, *, callbacks=(), trainer_class=Trainer, **option
         report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
     )  # fmt: skip
     args = TrainingArguments(str(folder), **(settings | options))
-    return trainer_class(
+    examples = model if model is not None else model_init()
+    return Trainer(
         model,
         args,
-        train_dataset=dataset(model),
-        eval_dataset=dataset(model, seed=2),
+        model_init=model_init,
+        train_dataset=dataset(examples),
+        eval_dataset=dataset(examples, seed=2),
         callbacks=list(callbacks),
     )
 
