@@ -96,8 +96,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
     their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
-    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. Removed norms stay
-    removed, with a warning that says so: they are no weights that could be folded.
+    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. DDP and FSDP2 keep
+    lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
+    norms stay removed, with a warning that says so: they are no weights that could be folded.
 
     Returns:
         The same model.
