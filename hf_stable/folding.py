@@ -12,10 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_stable.inspection import block_dim_of, pair_layers
+from hf_stable.inspection import pair_layers
 from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
-from hf_stable.sigma_layers import SigmaLayer
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
 
 __all__ = ["FoldReport", "fold_checkpoint"]
@@ -66,11 +65,10 @@ def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[st
     if source.is_file():
         raise ValueError(f"{source} is a file; give the folder that it is in")
     weights, sidecar = open_weights(source), open_sidecar(source)
-    raw = [name.removesuffix(".sigma_u") for name in weights.shapes if name.endswith(".sigma_u")]
-    if sidecar is not None and not raw:
+    if weights.raw_layers:
+        num_layers = len(weights.raw_layers)
+    elif sidecar is not None:
         num_layers = _check(weights, sidecar)
-    elif raw:
-        num_layers = len(raw)
     else:
         raise ValueError(
             f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
@@ -82,7 +80,7 @@ def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[st
         partial = Path(folder) / output.name
         partial.mkdir()
         _copy_others(source, partial)
-        if raw:
+        if weights.raw_layers:
             _write_folded(weights, partial)
         else:
             _copy_weights(weights, partial)
@@ -124,8 +122,12 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
     """Fold raw weights file by file under their own names, and index them if there are several."""
     weight_map: dict[str, str] = {}
     for file in weights.files:
-        names = [name for name, where in weights.file_of.items() if where == file]
-        tensors = {name: _folded(name, weights) for name in names if not _is_sigma(name, weights)}
+        names = [
+            name
+            for name, where in weights.file_of.items()
+            if where == file and not weights.belongs_to_raw_layer(name)
+        ]
+        tensors = {name: _folded(name, weights) for name in names}
         save_file(tensors, target / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     if len(weights.files) > 1:
@@ -133,14 +135,9 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _is_sigma(name: str, weights: WeightFiles) -> bool:
-    layer, _, part = name.rpartition(".")
-    return part in SigmaLayer.SIGMA_TENSORS and f"{layer}.sigma_u" in weights.shapes
-
-
 def _folded(name: str, weights: WeightFiles) -> Tensor:
     tensor, layer = weights.read(name), name.removesuffix(".weight")
     if not name.endswith(".weight") or f"{layer}.sigma_u" not in weights.shapes:
         return tensor
     scale = weights.read(f"{layer}.gamma") / weights.read(f"{layer}.sigma")
-    return scale_blocks(tensor, scale, block_dim_of(layer, weights))
+    return scale_blocks(tensor, scale, weights.block_dim(layer))

@@ -17,7 +17,7 @@ from hf_stable.sigma_function import scale_blocks
 from hf_stable.spectral import as_matrix, leading_triple, split_blocks
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
 
-__all__ = ["CheckpointReport", "LayerSpectrum", "block_dim_of", "inspect_checkpoint", "pair_layers"]
+__all__ = ["CheckpointReport", "LayerSpectrum", "inspect_checkpoint", "pair_layers"]
 
 SIGMA_TOLERANCE = 1e-4
 """Residual at which a singular vector is good enough: sigma's own error is of its square."""
@@ -58,7 +58,7 @@ class CheckpointReport:
         kind: `"plain"`; `"folded"` for plain weights beside a sidecar; `"raw"` for the state dict
             of a patched model, whose weights are not what the model computes with.
         layers: its matrices, in the order of the files.
-        num_parameters: entries of all tensors of the model.
+        num_parameters: entries of all tensors of the plain model.
         problem: what makes sidecar and weights not fit together, or None.
     """
 
@@ -101,8 +101,9 @@ def inspect_checkpoint(
     folder = weights.path if weights.path.is_dir() else weights.path.parent
     sidecar = None if weights.path.name.startswith(Path(STATE_FILE).stem) else open_sidecar(folder)
     partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
-    raw = {name.removesuffix(".sigma_u") for name in weights.shapes if name.endswith(".sigma_u")}
-    names = [name for name in weights.shapes if _is_matrix(name, weights.shapes[name], raw)]
+    raw = set(weights.raw_layers)
+    own = {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
+    names = {name for name, shape in own.items() if _is_matrix(name, shape)}
     layers: list[LayerSpectrum] = []
     for name, tensor in weights:
         if name not in names:
@@ -124,7 +125,7 @@ def inspect_checkpoint(
         path=str(weights.path),
         kind="raw" if raw else "folded" if sidecar else "plain",
         layers=tuple(layers),
-        num_parameters=sum(torch.Size(shape).numel() for shape in weights.shapes.values()),
+        num_parameters=sum(torch.Size(shape).numel() for shape in own.values()),
         problem=problem,
     )
 
@@ -140,17 +141,16 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
         The layer of the sidecar for each weight's name, and the layers that fit no weight.
     """
     by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    layers = [name.removesuffix(".gamma") for name in sidecar.shapes if name.endswith(".gamma")]
-    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in layers}
+    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in sidecar.raw_layers}
     for name, shape in weights.shapes.items():
         if shape in shapes:
             by_content[_content(shape, weights.read_first_row(name))].append(name)
     partners: dict[str, str] = {}
     unmatched = []
-    for layer in layers:
+    for layer in sidecar.raw_layers:
         name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
         scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
-        dim = block_dim_of(layer, sidecar)
+        dim = sidecar.block_dim(layer)
         row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
         candidates = by_content[_content(shape, row)]
         if not candidates:
@@ -162,25 +162,12 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
     return partners, unmatched
 
 
-def block_dim_of(layer: str, state: WeightFiles) -> int:
-    """Return the dimension along which the blocks of a patched layer lie.
-
-    u has the length of a block's first side: where that is the whole side, the blocks lie along
-    the other.
-    """
-    num_blocks, height = state.shapes[f"{layer}.sigma_u"]
-    return 1 if num_blocks > 1 and height == state.shapes[f"{layer}.weight"][0] else 0
-
-
 def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
     return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _is_matrix(name: str, shape: tuple[int, ...], raw: set[str]) -> bool:
-    layer, _, part = name.rpartition(".")
-    if layer in raw and part != "weight":
-        return False
-    return len(shape) == 2 or (len(shape) > 2 and part == "weight")
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 or (len(shape) > 2 and name.endswith(".weight"))
 
 
 def _spectrum(name: str, tensor: Tensor, state: WeightFiles, layer: str | None) -> LayerSpectrum:
@@ -191,7 +178,7 @@ def _spectrum(name: str, tensor: Tensor, state: WeightFiles, layer: str | None) 
     if layer is not None:
         gamma = tuple(state.read(f"{layer}.gamma").tolist())
         raw_sigma = tuple(state.read(f"{layer}.sigma").tolist())
-        dim = block_dim_of(layer, state)
+        dim = state.block_dim(layer)
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     note, finite = None, True
     if not tensor.is_floating_point():

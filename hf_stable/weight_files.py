@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_stable.patching import STATE_FILE
+from hf_stable.sigma_layers import SigmaLayer
 
-__all__ = ["WeightFiles", "open_sidecar", "open_weights", "shape_text", "sidecar_files"]
+__all__ = ["WeightFiles", "open_sidecar", "open_weights"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -43,6 +44,25 @@ class WeightFiles:
     def files(self) -> list[Path]:
         """Return the files, each once."""
         return list(dict.fromkeys(self.file_of.values()))
+
+    @property
+    def raw_layers(self) -> list[str]:
+        """Return the layers that are here with their raw weight, gamma, sigma, u and v."""
+        return [name.removesuffix(".sigma_u") for name in self.shapes if name.endswith(".sigma_u")]
+
+    def belongs_to_raw_layer(self, name: str) -> bool:
+        """Say whether a tensor is what a patched layer has beside its weight."""
+        layer, _, part = name.rpartition(".")
+        return part in SigmaLayer.SIGMA_TENSORS and f"{layer}.sigma_u" in self.shapes
+
+    def block_dim(self, raw_layer: str) -> int:
+        """Return the dimension along which the blocks of a raw layer lie.
+
+        u has the length of a block's first side: where that is the whole side, the blocks lie
+        along the other.
+        """
+        num_blocks, height = self.shapes[f"{raw_layer}.sigma_u"]
+        return 1 if num_blocks > 1 and height == self.shapes[f"{raw_layer}.weight"][0] else 0
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -85,7 +105,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFiles:
         for name in (_WEIGHTS, _INDEX):
             if (path / name).is_file():
                 return _read_headers(path, _files_of(path / name))
-        sidecar = set(sidecar_files(path))
+        sidecar = set(_sidecar_files(path))
         files = [file for file in sorted(path.glob("*.safetensors")) if file not in sidecar]
         if not files:
             raise ValueError(f"{path} holds no safetensors weights{_what_instead(path)}")
@@ -103,18 +123,13 @@ def open_sidecar(folder: Path) -> WeightFiles | None:
     Raises:
         ValueError: if one of its files is damaged.
     """
-    files = sidecar_files(folder)
+    files = _sidecar_files(folder)
     return _read_headers(folder / STATE_FILE, files) if folder / STATE_FILE in files else None
 
 
-def sidecar_files(folder: Path) -> list[Path]:
+def _sidecar_files(folder: Path) -> list[Path]:
     """Return the files of a folder's sidecar: itself and its shards."""
     return sorted(folder.glob(f"{STATE_FILE.removesuffix('.safetensors')}*.safetensors"))
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    """Return a shape as text, such as 768x2304."""
-    return "x".join(map(str, shape))
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -123,7 +138,7 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: it is no index of shards ({error!r})") from error
     for name in names:
         if not (path.parent / name).is_file():

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: streams, exit codes, help, terminals and pipes."""
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import sgd_steps, tiny_model
+from safetensors.torch import save_file
+
+import hf_stable
+from hf_stable.cli import BAD_INPUT, CRASH, NO, SUCCESS, app, main
+from hf_stable.trainer_plugin import WRAPPED
+
+COMMANDS = ("demo", "inspect", "fold", "doctor", "bench sigma", "run")
+
+
+def hf_stable_command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "hf_stable.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    sgd_steps(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_version(capsys):
+    assert main(["--version"]) == SUCCESS
+    assert capsys.readouterr() == (f"hf-stable {hf_stable.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_commands_examples_and_exit_codes(capsys, arguments):
+    assert main(arguments) == SUCCESS
+    out, err = capsys.readouterr()
+    assert err == ""
+    for command in COMMANDS:
+        assert re.search(rf"^  {command.split()[0]} ", out, re.M)
+    assert not re.search(r"^  .*\.\.\.$", out, re.M)  # every summary fits its line
+    assert "Examples:\n    hf-stable demo\n" in out
+    for code in (SUCCESS, NO, BAD_INPUT, CRASH):
+        assert re.search(rf"^ +{code}  ", out, re.M)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "run"])
+def test_each_command_has_help_with_an_example_that_parses(capsys, command):
+    assert main([*command.split(), "--help"]) == SUCCESS
+    out = capsys.readouterr().out
+    examples = re.findall(r"^ +(hf-stable .*)$", out.partition("Example")[2], re.M)
+    assert examples
+    for example in examples:
+        assert example.startswith(f"hf-stable {command}")
+        options = [word for word in shlex.split(example) if word.startswith("--")]
+        assert all(option in out for option in options)
+
+
+def test_run_goes_to_the_launcher(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["run", "--help"])
+    assert end.value.code == 0
+    assert "--patch" in capsys.readouterr().out
+
+
+def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
+    damaged = tmp_path / "model.safetensors"
+    damaged.write_bytes((checkpoint / "model.safetensors").read_bytes()[:-10])
+    done = hf_stable_command("inspect", damaged)
+    assert done.returncode == BAD_INPUT
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"hf-stable: error: {damaged} is truncated or damaged")
+    assert main(["inspect", str(damaged), "--debug"]) == BAD_INPUT
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "open_weights" in err
+    assert err.splitlines()[-1] == done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demoo"], "demoo"),
+        (["inspect"], "path"),
+        (["inspect", "a", "b"], "unexpected extra argument"),
+        (["demo", "--seed", "x"], "seed"),
+        (["demo", "--sed", "1"], "--sed"),
+        (["bench", "sigma", "--rounds", "0"], "rounds"),
+        (["bench", "sigma", "--only", "nothing like it"], "no case has 'nothing like it'"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+        (["fold", "nowhere", "out"], "nowhere does not exist"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("hf-stable: error: ") and err.count("\n") == 1
+    assert message in err.lower() if message.islower() else message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unexpected_failure_has_its_own_code_and_names_debug(capsys, monkeypatch):
+    def fail():
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("hf_stable.diagnosis.diagnose", fail)
+    assert main(["doctor"]) == CRASH
+    line = "hf-stable: error: ZeroDivisionError: a bug (--debug shows the trace)\n"
+    assert capsys.readouterr().err == line
+    assert main(["--debug", "doctor"]) == CRASH
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_inspect_prints_plain_text_into_a_pipe(checkpoint):
+    done = hf_stable_command("inspect", checkpoint, env={**os.environ, "COLUMNS": "40"})
+    assert done.returncode == SUCCESS
+    assert done.stderr == ""
+    assert done.stdout.isascii() and "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{checkpoint} (folded)"
+    assert lines[1].split() == ["layer", "shape", "dtype", "sigma", "gamma", "raw", "sigma"]
+    row = next(line for line in lines if "h.0.mlp.c_proj" in line)
+    assert re.fullmatch(r"\S+ +64x16 +float32 +[\d.]+ +[\d.]+ +[\d.]+ *", row)
+
+
+def test_inspect_draws_a_table_on_a_terminal(checkpoint):
+    parent, child = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_stable.cli", "inspect", str(checkpoint)],
+        stdout=child,
+        stderr=child,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    ) as process:
+        os.close(child)
+        output = b""
+        while chunk := _read(parent):
+            output += chunk
+    os.close(parent)
+    assert process.returncode == SUCCESS
+    assert "\u2503" in output.decode()  # a line between columns
+    assert b"\x1b[" in output
+
+
+def _read(terminal):
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other side is closed
+        return b""
+
+
+def test_inspect_as_json(capsys, checkpoint):
+    assert main(["inspect", str(checkpoint), "--json"]) == SUCCESS
+    report = json.loads(capsys.readouterr().out)
+    assert report["is_healthy"] and report["kind"] == "folded"
+    fused = next(layer for layer in report["layers"] if layer["name"].endswith("h.0.attn.c_attn"))
+    assert fused["shape"] == [16, 48] and len(fused["gamma"]) == len(fused["sigma"]) == 3
+
+
+def test_inspect_says_no_to_a_matrix_with_nan(capsys, tmp_path):
+    save_file({"a.weight": torch.full((2, 2), float("nan"))}, tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path)]) == NO
+    assert "NaN" in capsys.readouterr().out
+
+
+def test_fold_writes_a_plain_folder(capsys, checkpoint, tmp_path):
+    output = tmp_path / "plain"
+    assert main(["fold", str(checkpoint), str(output)]) == SUCCESS
+    assert "model.safetensors" in capsys.readouterr().out
+    assert main(["inspect", str(output), "--json"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["kind"] == "plain"
+    assert main(["fold", str(output), str(tmp_path / "again")]) == BAD_INPUT
+    assert "nothing to fold" in capsys.readouterr().err
+    assert main(["fold", str(checkpoint), str(tmp_path / "json"), "--json"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["num_layers"] == 8
+
+
+def test_doctor_lists_versions_support_and_every_change(capsys):
+    assert main(["doctor"]) == SUCCESS
+    out = capsys.readouterr().out
+    for wrap in WRAPPED:
+        assert wrap.target in out and wrap.reason in out
+    assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
+    assert main(["doctor", "--json"]) == SUCCESS
+    report = json.loads(capsys.readouterr().out)
+    assert report["is_healthy"]
+    assert [change["target"] for change in report["changes"]] == [w.target for w in WRAPPED]
+    assert all(change["active"] for change in report["changes"] if "peft" not in change["target"])
+    assert "adamw2" in report["supported"]["optimizers"]
+
+
+def test_doctor_says_no_to_a_version_that_does_not_fit(capsys, monkeypatch):
+    def requires(name):
+        return ["torch>=99", "no-such-package>=1", 'no-such-extra; extra == "recipes"']
+
+    monkeypatch.setattr("hf_stable.diagnosis.requires", requires)
+    assert main(["doctor", "--json"]) == NO
+    packages = json.loads(capsys.readouterr().out)["packages"]
+    verdicts = {row["name"]: row["verdict"] for row in packages}
+    assert verdicts["torch"] == "does not fit"
+    assert verdicts["no-such-package"] == "missing"
+    assert verdicts["no-such-extra"] == "optional"
+
+
+def test_every_command_is_covered_here():
+    commands = [each.name or each.callback.__name__ for each in app.registered_commands]
+    commands += [
+        f"{group.name} {each.name}"
+        for group in app.registered_groups
+        for each in group.typer_instance.registered_commands
+    ]
+    assert sorted(commands) == sorted(COMMANDS)

@@ -1,0 +1,105 @@
+"""Plain folders out of patched ones, without building the model."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import DEFAULT_HEADS, sgd_steps, tiny_batch, tiny_model
+from safetensors.torch import load_file, save_file
+
+import hf_stable
+from hf_stable.folding import fold_checkpoint
+
+
+@pytest.fixture
+def model(model_type):
+    model = hf_stable.patch(tiny_model(model_type), "sigma_reparam", init="one").eval()
+    sgd_steps(model)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**tiny_batch(model)).logits
+
+
+def load_plain(model, folder):
+    cls = getattr(transformers, DEFAULT_HEADS[model.config.model_type])
+    plain, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not hf_stable.is_patched(plain)
+    return plain.eval()
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_a_saved_folder_is_copied_without_what_only_training_needs(model, tmp_path, max_shard_size):
+    source, output = tmp_path / "checkpoint-5", tmp_path / "plain"
+    model.save_pretrained(source, max_shard_size=max_shard_size)
+    for name in ("optimizer.pt", "trainer_state.json", "rng_state.pth", "training_args.bin"):
+        (source / name).write_text("{}")
+    (source / "tokenizer.json").write_text("{}")
+    report = fold_checkpoint(source, output)
+    expected = {file.name for file in source.glob("model*")} | {"config.json", "tokenizer.json"}
+    expected |= {file.name for file in source.glob("generation_config.json")}
+    assert set(report.files) == expected == {file.name for file in output.iterdir()}
+    assert report.num_layers == hf_stable.describe(model).num_patched
+    assert (source / "hf_stable_state.safetensors").exists()
+    torch.testing.assert_close(logits(load_plain(model, output)), logits(model))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+def test_raw_weights_are_folded(model, tmp_path, num_files):
+    source, output = tmp_path / "raw", tmp_path / "plain"
+    model.config.save_pretrained(source)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if k not in tied}
+    names = sorted(tensors)
+    for number in range(num_files):
+        part = {name: tensors[name] for name in names[number::num_files]}
+        name = f"model-{number}.safetensors" if num_files > 1 else "model.safetensors"
+        save_file(part, source / name, metadata={"format": "pt"})
+    report = fold_checkpoint(source, output)
+    assert report.num_layers == hf_stable.describe(model).num_patched
+    plain = load_plain(model, output)
+    torch.testing.assert_close(logits(plain), logits(model))
+    raw = load_file(next(source.glob("*.safetensors")))
+    assert any(not torch.equal(raw[key], plain.state_dict()[key])
+               for key in raw if key in plain.state_dict())  # fmt: skip
+    expected = hf_stable.fold(model).state_dict()
+    assert all(torch.equal(expected[key], value) for key, value in plain.state_dict().items())
+
+
+def test_nothing_is_written_when_it_cannot_be_done(tmp_path):
+    model = hf_stable.patch(tiny_model("bert"), "sigma_reparam")
+    source, output = tmp_path / "source", tmp_path / "out"
+    tiny_model("bert").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="is plain.*nothing to fold"):
+        fold_checkpoint(tmp_path / "plain", output)
+    model.save_pretrained(source)
+    sgd_steps(model)
+    model.save_pretrained(tmp_path / "late")
+    shutil.copytree(source, tmp_path / "mixed")
+    shutil.copy(tmp_path / "late" / "hf_stable_state.safetensors", tmp_path / "mixed")
+    with pytest.raises(ValueError, match="another save than the weights beside it"):
+        fold_checkpoint(tmp_path / "mixed", output)
+    with pytest.raises(ValueError, match="is there already"):
+        fold_checkpoint(source, tmp_path / "late")
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        fold_checkpoint(source / "model.safetensors", output)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fold_checkpoint(tmp_path / "nowhere", output)
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
+        fold_checkpoint(source, output)
+    assert not output.exists()
+    assert not list(tmp_path.glob(".out-*"))
+
+
+def test_an_empty_output_folder_is_used(tmp_path):
+    model = hf_stable.patch(tiny_model("bert"), "sigma_reparam")
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "out").mkdir()
+    fold_checkpoint(tmp_path / "source", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
