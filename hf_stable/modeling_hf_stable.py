@@ -38,8 +38,11 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     is_config = issubclass(native, transformers.PreTrainedConfig)
     members = _config_members(native) if is_config else _model_members(native)
-    globals()[name] = type(name, (native,), {"__module__": __name__, **members})
-    return globals()[name]
+    derived: Any = type(name, (native,), {"__module__": __name__, **members})
+    if is_config:
+        derived.register_for_auto_class()  # so that saving it saves this file with it
+    globals()[name] = derived
+    return derived
 
 
 def _model_members(native: Any) -> dict[str, Any]:

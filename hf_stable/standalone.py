@@ -111,7 +111,6 @@ def register_auto_classes() -> None:
     for model_type in supported_architectures():
         native_config = transformers.CONFIG_MAPPING[model_type]
         config_class = standalone_class(native_config)
-        config_class.register_for_auto_class()  # saving a config copies its modeling file
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, native in _native_classes(native_config).items():
             getattr(transformers, auto_class).register(
