@@ -270,6 +270,27 @@ def _bench_sigma(
         _print_json({"results": [asdict(summary) for summary in summaries]})
 
 
+@bench.command(
+    "adamw2", epilog="\b\nExample:\n  hf-stable bench adamw2 --rounds 10 --output adamw2.json"
+)
+def _bench_adamw2(
+    output: BenchOutput = None,
+    rounds: Rounds = 10,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."""
+    from hf_stable.bench_adamw2 import bench_adamw2
+
+    summaries = bench_adamw2(
+        output=output, rounds=rounds, only=only, device=device, console=_console(stderr=as_json)
+    )
+    if as_json:
+        _print_json({"results": [asdict(summary) for summary in summaries]})
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog="\b\nExample:\n  hf-stable run --patch sigma_reparam train.py --warmup_steps 0\n"

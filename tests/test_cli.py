@@ -17,7 +17,7 @@ import hf_stable
 from hf_stable.cli import BAD_INPUT, CRASH, NO, SUCCESS, app, main
 from hf_stable.trainer_plugin import WRAPPED
 
-COMMANDS = ("demo", "inspect", "fold", "doctor", "bench sigma", "run")
+COMMANDS = ("demo", "inspect", "fold", "doctor", "bench sigma", "bench adamw2", "run")
 
 
 def hf_stable_command(*arguments, **options):
@@ -99,6 +99,7 @@ def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
         (["demo", "--sed", "1"], "--sed"),
         (["bench", "sigma", "--rounds", "0"], "rounds"),
         (["bench", "sigma", "--only", "nothing like it"], "no case has 'nothing like it'"),
+        (["bench", "adamw2", "--only", "nothing like it"], "no case has 'nothing like it'"),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["fold", "nowhere", "out"], "nowhere does not exist"),
     ],
