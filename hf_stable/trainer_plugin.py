@@ -132,15 +132,14 @@ def _resolve(wrap: Wrap) -> Any:
     try:
         original = pkgutil.resolve_name(wrap.target)
         missing = set(wrap.parameters) - set(inspect.signature(original).parameters)
-        problem = f"has no parameter {sorted(missing)[0]!r}" if missing else None
-    except (ImportError, AttributeError):
-        problem = "does not exist"
-    if problem:
+        if missing:
+            raise AttributeError(f"it has no parameter {sorted(missing)[0]!r}")
+    except (ImportError, AttributeError) as error:
         package = wrap.target.partition(".")[0]
         raise ImportError(
-            f"hf_stable does not fit {package} {sys.modules[package].__version__}: {wrap.target} "
-            f"{problem}. {_ADVICE}"
-        )
+            f"hf_stable does not fit {package} {sys.modules[package].__version__}: "
+            f"{wrap.target} is not what it was ({error}). {_ADVICE}"
+        ) from error
     return original
 
 
