@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.sigma_function import effective_weight
+from hf_stable.sigma_function import effective_weight, scaled_linear, scales_in_product
 from hf_stable.sigma_layers import SigmaLayer, install, prepare
 from tests.conftest import tiny_batch, tiny_model
 from tests.reference import sigma_reparam_svd as reference
@@ -270,6 +270,84 @@ def test_jvp_of_a_vit(trained, num_examples, grad_mode, training):
     assert ours.abs() > 1e-3
 
 
+# The product that scales
+
+
+def product_arguments(num_blocks, dim, num_tokens, has_bias):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weight = draw(*((6, 4) if dim == 0 else (4, 6)))
+    u, v = reference.svd_vectors(weight.detach(), num_blocks, dim)
+    u = nn.functional.normalize(u + 0.3 * torch.randn(u.shape, generator=generator), dim=1)
+    differentiable = draw(2, num_tokens // 2, 4), weight, draw(6) if has_bias else None
+    return (*differentiable, draw(num_blocks)), (u, v, dim)
+
+
+def by_product(x, weight, bias, gamma, u, v, dim):
+    sigma = reference.sigma_of(weight.detach(), u, v, dim)
+    return scaled_linear(x, weight, bias, gamma, sigma, u, v, dim)
+
+
+def by_reference(x, weight, bias, gamma, u, v, dim):
+    scaled_weight = reference.effective_weight(weight, gamma, u, v, dim)
+    output = x @ (scaled_weight if dim == 1 else scaled_weight.T)
+    return output if bias is None else output + bias
+
+
+# <dL/dx, x> stands in for <G, W> where there are fewer tokens than outputs.
+@pytest.mark.parametrize("num_tokens", [4, 8], ids=["few tokens", "many tokens"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_the_product_that_scales_equals_the_reference(num_blocks, dim, has_bias, num_tokens):
+    inputs, constants = product_arguments(num_blocks, dim, num_tokens, has_bias)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    expected, ours = by_reference(*inputs, *constants), by_product(*inputs, *constants)
+    torch.testing.assert_close(ours, expected)
+    with torch.no_grad():
+        assert torch.equal(by_product(*inputs, *constants), ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sin().sum(), wanted),
+        torch.autograd.grad(expected.sin().sum(), wanted),
+    )
+    torch.autograd.gradgradcheck(lambda *args: by_product(*args, *constants), inputs)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_batched_gradients_of_the_product_that_scales(num_blocks):
+    inputs, constants = product_arguments(num_blocks, 0, 4, True)
+    torch.autograd.gradcheck(
+        lambda *args: by_product(*args, *constants), inputs, check_batched_grad=True
+    )
+
+
+def test_a_gamma_of_zero_still_gets_its_gradient():
+    inputs, constants = product_arguments(1, 0, 4, True)
+    inputs[-1].data.zero_()
+    ours = torch.autograd.grad(by_product(*inputs, *constants).sin().sum(), inputs)
+    expected = torch.autograd.grad(by_reference(*inputs, *constants).sin().sum(), inputs)
+    torch.testing.assert_close(ours, expected)
+    assert ours[-1].abs() > 1e-3
+
+
+def test_the_product_scales_in_eager_mode_on_a_cpu_alone():
+    x, weight, gamma = torch.randn(3, 4), torch.randn(6, 4), torch.ones(1)
+    assert scales_in_product(x, weight, gamma)
+    assert not scales_in_product(x.to("meta"), weight.to("meta"), gamma.to("meta"))
+    assert not scales_in_product(x.bfloat16(), weight.bfloat16(), gamma)
+    assert not scales_in_product(x, weight.double(), gamma.double())
+    with torch.autocast("cpu"):
+        assert not scales_in_product(x, weight, gamma)
+    inside = []
+    vmap(lambda row: inside.append(scales_in_product(x, weight, gamma)) or row)(x)
+    with torch.autograd.forward_ad.dual_level():
+        inside.append(scales_in_product(x, weight, gamma))
+    assert inside == [False, False]
+
+
 # Memory
 
 
@@ -316,8 +394,16 @@ def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
     layer = build()
     install(layer, prepare(layer, num_blocks=num_blocks))
     tokens = torch.randn(8, 1024)
-    # Forward: W_hat. Backward: dL/dW_hat, which the matrix product makes, and dL/dW.
-    assert count_large(layer, layer, tokens) == (1, 2)
+    # Backward: dL/dW_hat, which the matrix product makes and in whose memory dL/dW is written.
+    assert count_large(layer, layer, tokens) == (0, 1)
+    layer.zero_grad()
+
+    def by_scaled_weight(inputs):
+        weight = layer.effective_weight()
+        return inputs @ (weight if isinstance(layer, Conv1D) else weight.T) + layer.bias
+
+    # Where the product cannot scale. Forward: W_hat. Backward: dL/dW_hat and dL/dW.
+    assert count_large(layer, by_scaled_weight, tokens) == (1, 2)
     layer.zero_grad()
 
     def plainly(inputs):
@@ -328,6 +414,10 @@ def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
 
     in_forward, in_backward = count_large(layer, plainly, tokens)
     assert in_forward + in_backward > 3, "the count would not see a temporary"
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):  # W_hat is formed, and its bfloat16 copy is torch's
+        in_forward, in_backward = count_large(layer, layer, tokens)
+    assert in_forward <= 2 and in_backward <= 3
     with torch.no_grad():
         layer.eval()
         assert count_large(layer, layer, tokens) == (0, 0)  # it scales the activations
