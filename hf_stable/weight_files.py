@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,14 +78,12 @@ class WeightFiles:
             return file.get_slice(name)[0:1]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Read every tensor, one after the other; each file is opened once."""
-        names: defaultdict[Path, list[str]] = defaultdict(list)
-        for name, file in self.file_of.items():
-            names[file].append(name)
-        for path, inside in names.items():
-            with _opened(path) as file:
-                for name in inside:
-                    yield name, file.get_tensor(name)
+        """Read every tensor, one after the other.
+
+        The file is opened anew for each: an open one keeps all it has read mapped into memory.
+        """
+        for name in self.file_of:
+            yield name, self.read(name)
 
 
 def open_weights(path: str | os.PathLike[str]) -> WeightFiles:

@@ -1,6 +1,5 @@
 """Streamed reading of checkpoints, against the models that wrote them."""
 
-import gc
 import json
 import re
 import shutil
@@ -230,14 +229,13 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     file = {f"{i}.weight": torch.randn(side, side) for i in range(num_tensors)}
     save_file(file, tmp_path / "model.safetensors")
     del file
-    gc.collect()
 
-    def anonymous_memory():
+    def resident_memory():
         with open("/proc/self/status") as status:
-            return next(1024 * int(line.split()[1]) for line in status if "RssAnon" in line)
+            return next(1024 * int(line.split()[1]) for line in status if "VmRSS" in line)
 
-    before, seen = anonymous_memory(), []
-    inspect_checkpoint(tmp_path, on_layer=lambda done, total: seen.append(anonymous_memory()))
+    seen = []
+    inspect_checkpoint(tmp_path, on_layer=lambda done, total: seen.append(resident_memory()))
     assert len(seen) == num_tensors
-    # The working space of the power iteration is some 64 vectors; 3 tensors are far from all 12.
-    assert max(seen) - before < 3 * num_bytes
+    # Mapped files count too. The first matrix brings libraries and working space with it.
+    assert max(seen[1:]) - seen[0] < num_bytes
