@@ -1,0 +1,140 @@
+"""A small Hub on this machine that huggingface_hub's own client talks to over HTTP.
+
+It keeps repositories in memory and knows as much of the API as pushing and loading a model takes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_of_the_stand_in"
+USER = "me"
+
+
+@dataclass
+class Repo:
+    """A repository: files by path, as of the last commit, and what was said of the commits."""
+
+    visibility: str | None
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[dict] = field(default_factory=list)
+
+    @property
+    def sha(self) -> str:
+        return hashlib.sha1(f"{len(self.commits)}".encode()).hexdigest()
+
+
+class StandIn:
+    """The server; `repos` maps ids to repositories."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        hub = self
+
+        class Handler(_Handler):
+            repos = hub.repos
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        Handler.endpoint = self.endpoint
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    repos: dict[str, Repo]
+    endpoint: str
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content=b"", status=200, **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refuse(self, status, code, message):
+        self.answer({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
+
+    def repo(self, parts):
+        return self.repos.get("/".join(parts[:2]))
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.refuse(401, "", "Invalid username or password.")
+        if parts[:3] == ["api", "repos", "create"]:
+            return self.create(json.loads(body))
+        if parts[1:2] == ["validate-yaml"]:
+            return self.answer({"errors": [], "warnings": []})
+        repo = self.repo(parts[2:])
+        if repo is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        if parts[4] == "preupload":
+            asked = json.loads(body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return self.answer({"files": [{"path": file["path"], **modes} for file in asked]})
+        return self.commit("/".join(parts[2:4]), repo, body)
+
+    def create(self, asked):
+        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        status = 409 if name in self.repos else 200
+        self.repos.setdefault(name, Repo(asked.get("visibility")))
+        self.answer({"url": f"{self.endpoint}/{name}"}, status)
+
+    def commit(self, name, repo, body):
+        lines = [json.loads(line) for line in body.splitlines()]
+        header = next(line["value"] for line in lines if line["key"] == "header")
+        added = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+        repo.files |= added
+        repo.commits.append({"summary": header["summary"], "files": sorted(added)})
+        self.answer(
+            {
+                "success": True,
+                "commitOid": repo.sha,
+                "commitUrl": f"{self.endpoint}/{name}/commit/{repo.sha}",
+            }
+        )
+
+    def do_GET(self):
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "whoami-v2"]:
+            return self.answer({"name": USER, "type": "user", "orgs": []})
+        is_api = parts[:2] == ["api", "models"]
+        repo = self.repo(parts[2:] if is_api else parts)
+        if repo is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        if is_api and parts[4:5] == ["tree"]:
+            return self.answer([{"type": "file", "path": p, "size": 1} for p in repo.files])
+        if is_api:
+            siblings = [{"rfilename": path} for path in repo.files]
+            name = "/".join(parts[2:4])
+            return self.answer(
+                {"id": name, "sha": repo.sha, "siblings": siblings, "tags": [], "private": False}
+            )
+        path = "/".join(parts[4:])
+        if path not in repo.files:
+            return self.refuse(404, "EntryNotFound", "Entry not found")
+        etag = hashlib.sha1(repo.files[path]).hexdigest()
+        self.answer(repo.files[path], ETag=f'"{etag}"', X_Repo_Commit=repo.sha)
+
+    do_HEAD = do_GET

@@ -1,0 +1,312 @@
+"""Pushing to a Hub, by every way that transformers has, and the card that comes with a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_batch, tiny_model
+from exported_cases import patched
+from hub_stand_in import TOKEN, StandIn
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load as load_bytes
+from tiny_training import make_trainer
+
+import hf_stable
+from hf_stable.model_cards import END, START, amend_card, read_training
+from hf_stable.patching import STATE_FILE
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback, and huggingface_hub's client turned to it."""
+    stand_in = StandIn()
+    template = stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", stand_in.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # transformers keeps one client, which has the endpoint of the time it was made.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    yield stand_in
+    stand_in.close()
+
+
+def files(hub, repo_id) -> dict[str, bytes]:
+    return hub.repos[repo_id].files
+
+
+def card_of(hub, repo_id) -> ModelCard:
+    return ModelCard(files(hub, repo_id)["README.md"].decode())
+
+
+def assert_published(hub, repo_id, model, *, with_norms: bool) -> None:
+    """The plain or the standalone form is there, as the model computes it, without the sidecar."""
+    content = files(hub, repo_id)
+    assert not [name for name in content if "hf_stable_state" in name]
+    assert ("modeling_hf_stable.py" in content) != with_norms
+    model_type = json.loads(content["config.json"])["model_type"]
+    assert model_type.startswith("hf_stable_") != with_norms
+    weights = load_bytes(content["model.safetensors"])
+    assert not [name for name in weights if name.endswith((".gamma", ".sigma_u"))]
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(repo_id)
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+METHODS = pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
+
+
+@METHODS
+def test_push_to_hub(hub, method):
+    model = patched("vit", "ViTForImageClassification", method)
+    url = hf_stable.push_to_hub(model, "me/vit", private=True, commit_message="First")
+    assert url == f"{hub.endpoint}/me/vit/commit/{hub.repos['me/vit'].sha}"
+    assert_published(hub, "me/vit", model, with_norms=method == "sigma")
+    assert hub.repos["me/vit"].visibility == "private"
+    assert [commit["summary"] for commit in hub.repos["me/vit"].commits] == ["First"]
+    assert 'from_pretrained("me/vit"' in card_of(hub, "me/vit").text
+
+
+def test_the_token_is_used_and_a_refusal_is_an_error(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    model = patched("vit", "ViTForImageClassification", "sigma")
+    with pytest.raises(HfHubHTTPError, match="401"):
+        hf_stable.push_to_hub(model, "me/vit", token="hf_wrong")
+    assert not hub.repos
+    hf_stable.push_to_hub(model, "me/vit", token=TOKEN)
+    assert "model.safetensors" in files(hub, "me/vit")
+
+
+def test_a_second_push_keeps_what_the_owner_wrote_in_the_card(hub):
+    model = patched("vit", "ViTForImageClassification", "sigma")
+    hf_stable.push_to_hub(model, "me/vit")
+    repo = hub.repos["me/vit"]
+    card = repo.files["README.md"].decode()
+    card = card.replace("---\n\n# vit", "license: mit\n---\n\n# My digits\n\nBy hand.")
+    repo.files["README.md"] = (card + "\n## Limits\n\nDigits only.\n").encode()
+    repo.commits.append({})
+    other = patched("vit", "ViTForImageClassification", "sigma_no_norms")
+    hf_stable.push_to_hub(other, "me/vit")
+    card = card_of(hub, "me/vit")
+    for text in ("# My digits", "By hand.", "Digits only.", "trust_remote_code=True"):
+        assert card.text.count(text) == 1, text
+    assert card.text.count(START) == card.text.count(END) == 1
+    assert card.data.license == "mit"
+    assert card.data.tags == ["hf_stable", "sigma_reparam", "remove_pre_layernorm"]
+
+
+@METHODS
+def test_the_models_own_push_to_hub(hub, method):
+    model = patched("vit", "ViTForImageClassification", method)
+    model.push_to_hub("me/vit")
+    assert_published(hub, "me/vit", model, with_norms=method == "sigma")
+
+
+@METHODS
+def test_save_pretrained_that_pushes_keeps_the_sidecar_here_only(hub, method, tmp_path):
+    model = patched("vit", "ViTForImageClassification", method)
+    model.save_pretrained(tmp_path / "vit", push_to_hub=True, repo_id="me/vit")
+    assert (tmp_path / "vit" / STATE_FILE).is_file()
+    assert_published(hub, "me/vit", model, with_norms=method == "sigma")
+
+
+@METHODS
+def test_a_trainer_that_pushes(hub, method, tmp_path):
+    model = patched("vit", "ViTForImageClassification", method)
+    trainer = make_trainer(
+        model.train(),
+        tmp_path / "run",
+        max_steps=2,
+        push_to_hub=True,
+        hub_model_id="me/run",
+        hub_strategy="every_save",
+        hub_always_push=True,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    assert_published(hub, "me/run", model, with_norms=method == "sigma")
+    assert hub.repos["me/run"].commits[-1]["summary"] == "End of training"
+    first = hub.repos["me/run"].commits[1]
+    assert first["summary"].startswith("Training in progress")
+    assert ("modeling_hf_stable.py" in first["files"]) == (method != "sigma")
+    assert (tmp_path / "run" / "checkpoint-2" / STATE_FILE).is_file()
+    card = card_of(hub, "me/run")
+    assert {"generated_from_trainer", "hf_stable", "sigma_reparam"} <= set(card.data.tags)
+    assert card.text.count("## Trained with hf_stable") == 1
+    assert "### Training hyperparameters" in card.text
+
+
+def test_a_checkpoint_that_is_pushed_to_be_continued_can_be(hub, tmp_path):
+    model = patched("vit", "ViTForImageClassification", "sigma_no_norms").train()
+    trainer = make_trainer(
+        model,
+        tmp_path / "run",
+        max_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/run",
+        hub_strategy="checkpoint",
+    )
+    trainer.train()
+    content = files(hub, "me/run")
+    assert STATE_FILE not in content
+    folder = tmp_path / "fetched"
+    for name, data in content.items():
+        if name.startswith("last-checkpoint/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    loaded = hf_stable.load(transformers.ViTForImageClassification, folder / "last-checkpoint")
+    assert hf_stable.is_patched(loaded)
+
+
+def test_create_model_card_amends_the_card_of_a_patched_model_only(tmp_path):
+    for kind, model in {"plain": tiny_model("vit"), "patched": tiny_model("vit")}.items():
+        if kind == "patched":
+            hf_stable.patch(model, "sigma_reparam")
+        trainer = make_trainer(model, tmp_path / kind, max_steps=1, save_strategy="no")
+        trainer.train()
+        trainer.create_model_card(model_name="digits", tags=["mine"])
+        card = ModelCard.load(tmp_path / kind / "README.md")
+        assert ("hf_stable" in card.data.tags) == (kind == "patched")
+        assert (START in card.text) == (kind == "patched")
+        assert "mine" in card.data.tags and "# digits" in card.text
+
+
+@pytest.mark.slow
+def test_transformers_alone_loads_from_the_hub(hub, tmp_path):
+    model = patched("gpt2", "GPT2LMHeadModel", "sigma_no_norms")
+    hf_stable.push_to_hub(model, "me/gpt")
+    ids = torch.tensor([[1, 2, 3]])
+    script = (
+        "import sys, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained('me/gpt', "
+        "trust_remote_code=True)\n"
+        "import torch\n"
+        "made = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)\n"
+        "assert 'hf_stable' not in sys.modules\n"
+        "print(made.tolist(), type(model).__name__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        },
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    tokens = model.generate(ids, max_new_tokens=5, do_sample=False).tolist()
+    assert result.stdout.strip() == f"{tokens} HfStableGPT2LMHeadModel"
+
+
+# The card
+
+
+def trained_checkpoint(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer.compute_metrics = lambda p: {"accuracy": float((p[0].argmax(-1) == p[1]).mean())}
+    trainer.train()
+    return trainer, tmp_path / "checkpoint-2"
+
+
+def test_the_card_quotes_what_the_trainer_left(tmp_path):
+    trainer, checkpoint = trained_checkpoint(tmp_path / "run")
+    record = read_training(checkpoint)
+    last = [r for r in trainer.state.log_history if "eval_loss" in r][-1]
+    assert record.metrics == {"loss": last["eval_loss"], "accuracy": last["eval_accuracy"]}
+    assert record.settings["optimizer steps"] == 2
+    assert record.settings["peak learning rate"] == pytest.approx(1e-2)
+    hf_stable.export(trainer.model, tmp_path / "out", checkpoint=checkpoint)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.metrics == ["accuracy"]
+    assert f"{last['eval_loss']:.4g}" in card.text and "optimizer steps: 2" in card.text
+    # A model that was loaded from the checkpoint knows where to look.
+    loaded = hf_stable.load(transformers.ViTForImageClassification, checkpoint)
+    hf_stable.export(loaded, tmp_path / "again")
+    assert "optimizer steps: 2" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_header_of_a_new_card(tmp_path):
+    model = patched("gpt2", "GPT2LMHeadModel", "sigma_no_norms")
+    model.config._name_or_path = "openai-community/gpt2"
+    hf_stable.export(model, tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert data == {
+        "library_name": "transformers",
+        "tags": ["hf_stable", "sigma_reparam", "remove_pre_layernorm"],
+        "pipeline_tag": "text-generation",
+        "base_model": "openai-community/gpt2",
+    }
+
+
+def test_an_existing_card_in_the_folder_is_kept_and_amended(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nlibrary_name: keras\ntags: [mine]\npipeline_tag: depth-estimation\n"
+        "---\n# Title\n\nText.\n"
+    )
+    hf_stable.export(patched("vit", "ViTForImageClassification", "sigma"), tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "keras"
+    assert card.data.pipeline_tag == "depth-estimation"
+    assert card.data.tags == ["mine", "hf_stable", "sigma_reparam"]
+    assert card.text.startswith("# Title\n\nText.\n")
+    assert "Trained with hf_stable" in card.text
+
+
+def test_the_card_says_what_was_done_and_with_what(tmp_path):
+    model = patched("bert", "BertForMaskedLM", "sigma_no_norms")
+    text = amend_card(None, model, name="me/bert").text
+    for part in (
+        "`output.LayerNorm` of every `BertLayer`",
+        "`LayerNorm` of every `BertEmbeddings`",
+        "RemoveLayerNormConfig(scope='all')",
+        "SigmaReparamConfig(init='spectral'",
+        f"hf_stable {hf_stable.__version__}",
+        f"transformers {transformers.__version__}",
+        f"torch {torch.__version__}",
+        "arxiv.org/abs/2303.06296",
+        "arxiv.org/abs/2505.21910",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("method", ["sigma", "no_norms_in_blocks"])
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [("gpt2", "GPT2LMHeadModel"), ("gpt2", "GPT2DoubleHeadsModel"), ("vit", "ViTModel")],
+)
+def test_the_code_in_the_card_runs(model_type, head, method, tmp_path, monkeypatch):
+    model = patched(model_type, head, method)
+    hf_stable.export(model, tmp_path / "exported")
+    text = (tmp_path / "exported" / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert type(names["model"]).__name__.removeprefix("HfStable") == head
+    assert names["model"].state_dict().keys() == {
+        key for key in model.state_dict() if not key.endswith(("gamma", "sigma", "_u", "_v"))
+    }
