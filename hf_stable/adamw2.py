@@ -98,7 +98,6 @@ class AdamW2(Optimizer):
         _check_options(defaults)
         super().__init__(params, defaults)
 
-    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it names them.
 
@@ -185,7 +184,6 @@ class AdamW2(Optimizer):
                     rates[name] = float(group["lr"])
         return rates
 
-    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of AdamW2, or of torch's AdamW.
 

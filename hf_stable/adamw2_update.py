@@ -160,7 +160,7 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
         if isinstance(block, RowShard):
             sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
             continue
-        key = (id(weight.group), param.shape, param.dtype, param.device)
+        key = (id(weight.group), type(param), param.shape, param.dtype, param.device)
         together = whole.setdefault(key, [])
         together.append(weight)
         if param.device.type == "cpu" and (len(together) + 1) * param.numel() > CPU_BATCH_NUMEL:
