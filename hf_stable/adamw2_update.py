@@ -35,7 +35,7 @@ rate, (blocks,) each."""
 COLD_ITERATIONS = 10
 """Power iterations at the first step of a weight, whose vectors start from nothing."""
 
-CPU_BATCH_NUMEL = 1 << 16
+CPU_BATCH_NUMEL = 1 << 18
 """On a CPU, weights of one shape are updated together up to this many entries.
 
 Small weights share the cost of each call; a large one is alone, so that its update is still in

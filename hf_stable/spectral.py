@@ -322,8 +322,9 @@ def _step_together(
         new_v /= _norm(new_v)
     old_u = torch.zeros_like(new_u) if u is None else torch.stack([u[i] for i in indices])
     new_u, new_v = _mend(sigma, (new_u, old_u), (new_v, old_v))
-    for row, index in enumerate(indices):
-        results[index] = SingularTriple(sigma[row, 0], new_u[row], new_v[row])
+    rows = zip(sigma[:, 0].unbind(), new_u.unbind(), new_v.unbind(), strict=True)
+    for index, row in zip(indices, rows, strict=True):
+        results[index] = SingularTriple(*row)
 
 
 def _times(matrices: list[Tensor] | Tensor, rows: Tensor) -> Tensor:
