@@ -215,6 +215,69 @@ def fold(
     return SUCCESS
 
 
+SavedModel = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder of a model, or checkpoint.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Cast the weights: fp32, fp16 or bf16; by default as they are.")
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of a weights file.")]
+
+
+@app.command(epilog="\b\nExample:\n  hf-stable export runs/checkpoint-500 exported --dtype bf16")
+def export(
+    source: SavedModel,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "50GB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write the folder to publish, with a model card.
+
+    It has plain weights, the tokenizer, and code of its own where LayerNorms were removed: then it
+    loads with trust_remote_code=True. What only serves to continue the training stays behind. The
+    card in OUT, or else that in DIR, is amended.
+    """
+    from hf_stable.saved_models import export_saved
+
+    with contextlib.redirect_stdout(sys.stderr):
+        files = export_saved(source, output, dtype=dtype, max_shard_size=max_shard_size)
+    if as_json:
+        _print_json({"source": str(source), "output": str(output), "files": files})
+    else:
+        print(f"{output} can be published:")
+        print(*(f"  {name}" for name in files), sep="\n")
+    return SUCCESS
+
+
+@app.command(epilog="\b\nExample:\n  hf-stable push runs/checkpoint-500 me/my-model --private")
+def push(
+    source: SavedModel,
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub: name, or owner/name.")],
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "50GB",
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Upload to the Hub what export writes.
+
+    The repository's card is amended. Uses the token that `hf auth login` stored, or HF_TOKEN.
+    """
+    from hf_stable.saved_models import push_saved
+
+    with contextlib.redirect_stdout(sys.stderr):
+        url = push_saved(source, repo, private=private, dtype=dtype, max_shard_size=max_shard_size)
+    if as_json:
+        _print_json({"source": str(source), "url": url})
+    else:
+        print(url)
+    return SUCCESS
+
+
 @app.command(epilog="\b\nExample:\n  hf-stable doctor --json")
 def doctor(as_json: Json = False, debug: Debug = False) -> int:
     """Show versions, what is supported, what was changed.

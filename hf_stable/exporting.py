@@ -8,25 +8,20 @@ import tempfile
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_stable import modeling_hf_stable
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.checkpoints import load
 from hf_stable.method_config import CONFIGS_ATTRIBUTE
 from hf_stable.model_cards import amend_card, read_training
-from hf_stable.modeling_hf_stable import PREFIX
-from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_layers import fold_layer
 from hf_stable.sigma_reparam import sigma_layers
 from hf_stable.spectral import spectral_dtype
 
-__all__ = ["export", "load_saved", "plain_copy", "push_to_hub"]
+__all__ = ["CARD_FILE", "export", "plain_copy", "push_to_hub"]
 
 CARD_FILE = "README.md"
 
@@ -149,26 +144,6 @@ def plain_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     return copied if dtype is None else copied.to(dtype)
 
 
-def load_saved(folder: Folder) -> PreTrainedModel:
-    """Load a local folder, patched or plain, with the class that its config.json names.
-
-    Raises:
-        ValueError: if config.json names no class of transformers.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [""])[0]
-    source = modeling_hf_stable if name.startswith(PREFIX) else transformers
-    model_class = getattr(source, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"{os.path.join(folder, 'config.json')} names {name!r} under 'architectures', which is "
-            "no class of transformers; load the model yourself and call hf_stable.export"
-        )
-    if os.path.isfile(os.path.join(folder, STATE_FILE)):
-        return load(model_class, folder)
-    return model_class.from_pretrained(folder)
-
-
 def _export(
     model: PreTrainedModel,
     folder: Folder,
@@ -201,7 +176,7 @@ def _refuse_wrapped(model: Any) -> None:
             f"{type(model).__name__} is no model of transformers but may hold one; pass that model "
             "itself (of adapters: merge_and_unload first)"
         )
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "peft_config", None):
         raise TypeError("the model has adapters; merge them, or save them with save_pretrained")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise UnsupportedModelError(

@@ -17,7 +17,17 @@ import hf_stable
 from hf_stable.cli import BAD_INPUT, CRASH, NO, SUCCESS, app, main
 from hf_stable.trainer_plugin import WRAPPED
 
-COMMANDS = ("demo", "inspect", "fold", "doctor", "bench sigma", "bench adamw2", "run")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "fold",
+    "export",
+    "push",
+    "doctor",
+    "bench sigma",
+    "bench adamw2",
+    "run",
+)
 
 
 def hf_stable_command(*arguments, **options):
@@ -102,6 +112,9 @@ def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
         (["bench", "adamw2", "--only", "nothing like it"], "no case has 'nothing like it'"),
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["fold", "nowhere", "out"], "nowhere does not exist"),
+        (["export", "nowhere", "out"], "nowhere is no folder of a model"),
+        (["export", "nowhere", "out", "--dtype", "bf61"], "did you mean 'bf16'?"),
+        (["push", "nowhere", "me/model"], "nowhere is no folder of a model"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(capsys, monkeypatch, tmp_path, arguments, message):

@@ -19,8 +19,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import hf_stable
 from hf_stable import modeling_hf_stable
-from hf_stable.exporting import load_saved, plain_copy
+from hf_stable.exporting import plain_copy
 from hf_stable.patching import STATE_FILE
+from hf_stable.saved_models import load_saved
 from hf_stable.sigma_layers import live_layers
 from hf_stable.sigma_reparam import sigma_layers
 
@@ -234,7 +235,7 @@ def test_low_precision_weights_go_out_in_full_precision_unrounded(tmp_path):
         assert errors(load_saved(tmp_path), exact_weights(model)).max() < 1e-6
 
 
-# What is refused, and what stays behind
+# What is refused, and what does not go out
 
 
 def test_shards_are_those_of_transformers(tmp_path):
@@ -274,25 +275,3 @@ def test_adapters_are_refused(tmp_path):
     )
     with pytest.raises(TypeError, match="merge_and_unload"):
         hf_stable.export(model, tmp_path)
-
-
-def test_a_checkpoint_is_loaded_as_what_it_is(tmp_path):
-    model = patched("vit", "ViTForImageClassification", "sigma_no_norms")
-    model.save_pretrained(tmp_path / "checkpoint")
-    loaded = load_saved(tmp_path / "checkpoint")
-    assert hf_stable.is_patched(loaded)
-    hf_stable.export(loaded, tmp_path / "exported")
-    plain = load_saved(tmp_path / "exported")
-    assert not hf_stable.is_patched(plain)
-    with torch.no_grad():
-        batch = tiny_batch(model)
-        expected = model(**batch).logits
-        torch.testing.assert_close(plain.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_folder_that_names_no_class_of_transformers_is_refused(tmp_path):
-    tiny_model("vit").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MyViT"]}))
-    with pytest.raises(ValueError, match="'MyViT' under 'architectures'"):
-        load_saved(tmp_path)
