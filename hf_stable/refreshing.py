@@ -90,8 +90,20 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if unseen:
         _check_gammas_are_trained(unseen, owned)
         _checked_layers.update(layer.serial_number for layer in unseen)
-    # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
-    refresh(layers, keep=getattr(optimizer, "found_inf", None))
+    # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
+    # another power iteration there would continue from other vectors than were saved.
+    moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
+    layers = [layer for layer in layers if id(layer.weight) in moved]
+    if layers:
+        # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
+        refresh(layers, keep=getattr(optimizer, "found_inf", None))
+
+
+def _has_rate_zero(group: dict[str, Any]) -> bool:
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False  # not read back from a device; torch's zero is on the CPU
+    return rate is not None and float(rate) == 0.0
 
 
 def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:

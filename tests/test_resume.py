@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from transformers import Trainer
 
 import hf_stable
@@ -127,6 +131,22 @@ def test_checkpoint_loads_by_name(tmp_path):
     trainer = run(tmp_path)
     loaded = hf_stable.load(type(trainer.model), tmp_path / "checkpoint-6")
     assert same_state(loaded, trainer.model)
+
+
+def test_creating_optimizer_state_moves_no_sigma():
+    """torch.distributed.checkpoint makes a step of rate zero before it loads a state."""
+    model = build("vit", patched=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert len(optimizer.state) > 0  # it did step
+    set_optimizer_state_dict(model, torch.optim.AdamW(model.parameters(), lr=0.1), saved)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model(**tiny_batch(model)).loss.backward()
+    optimizer.step()
+    sigmas = [key for key in before if key.endswith("sigma")]
+    assert not any(torch.equal(before[key], model.state_dict()[key]) for key in sigmas)
 
 
 # What cannot be continued
