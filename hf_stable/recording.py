@@ -202,6 +202,7 @@ class Recorder:
         self._layers: dict[nn.Module, str] = {}
         self._projections: dict[nn.Module, str] = {}
         self._measured: set[str] = set()
+        self._mapped: set[str] = set()
         # Within a reentrant checkpoint the first forward builds no graph; recomputation does.
         self._without_gradient: set[str] = set()
         self._reach: dict[str, tuple[Tensor, Tensor]] = {}
@@ -273,7 +274,7 @@ class Recorder:
     @torch.no_grad()
     def observe_attention(self, call: AttentionCall) -> None:
         """Record entropy, its bound and the shape of the map of one attention call."""
-        if self._terms.isdisjoint((*ATTENTION_TERMS, "entropy_bound")):
+        if not self._maps and self._terms.isdisjoint((*ATTENTION_TERMS, "entropy_bound")):
             return
         layer = self._layers.get(call.module, self._names[call.module])
         rows = sample_queries(
@@ -292,7 +293,8 @@ class Recorder:
                 norm = self._logit_norm(call, layer, mask)
                 bound = entropy_lower_bound(norm, keys.clamp_min(1)).expand_as(entropy)
                 self._add_rows("entropy_bound", layer, bound.masked_fill(entropy.isnan(), math.nan))
-        if layer not in self.records.rank and layer not in self.records.mode:
+        if layer not in self._mapped:
+            self._mapped.add(layer)
             self._observe_map(call, layer)
 
     def _logit_norm(self, call: AttentionCall, layer: str, mask: Tensor | None) -> Tensor:
@@ -308,6 +310,8 @@ class Recorder:
         return norm + torch.linalg.vector_norm(seen, dim=-1).to(norm)
 
     def _observe_map(self, call: AttentionCall, layer: str) -> None:
+        if not self._maps and self._terms.isdisjoint(("rank", "mode")):
+            return
         maps = _first_maps(call, self._generator)
         if "rank" in self._terms:
             self.records.rank[layer] = rank_share(maps)

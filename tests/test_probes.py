@@ -408,6 +408,17 @@ def test_maps_of_chosen_heads_are_the_eager_ones(model_type):
         torch.testing.assert_close(maps, probs[:1, 1], atol=1e-6, rtol=0)
 
 
+def test_maps_are_those_of_the_first_forward_whatever_the_terms():
+    model = lively_model("vit").eval()
+    with torch.no_grad(), probe(model, terms=["norm_x"], maps="all") as records:
+        for seed in (1, 2):
+            model(**tiny_batch(model, seed=seed))
+    with torch.no_grad(), probe(model, maps="all") as first:
+        model(**tiny_batch(model, seed=1))
+    assert_same_records(records, first, terms=("maps",), atol=0, rtol=0)
+    assert records.rank == {}
+
+
 def test_long_maps_are_subsampled():
     model = lively_model("gpt2", n_positions=300).eval()
     ids = torch.randint(1, 37, (2, 300), generator=torch.Generator().manual_seed(0))
