@@ -20,6 +20,7 @@ from hf_stable.norm_removal import (
     restore_layernorms,
 )
 from hf_stable.patching import fold, is_patched, patch
+from hf_stable.probes import probe
 from hf_stable.sigma_reparam import SigmaReparamConfig, refresh
 
 __version__ = "0.1.0"
@@ -40,7 +41,9 @@ __all__ = [
     "is_patched",
     "load",
     "patch",
+    "probe",
     "push_to_hub",
+    "refresh",
     "register_architecture",
     "restore_layernorms",
     "supported_architectures",
