@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from hf_stable.checkpoints import check_writable
 from hf_stable.demo_runs import DemoRun, RunResult, load_digits, require_recipes, train
 
 __all__ = ["PARTS", "DemoPart", "DemoResult", "Reload", "run_demo"]
@@ -194,7 +195,7 @@ def run_demo(
     start = time.perf_counter()
     require_recipes()
     output = Path(output)
-    (output / "runs").mkdir(parents=True, exist_ok=True)
+    check_writable(output / "runs")
     (output / "results.json").unlink(missing_ok=True)  # what stays after a failure is no result
     data = load_digits(seed, quick)
     runs: dict[str, list[RunResult]] = {part.title: [] for part in PARTS}

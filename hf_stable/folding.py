@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_stable.checkpoints import check_writable
 from hf_stable.inspection import pair_layers
 from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
@@ -74,7 +75,7 @@ def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[st
             f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
             "to fold, from_pretrained loads it as it is"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output.parent)
     # Everything is written beside the output and renamed into place: all of it or nothing.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         partial = Path(folder) / output.name

@@ -89,6 +89,8 @@ def test_nothing_is_written_when_it_cannot_be_done(tmp_path):
         fold_checkpoint(source / "model.safetensors", output)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         fold_checkpoint(tmp_path / "nowhere", output)
+    with pytest.raises(OSError, match="choose a directory that can be written to"):
+        fold_checkpoint(source, source / "config.json" / "out")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged"):
