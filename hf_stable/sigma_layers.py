@@ -27,7 +27,12 @@ from hf_stable.settling import (
     settle_if_moved,
     settle_loaded,
 )
-from hf_stable.sigma_function import effective_weight, spread_over_blocks
+from hf_stable.sigma_function import (
+    effective_weight,
+    scaled_linear,
+    scales_in_product,
+    spread_over_blocks,
+)
 from hf_stable.spectral import (
     RowShard,
     as_matrix,
@@ -97,6 +102,15 @@ class SigmaLayer(nn.Module):
         return effective_weight(
             self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.block_dim
         )
+
+    def scaled_product(self, x: Tensor) -> Tensor | None:
+        """Map (..., in) to (..., out) where the product itself can scale, else return None."""
+        weight, gamma = self.weight, self.gamma
+        if not scales_in_product(x, weight, gamma):
+            return None
+        settle_if_moved(self)
+        sigma, u, v = self.sigma, self.sigma_u, self.sigma_v
+        return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.block_dim)
 
     def output_scale(self) -> Tensor:
         """Return gamma / sigma over the output features: (1,) or (out_features,)."""
@@ -177,6 +191,9 @@ class SigmaLinear(SigmaLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
+        product = self.scaled_product(input)
+        if product is not None:
+            return product
         if not self.scales_activations(input.numel() // self.in_features, self.in_features):
             return F.linear(input, self.effective_weight(), self.bias)
         return _scaled_output(F.linear(input, self.weight), self)
@@ -187,6 +204,9 @@ class SigmaConv1D(SigmaLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
+        product = self.scaled_product(x)
+        if product is not None:
+            return product
         rows = x.reshape(-1, x.size(-1))
         if self.scales_activations(len(rows), x.size(-1)):
             output = _scaled_output(rows @ self.weight, self)

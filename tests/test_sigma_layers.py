@@ -376,7 +376,9 @@ def test_folding_after_training_keeps_the_function(made, dtype):
     inputs = inputs.to(dtype)
     raw, effective, output = layer.weight.clone(), layer.effective_weight(), layer(inputs)
     folded = fold_layer(layer)
-    assert torch.equal(folded.weight, effective) and torch.equal(folded(inputs), output)
+    assert torch.equal(folded.weight, effective)
+    # The layer may scale the product where the folded one has scaled the weight.
+    torch.testing.assert_close(folded(inputs), output)
     assert not torch.equal(folded.weight, raw)
     assert folded.weight.requires_grad and folded.weight.is_leaf
 
