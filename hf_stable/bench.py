@@ -36,6 +36,9 @@ __all__ = [
 TOTAL = "total"
 """The phase that sums up all others of a repetition."""
 
+FEWEST_ROUNDS = 5
+"""A median of fewer rounds is none; a limit in seconds does not go below them."""
+
 Samples = dict[str, dict[str, list[float]]]
 """Seconds of each round, by subject and phase."""
 
@@ -45,11 +48,18 @@ class PhaseClock:
 
     Args:
         device: waited for at the end of each phase, where it runs asynchronously.
+        timer: function that returns seconds. `time.process_time` leaves out the time that other
+            programs took; with one thread that is the cost of the work on a busy machine.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """Start the first phase."""
         self.device = torch.device(device)
+        self.timer = timer
         self.seconds: dict[str, float] = {}
         self._start = self._now()
 
@@ -62,21 +72,26 @@ class PhaseClock:
     def _now(self) -> float:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        return self.timer()
 
 
 def alternate(
-    subjects: Mapping[str, Callable[[], Mapping[str, float]]], *, rounds: int, warmup: int = 2
+    subjects: Mapping[str, Callable[[], Mapping[str, float]]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    seconds: float = float("inf"),
 ) -> Samples:
     """Run every subject once per round and collect the seconds of its phases.
 
     Every other round runs backwards, so that no subject always follows the same other one.
 
     Args:
-        subjects: functions that do one repetition and return seconds by phase
+        subjects: functions that do one repetition and return the seconds of its phases
             (`PhaseClock.seconds`). Naming the same work twice gives the noise of the machine.
         rounds: number of measured rounds, at least 1.
         warmup: rounds before them that are not kept.
+        seconds: after this long no further round begins once `FEWEST_ROUNDS` are measured.
 
     Returns:
         Seconds by subject and phase, one value per round. The phase `TOTAL` is the sum of the
@@ -88,14 +103,17 @@ def alternate(
     if rounds < 1:
         raise ValueError(f"rounds={rounds} measures nothing; give at least 1")
     samples: Samples = {name: {} for name in subjects}
+    start = time.monotonic()
     for round_number in range(-warmup, rounds):
+        if round_number >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
+            break
         order = list(subjects) if round_number % 2 else list(subjects)[::-1]
         for name in order:
             phases = subjects[name]()
             if round_number < 0:
                 continue
-            for phase, seconds in {**phases, TOTAL: sum(phases.values())}.items():
-                samples[name].setdefault(phase, []).append(seconds)
+            for phase, taken in {**phases, TOTAL: sum(phases.values())}.items():
+                samples[name].setdefault(phase, []).append(taken)
     return samples
 
 
