@@ -1,27 +1,29 @@
 """The command line, `hf-stable`: each command is one library call and the printing of its result.
 
-Tables go to stdout, progress and errors to stderr; where stdout is no terminal, tables are plain
-text without colour or line wrapping.
+Results go to stdout, progress and errors to stderr. How results look is in `terminal`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import hf_stable
+from hf_stable.terminal import (
+    demo_table,
+    make_console,
+    print_diagnosis,
+    print_inspection,
+    print_json,
+    show_progress,
+)
 
 __all__ = ["app", "main"]
 
@@ -140,11 +142,11 @@ def demo(
     """
     from hf_stable.demo import run_demo
 
-    console = _console()
+    console = make_console()
 
     def show(part: Any, results: Any) -> None:
         if not as_json:
-            console.print(part.title, _demo_table(results), "", sep="\n")
+            console.print(part.title, demo_table(results), "", sep="\n")
 
     # The Trainer prints its log lines: they are progress, not the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -156,7 +158,7 @@ def demo(
             on_part=show,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         for finding in result.findings:
             console.print(f"- {finding}")
@@ -183,12 +185,12 @@ def inspect(
     """
     from hf_stable.inspection import inspect_checkpoint
 
-    with _progress("Reading") as on_layer:
+    with show_progress("Reading") as on_layer:
         report = inspect_checkpoint(path, on_layer=on_layer)
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
-        _print_report(report)
+        print_inspection(report)
     return SUCCESS if report.is_healthy else NO
 
 
@@ -208,7 +210,7 @@ def fold(
 
     report = fold_checkpoint(source, output)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         print(f"{report.num_layers} patched layers are plain in {report.output}:")
         print(*(f"  {name}" for name in report.files), sep="\n")
@@ -244,7 +246,7 @@ def export(
     with contextlib.redirect_stdout(sys.stderr):
         files = export_saved(source, output, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
-        _print_json({"source": str(source), "output": str(output), "files": files})
+        print_json({"source": str(source), "output": str(output), "files": files})
     else:
         print(f"{output} can be published:")
         print(*(f"  {name}" for name in files), sep="\n")
@@ -272,7 +274,7 @@ def push(
     with contextlib.redirect_stdout(sys.stderr):
         url = push_saved(source, repo, private=private, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
-        _print_json({"source": str(source), "url": url})
+        print_json({"source": str(source), "url": url})
     else:
         print(url)
     return SUCCESS
@@ -290,19 +292,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> int:
 
     report = diagnose()
     if as_json:
-        _print_json(asdict(report) | {"is_healthy": report.is_healthy})
+        print_json(asdict(report) | {"is_healthy": report.is_healthy})
         return SUCCESS if report.is_healthy else NO
-    console = _console()
-    versions = _table("package", "installed", "needed", "verdict")
-    for row in report.packages:
-        versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
-    console.print("Versions", versions, "", sep="\n")
-    changes = _table("what", "in use", "why")
-    for change in report.changes:
-        changes.add_row(change.target, "yes" if change.active else "not loaded", change.reason)
-    console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
-    for name, values in report.supported.items():
-        console.print(f"{name}: {', '.join(values)}")
+    print_diagnosis(report)
     return SUCCESS if report.is_healthy else NO
 
 
@@ -327,10 +319,10 @@ def _bench_sigma(
     from hf_stable.bench_sigma import bench_sigma
 
     summaries = bench_sigma(
-        output=output, rounds=rounds, only=only, device=device, console=_console(stderr=as_json)
+        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
     )
     if as_json:
-        _print_json({"results": [asdict(summary) for summary in summaries]})
+        print_json({"results": [asdict(summary) for summary in summaries]})
 
 
 @bench.command(
@@ -348,10 +340,10 @@ def _bench_adamw2(
     from hf_stable.bench_adamw2 import bench_adamw2
 
     summaries = bench_adamw2(
-        output=output, rounds=rounds, only=only, device=device, console=_console(stderr=as_json)
+        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
     )
     if as_json:
-        _print_json({"results": [asdict(summary) for summary in summaries]})
+        print_json({"results": [asdict(summary) for summary in summaries]})
 
 
 @app.command(
@@ -362,63 +354,6 @@ def _bench_adamw2(
 def run() -> None:
     """Run a training script with hf_stable attached."""
     raise AssertionError("main() hands this command to hf_stable.run")
-
-
-def _console(*, stderr: bool = False) -> Console:
-    # A pipe has no width: nothing is wrapped or cut there.
-    file = sys.stderr if stderr else sys.stdout
-    width = None if file.isatty() else 100_000
-    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    lines = box.HEAVY_HEAD if sys.stdout.isatty() else None
-    table = Table(box=lines, pad_edge=lines is not None)
-    for column in columns:
-        table.add_column(column)
-    return table
-
-
-def _demo_table(results: Sequence[Any]) -> Table:
-    table = _table("run", "test loss", "accuracy", "min sigma", "min gamma", "seconds")
-    for row in results:
-        gamma = "-" if row.gamma is None else f"{row.gamma:.3f}"
-        figures = (f"{row.loss:.3f}", f"{row.accuracy:.1%}", f"{row.sigma:.3f}", gamma)
-        table.add_row(row.name, *figures, f"{row.seconds:.1f}")
-    return table
-
-
-def _print_report(report: Any) -> None:
-    patched = report.kind != "plain"
-    console = _console()
-    columns = ("layer", "shape", "dtype", "sigma", *(("gamma", "raw sigma") * patched))
-    table = _table(*columns)
-    for layer in report.layers:
-        cells = ["x".join(map(str, layer.shape)), layer.dtype, layer.note or _numbers(layer.sigma)]
-        if patched:
-            cells += [_numbers(layer.gamma), _numbers(layer.raw_sigma)]
-        table.add_row(layer.name, *cells)
-    console.print(f"{report.path} ({report.kind})", table, sep="\n")
-    console.print(f"{len(report.layers)} matrices, {report.num_parameters:,} parameters")
-    if report.problem:
-        console.print(f"Problem: {report.problem}")
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2))
-
-
-@contextlib.contextmanager
-def _progress(label: str) -> Iterator[Any]:
-    """Show a bar on a terminal's stderr while the yielded function is told (done, total)."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LEVELS = {
           standalone model_cards sidecar weight_files saved_models checkpoints exporting""",
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 inspection folding
-          diagnosis run cli""",
+          diagnosis terminal run cli""",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

@@ -1,0 +1,106 @@
+"""How results look: tables on a terminal, plain text without colour or wrapping in a pipe, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_stable.demo_runs import RunResult
+    from hf_stable.diagnosis import Diagnosis
+    from hf_stable.inspection import CheckpointReport
+
+__all__ = [
+    "demo_table",
+    "make_console",
+    "make_table",
+    "print_diagnosis",
+    "print_inspection",
+    "print_json",
+    "show_progress",
+]
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console on stdout or stderr that takes text as it is."""
+    # A pipe has no width: nothing is wrapped or cut there.
+    file = sys.stderr if stderr else sys.stdout
+    width = None if file.isatty() else 100_000
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+
+def make_table(*columns: str) -> Table:
+    """Return a table with lines on a terminal and with spaces elsewhere."""
+    lines = box.HEAVY_HEAD if sys.stdout.isatty() else None
+    table = Table(box=lines, pad_edge=lines is not None)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def demo_table(results: Sequence[RunResult]) -> Table:
+    """Return the runs of one part of the demo, one per row."""
+    table = make_table("run", "test loss", "accuracy", "min sigma", "min gamma", "seconds")
+    for row in results:
+        gamma = "-" if row.gamma is None else f"{row.gamma:.3f}"
+        figures = (f"{row.loss:.3f}", f"{row.accuracy:.1%}", f"{row.sigma:.3f}", gamma)
+        table.add_row(row.name, *figures, f"{row.seconds:.1f}")
+    return table
+
+
+def print_inspection(report: CheckpointReport) -> None:
+    """Print the matrices of a checkpoint, one per row."""
+    patched = report.kind != "plain"
+    console = make_console()
+    columns = ("layer", "shape", "dtype", "sigma", *(("gamma", "raw sigma") * patched))
+    table = make_table(*columns)
+    for layer in report.layers:
+        cells = ["x".join(map(str, layer.shape)), layer.dtype, layer.note or _numbers(layer.sigma)]
+        if patched:
+            cells += [_numbers(layer.gamma), _numbers(layer.raw_sigma)]
+        table.add_row(layer.name, *cells)
+    console.print(f"{report.path} ({report.kind})", table, sep="\n")
+    console.print(f"{len(report.layers)} matrices, {report.num_parameters:,} parameters")
+    if report.problem:
+        console.print(f"Problem: {report.problem}")
+
+
+def print_diagnosis(report: Diagnosis) -> None:
+    """Print versions, changes and what is supported."""
+    console = make_console()
+    versions = make_table("package", "installed", "needed", "verdict")
+    for row in report.packages:
+        versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
+    console.print("Versions", versions, "", sep="\n")
+    changes = make_table("what", "in use", "why")
+    for change in report.changes:
+        changes.add_row(change.target, "yes" if change.active else "not loaded", change.reason)
+    console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
+    for name, values in report.supported.items():
+        console.print(f"{name}: {', '.join(values)}")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print plain data for a machine."""
+    print(json.dumps(content, indent=2))
+
+
+@contextlib.contextmanager
+def show_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal's stderr while the yielded function is told (done, total)."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
