@@ -152,12 +152,13 @@ def test_init_spectral_is_one_rounding_off_where_activations_are_scaled(made):
     assert (error <= 2 * torch.finfo(torch.float32).eps * size).all()
 
 
-def test_a_forward_without_gradients_in_training_is_the_one_with(made):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_without_gradients_in_training_is_the_one_with(made, dtype):
     """Reentrant checkpointing runs both, and they have to agree to the last bit."""
     _, _, inputs = made
     # As a matrix: torch multiplies a 3-D input in another way when it wants a gradient.
-    inputs = inputs[0, :2] if inputs.ndim == 3 else inputs
-    layer = moved_layer(made)
+    inputs = (inputs[0, :2] if inputs.ndim == 3 else inputs).to(dtype)
+    layer = moved_layer(made).to(dtype)
     with torch.no_grad():
         without = layer(inputs)
     assert torch.equal(without, layer(inputs))
@@ -184,6 +185,13 @@ def test_autocast_keeps_gradients_and_the_triple_in_float32(made):
     assert output.dtype == torch.bfloat16
     expected = plain_output(plain, layer, inputs)
     assert (output - expected).norm() <= 2**-7 * expected.norm()
+    layer.eval()
+    few = inputs[:1, :2] if inputs.ndim == 3 else inputs
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scaled = layer(few)
+    expected = plain_output(plain, layer, few)
+    assert scaled.dtype == torch.bfloat16
+    assert (scaled - expected).norm() <= 2**-7 * expected.norm()
     output.float().square().sum().backward()
     assert layer.weight.grad.dtype == layer.gamma.grad.dtype == torch.float32
     for name, value in layer.state_dict().items():
