@@ -25,7 +25,6 @@ from transformers import Trainer
 import hf_stable
 from hf_stable.patching import STATE_FILE
 
-OPTIMIZERS = ("adamw_torch_fused", "adamw2")
 PATCHED = {"plain": False, "patched": True}
 
 
@@ -45,8 +44,15 @@ def run(folder, model_type="vit", patched=True, *, resume=None, stop=None, **opt
     return trainer
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS)
-@pytest.mark.parametrize("patched", PATCHED.values(), ids=PATCHED)
+@pytest.mark.parametrize(
+    ("patched", "optim"),
+    [
+        pytest.param(True, "adamw2", id="patched-adamw2"),
+        pytest.param(True, "adamw_torch_fused", id="patched-adamw"),
+        pytest.param(False, "adamw2", id="plain-adamw2"),
+        pytest.param(False, "adamw_torch_fused", id="plain-adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_equals_the_uninterrupted_one(model_type, patched, optim, tmp_path):
     whole = run(tmp_path / "whole", model_type, patched, optim=optim, save_strategy="no")
     first = run(tmp_path / "parts", model_type, patched, optim=optim, stop=3, save_steps=3)
@@ -69,7 +75,7 @@ def test_resumed_run_equals_the_uninterrupted_one(model_type, patched, optim, tm
 )
 def test_any_step_can_be_the_last(options, tmp_path):
     whole = run(tmp_path, "gpt2", optim="adamw2", **options)
-    for step in (1, 4, 5):  # step 5 ends an epoch
+    for step in (1, 5):  # step 5 ends an epoch
         resumed = run(
             tmp_path / "resumed", "gpt2", resume=str(tmp_path / f"checkpoint-{step}"),
             optim="adamw2", save_strategy="no", **options,
