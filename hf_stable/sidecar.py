@@ -172,7 +172,7 @@ def read_state(folder: Folder) -> SavedState:
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
     checksum = 0
     for name in sorted(tensors):
-        data = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        data = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
     return checksum
 
