@@ -21,7 +21,7 @@ LEVELS = {
     2: "architectures",
     3: """sigma_reparam norm_removal patching describing block_terms recording probes adamw2_groups
           standalone model_cards sidecar weight_files saved_models checkpoints exporting""",
-    4: "trainer_plugin callback",
+    4: "trainer_plugin stability_log alarms monitoring callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 inspection folding
           diagnosis terminal run cli""",
 }
