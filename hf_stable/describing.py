@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_stable.architectures.registry import find_layers, lookup
+from hf_stable.architectures.registry import find_layers, find_norms, lookup
 from hf_stable.method_config import MethodConfig
 from hf_stable.patching import patch_configs
 from hf_stable.sigma_layers import SigmaLayer
@@ -39,11 +39,19 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What is patched in a model and what is not, with the reason; prints as a table."""
+    """What is patched in a model and what is not, with the reason; prints as a table.
+
+    Attributes:
+        model: class of the model.
+        configs: the methods in force.
+        layers: every matrix that the architecture names.
+        removed_norms: names of the norms that are gone.
+    """
 
     model: str
     configs: tuple[MethodConfig, ...]
     layers: tuple[LayerReport, ...]
+    removed_norms: tuple[str, ...] = ()
 
     @property
     def num_patched(self) -> int:
@@ -72,19 +80,24 @@ class PatchReport:
         head = f"{self.model}: {self.num_patched} of {len(self.layers)} layers patched"
         if self.configs:
             head += f" by {', '.join(map(str, self.configs))}"
+        if self.removed_norms:
+            lines.append(
+                f"{len(self.removed_norms)} norms removed: {', '.join(self.removed_norms)}"
+            )
         return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
 def describe(model: nn.Module) -> PatchReport:
     """Report every matrix that the model's architecture names: patched, or skipped and why.
 
-    Reads sigma and gamma back to the host.
+    Norms are listed where they are removed. Reads sigma and gamma back to the host.
 
     Raises:
         UnsupportedModelError: if the architecture is not registered.
     """
     configs = patch_configs(model)
     reasons: dict[str, str] = {}
+    otherwise = "sigma_reparam is not in force" if configs else "the model is not patched"
     for config in configs:
         if isinstance(config, SigmaReparamConfig):
             reasons = choose_layers(model, config)[1]
@@ -97,6 +110,8 @@ def describe(model: nn.Module) -> PatchReport:
             sigma, gamma = tuple(module.sigma.tolist()), tuple(module.gamma.tolist())
             rows.append(LayerReport(layer.name, kind, shape, sigma, gamma))
         else:
-            reason = reasons.get(layer.name, "the model is not patched")
+            reason = reasons.get(layer.name, otherwise)
             rows.append(LayerReport(layer.name, type(module).__name__, shape, skipped=reason))
-    return PatchReport(type(model).__name__, configs, tuple(rows))
+    norms = find_norms(model, lookup(model))
+    removed = tuple(norm.name for norm in norms if isinstance(norm.module, nn.Identity))
+    return PatchReport(type(model).__name__, configs, tuple(rows), removed)

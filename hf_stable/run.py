@@ -210,7 +210,9 @@ class Attachment:
         patch(model, self.options.patch)
         report = describe(model)
         names = ", ".join(config.method for config in self.options.patch)
-        _say(f"{names} on {report.model}: {report.num_patched} of {len(report.layers)} layers")
+        removed = f", {len(report.removed_norms)} norms removed" * bool(report.removed_norms)
+        done = f"{report.num_patched} of {len(report.layers)} layers{removed}"
+        _say(f"{names} on {report.model}: {done}")
 
     def _patching(self, model_init: Any) -> Any:
         @functools.wraps(model_init)  # the Trainer counts its arguments

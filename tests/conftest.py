@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
 
 MODEL_TYPES = ("gpt2", "vit", "swin", "bert")
@@ -91,3 +92,21 @@ def sgd_steps(model: nn.Module, *, steps: int = 3, lr: float = 0.1) -> list[floa
 @pytest.fixture(params=MODEL_TYPES)
 def model_type(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback, and huggingface_hub's own client turned to it."""
+    from hub_stand_in import TOKEN, StandIn
+
+    stand_in = StandIn()
+    template = stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", stand_in.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # transformers keeps one client, which has the endpoint of the time it was made.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    yield stand_in
+    stand_in.close()

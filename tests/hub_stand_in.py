@@ -13,6 +13,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import torch
+import transformers
+from conftest import tiny_batch
+from huggingface_hub import ModelCard
+from safetensors.torch import load as load_bytes
+
 TOKEN = "hf_of_the_stand_in"
 USER = "me"
 
@@ -138,3 +144,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(repo.files[path], ETag=f'"{etag}"', X_Repo_Commit=repo.sha)
 
     do_HEAD = do_GET
+
+
+def files(hub, repo_id) -> dict[str, bytes]:
+    return hub.repos[repo_id].files
+
+
+def card_of(hub, repo_id) -> ModelCard:
+    return ModelCard(files(hub, repo_id)["README.md"].decode())
+
+
+def assert_published(hub, repo_id, model, *, with_norms: bool) -> None:
+    """The plain or the standalone form is there, as the model computes it, without the sidecar."""
+    content = files(hub, repo_id)
+    assert not [name for name in content if "hf_stable_state" in name]
+    assert ("modeling_hf_stable.py" in content) != with_norms
+    model_type = json.loads(content["config.json"])["model_type"]
+    assert model_type.startswith("hf_stable_") != with_norms
+    weights = load_bytes(content["model.safetensors"])
+    assert not [name for name in weights if name.endswith((".gamma", ".sigma_u"))]
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(repo_id)
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        expected = model.eval()(**batch).logits
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)

@@ -227,5 +227,20 @@ def test_fold_keeps_them_removed_and_says_so():
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-6)
 
 
+def test_the_report_lists_layers_and_removed_norms_together(model_type):
+    model = hf_stable.patch(tiny_model(model_type), METHOD[model_type])
+    report = hf_stable.describe(model)
+    assert report.removed_norms == tuple(name for name, _ in removed_norms(model))
+    assert {row.skipped for row in report.layers} == {"sigma_reparam is not in force"}
+    hf_stable.patch(model, "sigma_reparam")
+    report = hf_stable.describe(model)
+    assert report.num_patched > 0
+    last = str(report).splitlines()[-1]
+    assert last.startswith(f"{len(IN_BLOCKS[model_type])} norms removed: ")
+    assert all(name in last for name in report.removed_norms)
+    hf_stable.restore_layernorms(model)
+    assert "norms removed" not in str(hf_stable.describe(model))
+
+
 def test_every_registered_architecture_has_one_of_the_methods():
     assert set(METHOD) == set(MODEL_TYPES) == set(hf_stable.supported_architectures())

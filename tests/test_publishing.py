@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,58 +9,16 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import tiny_batch, tiny_model
+from conftest import tiny_model
 from exported_cases import patched
-from hub_stand_in import TOKEN, StandIn
-from huggingface_hub import ModelCard, constants
+from hub_stand_in import TOKEN, assert_published, card_of, files
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load as load_bytes
 from tiny_training import make_trainer
 
 import hf_stable
 from hf_stable.model_cards import END, START, amend_card, read_training
 from hf_stable.patching import STATE_FILE
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A Hub on loopback, and huggingface_hub's client turned to it."""
-    stand_in = StandIn()
-    template = stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", stand_in.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # transformers keeps one client, which has the endpoint of the time it was made.
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-    yield stand_in
-    stand_in.close()
-
-
-def files(hub, repo_id) -> dict[str, bytes]:
-    return hub.repos[repo_id].files
-
-
-def card_of(hub, repo_id) -> ModelCard:
-    return ModelCard(files(hub, repo_id)["README.md"].decode())
-
-
-def assert_published(hub, repo_id, model, *, with_norms: bool) -> None:
-    """The plain or the standalone form is there, as the model computes it, without the sidecar."""
-    content = files(hub, repo_id)
-    assert not [name for name in content if "hf_stable_state" in name]
-    assert ("modeling_hf_stable.py" in content) != with_norms
-    model_type = json.loads(content["config.json"])["model_type"]
-    assert model_type.startswith("hf_stable_") != with_norms
-    weights = load_bytes(content["model.safetensors"])
-    assert not [name for name in weights if name.endswith((".gamma", ".sigma_u"))]
-    loaded = transformers.AutoModelForImageClassification.from_pretrained(repo_id)
-    batch = tiny_batch(model)
-    with torch.no_grad():
-        expected = model.eval()(**batch).logits
-        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
-
 
 METHODS = pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 from conftest import tiny_batch, tiny_model
 from exported_cases import patched
+from hub_stand_in import assert_published, card_of, files
 from safetensors.torch import load_file
 from test_exporting import tiny_tokenizer
-from test_publishing import assert_published, card_of, files, hub  # noqa: F401
 
 import hf_stable
 from hf_stable.cli import BAD_INPUT, SUCCESS, main
@@ -108,7 +108,7 @@ def test_a_plain_folder_is_exported_with_a_card(tmp_path):
     assert_computes(load_saved(tmp_path / "out"), model, rtol=0, atol=0)
 
 
-def test_push_uploads_what_export_writes(checkpoint, hub, capsys):  # noqa: F811
+def test_push_uploads_what_export_writes(checkpoint, hub, capsys):
     folder, model = checkpoint
     assert main(["push", str(folder), "me/digits", "--private"]) == SUCCESS
     assert (
@@ -121,7 +121,7 @@ def test_push_uploads_what_export_writes(checkpoint, hub, capsys):  # noqa: F811
     assert "# By hand" in card_of(hub, "me/digits").text
 
 
-def test_a_push_that_the_hub_refuses_is_one_line(checkpoint, hub, capsys, monkeypatch):  # noqa: F811
+def test_a_push_that_the_hub_refuses_is_one_line(checkpoint, hub, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(checkpoint[0]), "me/digits"]) == BAD_INPUT
     line = capsys.readouterr().err.splitlines()[-1]
