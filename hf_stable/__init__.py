@@ -11,6 +11,7 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
+from hf_stable.callback import StabilityCallback
 from hf_stable.checkpoints import load
 from hf_stable.describing import describe
 from hf_stable.exporting import export, push_to_hub
@@ -34,6 +35,7 @@ __all__ = [
     "RemoveLayerNormConfig",
     "RemovePreLayerNormConfig",
     "SigmaReparamConfig",
+    "StabilityCallback",
     "UnsupportedModelError",
     "describe",
     "export",

@@ -34,6 +34,7 @@ from hf_stable.checkpoints import (
     restoring,
 )
 from hf_stable.model_cards import amend_card
+from hf_stable.monitoring import log_with_pending, observing_step, train_with_rollbacks
 from hf_stable.patching import patch_configs
 from hf_stable.sidecar import remove_state, write_state
 from hf_stable.sigma_reparam import sigma_layers
@@ -329,21 +330,20 @@ def _get_decay_parameter_names(original: Any, trainer: Any, model: nn.Module) ->
     return [name for name in original(trainer, model) if name not in gammas]
 
 
-@_wrapping(
+_wrapping(
     "transformers.trainer:Trainer.log", "logs",
     reason="values that a callback holds ready (take_pending_logs) join the record of the step",
-)  # fmt: skip
-def _log(original: Any, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-    pending: dict[str, float] = {}
-    for callback in trainer.callback_handler.callbacks:
-        if hasattr(callback, "take_pending_logs"):
-            pending |= callback.take_pending_logs()
-    if not pending:
-        return original(trainer, logs, *args, **kwargs)
-    # The caller keeps using its dict, as metrics: it gets what the Trainer adds, not ours.
-    record = {**logs, **pending}
-    original(trainer, record, *args, **kwargs)
-    logs.update({key: value for key, value in record.items() if key not in pending})
+)(log_with_pending)  # fmt: skip
+
+_wrapping(
+    "transformers.trainer:Trainer.training_step", "model", "inputs",
+    reason="a callback sees the loss of each step (observe_loss), which averages and filters hide",
+)(observing_step)  # fmt: skip
+
+_wrapping(
+    "transformers.trainer:Trainer.train", "resume_from_checkpoint",
+    reason="resumes from an earlier checkpoint where a callback asks for it (take_rollback)",
+)(train_with_rollbacks)  # fmt: skip
 
 
 @_wrapping(

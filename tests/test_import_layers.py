@@ -16,12 +16,14 @@ import hf_stable
 ROOT = Path(__file__).parents[1]
 
 LEVELS = {
-    0: "spectral product_spectra entropy sharpness method_config modeling_hf_stable",
+    0: """spectral product_spectra entropy sharpness method_config modeling_hf_stable alarms
+          stability_log stability_metrics""",
     1: "sigma_function settling sigma_layers refreshing adamw2_update adamw2",
     2: "architectures",
     3: """sigma_reparam norm_removal patching describing block_terms recording probes adamw2_groups
-          standalone model_cards sidecar weight_files saved_models checkpoints exporting""",
-    4: "trainer_plugin stability_log alarms monitoring callback",
+          standalone model_cards sidecar weight_files saved_models checkpoints exporting monitoring
+          run_measures""",
+    4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 inspection folding
           diagnosis terminal run cli""",
 }

@@ -29,6 +29,8 @@ TARGETS = {
     "transformers.trainer:Trainer._load_best_model",
     "transformers.trainer:Trainer.get_decay_parameter_names",
     "transformers.trainer:Trainer.log",
+    "transformers.trainer:Trainer.train",
+    "transformers.trainer:Trainer.training_step",
     "transformers.trainer:get_last_checkpoint",
     "transformers.trainer:_parse_optim_args",
     "peft.tuners.tuners_utils:BaseTuner.__init__",

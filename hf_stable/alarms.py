@@ -1,0 +1,385 @@
+"""When a run is in trouble: rules on losses and attention's indices, on plain numbers.
+
+No single index decides. A run can train well with one head at low entropy and SEC .998, and a
+healthy one can have SEC 1 under a small initialisation; so the rule reads level, trend, and what
+the loss does after a sign appears:
+
+1. A *sign* is seen on a head at a probe: `malignant` (low entropy and low rank), `drop` (its
+   entropy fell by a large share of log T within the last probes), `growth` (sigma_1(Wq^T Wk) grew
+   by a large factor within them) or `concentration` (SEC above 99 % and some growth).
+2. A sign is *acquitted* once the loss improves on its level at the onset, and if it was there at
+   the first probe: a pretrained model's sinks are no collapse.
+3. Collapse: signs that are not acquitted on enough heads while the smoothed loss rises; or a
+   `malignant` one that the loss has not improved on for a long stretch in a run that has learnt
+   little since it began.
+4. Spike: the smoothed loss rises far beyond its noise, signs or not.
+5. Nonfinite: a NaN or infinite loss or gradient.
+
+A run is *lost* where its smoothed loss never again comes within 10 % of the best before
+(`lost_step`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+__all__ = ["Alarm", "AlarmRules", "Thresholds", "lost_step", "smooth"]
+
+SMOOTHING = 5
+"""Losses in the running median: two wild batches do not move it."""
+
+LOSS_WINDOW = 50
+"""Losses that the noise is estimated from."""
+
+PROBE_WINDOW = 8
+"""Probes over which drop and growth are taken."""
+
+LOST_MARGIN = 0.1
+"""A run is lost where it never again comes within this share of its best loss before."""
+
+ROBUST_SIGMA = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
+
+Values = Mapping[str, Sequence[float | None]]
+"""Per layer one value per head; None where it is not defined."""
+
+ADVICE = {
+    "collapse": "lower the learning rate, warm it up, or use optim='adamw2'; "
+    "hf_stable.patch(model, 'sigma_reparam') bounds what grows here",
+    "spike": "look at the batches of these steps; lower the learning rate or clip gradients "
+    "(max_grad_norm)",
+    "nonfinite": "resume from an earlier checkpoint with a lower learning rate; in half precision "
+    "try bf16, and look for the first layer with a count in stability.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a sign, and as a rise of the loss.
+
+    Attributes:
+        entropy_share: entropy / log(visible keys) below which a head is sparse.
+        rank_share: rank of the map below which a sparse head is malignant.
+        entropy_drop: fall of the entropy share within the window.
+        sigma_growth: factor of sigma_1(Wq^T Wk) within the window.
+        sec: spectral energy concentration that counts, together with half that growth.
+        heads: share of all heads that must show a sign (one head at least).
+        rise: share of the best smoothed loss by which it has to rise.
+        rise_score: the same in units of the loss's noise from step to step.
+        spike: rise that is an alarm without any sign.
+        spike_score: the same in units of the noise.
+        improvement: share by which the loss has to improve to acquit a sign.
+        stall_steps: fewest steps without improvement that convict; half as many as the run had
+            at the onset if that is more.
+        learnt: a run is past stalling once its loss is below this share of its first level.
+    """
+
+    entropy_share: float = 0.35
+    rank_share: float = 0.3
+    entropy_drop: float = 0.15
+    sigma_growth: float = 4.0
+    sec: float = 0.99
+    heads: float = 0.1
+    rise: float = 0.05
+    rise_score: float = 3.0
+    spike: float = 0.5
+    spike_score: float = 8.0
+    improvement: float = 0.01
+    stall_steps: int = 50
+    learnt: float = 0.7
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something to act on.
+
+    Attributes:
+        kind: "collapse", "spike" or "nonfinite".
+        step: optimizer step at which it was raised.
+        quantity: what was compared, such as "sigma_qk" or "loss".
+        value: what it was.
+        threshold: what it was compared with.
+        reason: one sentence.
+        layer: the layer that shows it most, or None.
+        head: the head in it, or None.
+    """
+
+    kind: str
+    step: int
+    quantity: str
+    value: float
+    threshold: float
+    reason: str
+    layer: str | None = None
+    head: int | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to try."""
+        return ADVICE[self.kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the advice, for JSON; infinite and NaN numbers as strings."""
+        fields = asdict(self) | {"advice": self.advice}
+        return {
+            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in fields.items()
+        }
+
+    def __str__(self) -> str:
+        """Name layer, head, value, threshold and what to try."""
+        where = f" in {self.layer}" if self.layer is not None else ""
+        where += f", head {self.head}" if self.head is not None else ""
+        return (
+            f"{self.kind} at step {self.step}{where}: {self.reason} ({self.quantity} "
+            f"{self.value:.4g}, threshold {self.threshold:.4g}). To try: {self.advice}"
+        )
+
+
+@dataclass
+class _Sign:
+    """A sign on one head, since when, and the smoothed loss then."""
+
+    step: int
+    level: float
+    acquitted: bool
+
+
+class AlarmRules:
+    """The rule of this module, fed step by step; deterministic, so a replay alarms alike.
+
+    Args:
+        thresholds: other than the defaults.
+    """
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        """Start with nothing seen."""
+        self.thresholds = thresholds or Thresholds()
+        self._losses: list[float] = []
+        self._first = math.nan
+        self._best = math.inf
+        self._signs: dict[str, _Sign] = {}
+        self._history: dict[str, list[Values]] = {"sigma_qk": [], "entropy_normalised": []}
+        self._num_heads = 0
+        self._strongest: dict[str, tuple[float, float]] = {}
+        self._open: set[str] = set()
+
+    def observe_loss(self, step: int, loss: float, gradients_finite: bool = True) -> list[Alarm]:
+        """Take the loss of one optimizer step; return the alarms that begin with it."""
+        finite = math.isfinite(loss) and gradients_finite
+        if not finite:
+            what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient", math.nan)
+            reason = f"the {what} is not finite"
+            return self._raise("nonfinite", step, "loss", value, math.inf, reason)
+        self._open.discard("nonfinite")
+        self._losses = [*self._losses[-LOSS_WINDOW + 1 :], loss]
+        level = self.level
+        if len(self._losses) <= SMOOTHING:
+            self._first = level
+        self._best = min(self._best, level)
+        for sign in self._signs.values():
+            gain = self.thresholds.improvement * abs(sign.level)
+            sign.acquitted = sign.acquitted or level < sign.level - gain
+        alarms = self._judge(step)
+        if not self.is_rising:
+            self._open.discard("spike")
+            if not self._is_stalled(step):
+                self._open.discard("collapse")
+        return alarms
+
+    def observe_probe(self, step: int, quantities: Mapping[str, Values]) -> list[Alarm]:
+        """Take what a probe recorded (`Records.to_dict()`); return the alarms that begin.
+
+        Quantities that were not recorded give no signs.
+        """
+        is_first = not self._num_heads
+        self._num_heads = sum(map(len, quantities.get("entropy_normalised", {}).values()))
+        found = self._find_signs(quantities)
+        self._signs = {
+            key: self._signs.get(key) or _Sign(step, self.level, acquitted=is_first)
+            for key in found
+        }
+        self._strongest = found
+        for name, history in self._history.items():
+            history.append(dict(quantities.get(name, {})))
+            del history[:-PROBE_WINDOW]
+        return self._judge(step)
+
+    @property
+    def level(self) -> float:
+        """The smoothed loss: the median of the last few."""
+        return median(self._losses[-SMOOTHING:]) if self._losses else math.inf
+
+    @property
+    def noise(self) -> float:
+        """The loss's noise from step to step, robust against trend and spikes."""
+        steps = [b - a for a, b in zip(self._losses, self._losses[1:], strict=False)]
+        if len(steps) < SMOOTHING:
+            return 0.0
+        middle = median(steps)
+        return ROBUST_SIGMA * median(abs(s - middle) for s in steps) / math.sqrt(2)
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether the smoothed loss has risen above its best beyond noise."""
+        return self._exceeds(self.thresholds.rise, self.thresholds.rise_score)
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether a checkpoint of this moment should not be gone back to."""
+        return bool(self._open) or self.is_rising
+
+    def state(self) -> dict[str, Any]:
+        """Return all that was seen, for JSON."""
+        return {
+            "losses": self._losses,
+            "first": str(self._first),  # as text: JSON has no NaN and no infinity
+            "best": str(self._best),
+            "signs": {
+                key: {**asdict(sign), "level": str(sign.level)} for key, sign in self._signs.items()
+            },
+            "history": self._history,
+            "num_heads": self._num_heads,
+            "strongest": {key: list(pair) for key, pair in self._strongest.items()},
+            "open": sorted(self._open),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state()`."""
+        self._losses = list(state["losses"])
+        self._first, self._best = float(state["first"]), float(state["best"])
+        self._signs = {
+            key: _Sign(sign["step"], float(sign["level"]), sign["acquitted"])
+            for key, sign in state["signs"].items()
+        }
+        self._history = {name: list(probes) for name, probes in state["history"].items()}
+        self._num_heads = state["num_heads"]
+        self._strongest = {key: (pair[0], pair[1]) for key, pair in state["strongest"].items()}
+        self._open = set(state["open"])
+
+    def _exceeds(self, share: float, score: float) -> bool:
+        rise = self.level - self._best
+        return rise > max(share * abs(self._best), score * self.noise) and math.isfinite(rise)
+
+    def _judge(self, step: int) -> list[Alarm]:
+        alarms: list[Alarm] = []
+        active = [key for key, sign in self._signs.items() if not sign.acquitted]
+        heads = {key.rpartition("|")[0] for key in active}
+        if self.is_rising and heads and len(heads) >= self.thresholds.heads * self._num_heads:
+            alarms += self._collapse(step, active, "attention changes fast while the loss rises")
+        elif self._is_stalled(step):
+            sparse = [key for key in active if key.endswith("|malignant")]
+            reason = "all queries of a head look at the same few keys, and the loss stands still"
+            alarms += self._collapse(step, sparse, reason)
+        if self._exceeds(self.thresholds.spike, self.thresholds.spike_score):
+            threshold = self._best + self.thresholds.spike * abs(self._best)
+            reason = f"the smoothed loss rose from its best, {self._best:.4g}, far beyond its noise"
+            alarms += self._raise("spike", step, "loss", self.level, threshold, reason)
+        return alarms
+
+    def _is_stalled(self, step: int) -> bool:
+        if not self._best > self.thresholds.learnt * self._first:
+            return False
+        onsets = [
+            sign.step
+            for key, sign in self._signs.items()
+            if key.endswith("|malignant") and not sign.acquitted
+        ]
+        return any(step - s >= max(self.thresholds.stall_steps, s // 2) for s in onsets)
+
+    def _collapse(self, step: int, keys: Sequence[str], reason: str) -> list[Alarm]:
+        def excess(key: str) -> float:
+            value, threshold = self._strongest[key]
+            above = value / threshold if threshold else 1.0
+            return 1 / max(above, 1e-9) if key.endswith("|malignant") else above
+
+        worst = max(keys, key=excess)
+        layer, head, sign = worst.split("|")
+        value, threshold = self._strongest[worst]
+        quantity = {
+            "malignant": "entropy_normalised",
+            "drop": "fall of entropy_normalised",
+            "growth": "growth of sigma_qk",
+            "concentration": "sec",
+        }[sign]
+        heads = len({key.rpartition("|")[0] for key in keys})
+        reason += f"; {heads} of {self._num_heads} heads"
+        return self._raise("collapse", step, quantity, value, threshold, reason, layer, int(head))
+
+    def _raise(
+        self,
+        kind: str,
+        step: int,
+        quantity: str,
+        value: float,
+        threshold: float,
+        reason: str,
+        layer: str | None = None,
+        head: int | None = None,
+    ) -> list[Alarm]:
+        if kind in self._open:
+            return []
+        self._open.add(kind)
+        return [Alarm(kind, step, quantity, value, threshold, reason, layer, head)]
+
+    def _find_signs(self, quantities: Mapping[str, Values]) -> dict[str, tuple[float, float]]:
+        """Return value and threshold of each sign, by "layer|head|sign"."""
+        limits = self.thresholds
+        found: dict[str, tuple[float, float]] = {}
+        for layer, shares in quantities.get("entropy_normalised", {}).items():
+            ranks = quantities.get("rank", {}).get(layer, [None] * len(shares))
+            before = self._past("entropy_normalised", layer, len(shares), max)
+            for head, (share, rank) in enumerate(zip(shares, ranks, strict=True)):
+                if share is None:
+                    continue
+                if rank is not None and share < limits.entropy_share and rank < limits.rank_share:
+                    found[f"{layer}|{head}|malignant"] = share, limits.entropy_share
+                if before[head] - share > limits.entropy_drop:
+                    drop = before[head] - share
+                    found[f"{layer}|{head}|drop"] = drop, limits.entropy_drop
+        for layer, sigmas in quantities.get("sigma_qk", {}).items():
+            before = self._past("sigma_qk", layer, len(sigmas), min)
+            secs = quantities.get("sec", {}).get(layer, [None] * len(sigmas))
+            for head, (sigma, sec) in enumerate(zip(sigmas, secs, strict=True)):
+                growth = sigma / before[head] if sigma is not None and before[head] > 0 else 0.0
+                if growth > limits.sigma_growth:
+                    found[f"{layer}|{head}|growth"] = growth, limits.sigma_growth
+                if sec is not None and sec > limits.sec and growth > limits.sigma_growth / 2:
+                    found[f"{layer}|{head}|concentration"] = sec, limits.sec
+        return found
+
+    def _past(self, name: str, layer: str, count: int, extreme: Any) -> list[float]:
+        """Return each head's extreme value within the window; a value that hides where none is."""
+        rows = [probe[layer] for probe in self._history[name] if layer in probe]
+        none = -math.inf if extreme is max else math.inf
+        return [
+            extreme((row[h] for row in rows if row[h] is not None), default=none)
+            for h in range(count)
+        ]
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Return the running median of `SMOOTHING` losses; NaN counts as infinite."""
+    clean = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return [median(clean[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(clean))]
+
+
+def lost_step(losses: Sequence[float]) -> int | None:
+    """Return the step from which the smoothed loss never again is within 10 % of its best before.
+
+    Args:
+        losses: positive losses of steps 1, 2, ...; may hold NaN.
+
+    Returns:
+        The step (counted from 1), or None for a run that is not lost at its end.
+    """
+    best, last = math.inf, 0
+    for step, level in enumerate(smooth(losses), start=1):
+        best = min(best, level)
+        if math.isfinite(level) and level <= (1 + LOST_MARGIN) * best:
+            last = step
+    return None if last == len(losses) else last + 1

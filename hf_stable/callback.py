@@ -1,0 +1,420 @@
+"""StabilityCallback: when to probe, what to log, what to do at a collapse."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hf_stable.adamw2 import AdamW2
+from hf_stable.alarms import Alarm, AlarmRules, Thresholds
+from hf_stable.entropy import sample_queries
+from hf_stable.probes import TERMS, Records, probe
+from hf_stable.run_measures import (
+    effective_rates,
+    gammas,
+    gradients_are_finite,
+    mean_over_ranks,
+    measure_loss_sharpness,
+    scale_rates,
+    value_of_first_rank,
+)
+from hf_stable.stability_log import StabilityLog
+from hf_stable.stability_metrics import aggregate
+
+__all__ = ["ACTIONS", "StabilityCallback"]
+
+ACTIONS = ("warn", "stop", "checkpoint", "rollback")
+
+SCALER_PATIENCE = 10
+"""Steps in a row with infinite gradients that a GradScaler looking for its scale may take."""
+
+
+class Healthy(NamedTuple):
+    """A checkpoint that can be gone back to, and by what its rates are scaled already."""
+
+    step: int
+    lr_scale: float
+
+
+class StabilityCallback(TrainerCallback, ExportableState):
+    """Shows, while a Trainer trains, whether attention collapses, where, how, and acts on it.
+
+    It probes inside training steps that run anyway (`hf_stable.probe`): every `every` steps, at
+    steps 1, 2, 4, ... before the first of them, and while the loss is rising, at most every
+    `every // 10` steps. Weights, losses and random numbers are those of a run without it.
+
+    Values go to `trainer.state.log_history` and every tracker at the step that they belong to
+    (the table in `hf_stable.stability_metrics`), and in full to `stability.jsonl` in the output
+    folder. For that, a record is written at each multiple of `every` even between two logging
+    steps (not with logging_strategy="no"): the Trainer then averages the logged loss from record
+    to record, over a shorter stretch. With `every` a multiple of logging_steps nothing changes.
+
+    The rule of alarms is stated in `hf_stable.alarms`. Each alarm is a warning and a line in
+    `stability.jsonl`, once per event, and beyond that what `on_collapse` says. On several
+    processes all act on the mean loss and on what the first one's batch shows.
+
+    Args:
+        every: steps from probe to probe.
+        queries: rows of each attention map to measure, "all" or a number.
+        terms: what to record: "default", "all" or names from `hf_stable.probes.TERMS`.
+        maps: heads whose subsampled maps `stability.jsonl` keeps: False, "all" or indices.
+        sharpness_every: steps from one measurement of sharpness to the next; it costs as much as
+            some sixty backward passes, and two copies of a step's memory. None: never.
+        on_collapse: at an alarm: "warn" only; "stop" ends training cleanly; "checkpoint" saves at
+            once; "rollback" resumes from the last healthy checkpoint at a lower rate. Or a
+            function, called with the `Alarm` and the TrainerControl. Before "stop" and "rollback"
+            a step whose gradients are not finite leaves the weights alone.
+        max_rollbacks: after so many, an alarm stops the run.
+        rollback_lr_factor: each rollback multiplies all rates by this.
+        log_layers: log the worst head of every layer too, not aggregates only.
+        thresholds: of the alarms, other than the defaults.
+
+    Raises:
+        ValueError: for an option out of range.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        queries: Literal["all"] | int = 64,
+        terms: Literal["default", "all"] | Sequence[str] = "default",
+        maps: bool | Literal["all"] | Sequence[int] = False,
+        sharpness_every: int | None = None,
+        on_collapse: str | Callable[[Alarm, TrainerControl], Any] = "warn",
+        *,
+        max_rollbacks: int = 3,
+        rollback_lr_factor: float = 0.5,
+        log_layers: bool = False,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        """Check the options; nothing is touched before training begins."""
+        _check_options(every, queries, terms, sharpness_every, on_collapse, rollback_lr_factor)
+        self.every = every
+        self.queries = queries
+        self.terms = terms
+        self.maps: Any = maps if maps is not True else "all"
+        self.sharpness_every = sharpness_every
+        self.on_collapse = on_collapse
+        self.max_rollbacks = max_rollbacks
+        self.rollback_lr_factor = rollback_lr_factor
+        self.log_layers = log_layers
+        self.thresholds = thresholds
+        self.progress: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self._rollback: Healthy | None = None
+        self._folder = ""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget everything about a run."""
+        self.rules = AlarmRules(self.thresholds)
+        self.nonfinite_steps = 0
+        self.num_alarms = 0
+        self.rollbacks = 0
+        self._lr_scale = 1.0
+        self._healthy: list[Healthy] = []
+        self._last_probe = 0
+        self._nonfinite_streak = 0
+        self._reset_step()
+
+    def _reset_step(self) -> None:
+        self._loss: Tensor | None = None
+        self._records: Records | None = None
+        self._values: dict[str, Any] = {}
+        self._alarms: list[Alarm] = []
+        self._pending: dict[str, float] = {}
+
+    # What the Trainer calls
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot work, now and not at the first probe; take up a resumed run."""
+        self._stack.close()
+        model = kwargs["model"]
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        if isinstance(saved, list):
+            raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
+        if self.on_collapse == "rollback":
+            _check_can_roll_back(args)
+        with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
+            pass  # raises for a model that cannot be probed
+        self._writes = state.is_world_process_zero
+        self._folder = args.output_dir or "."
+        self._log = StabilityLog(self._folder) if self._writes else None
+        going_back, self._rollback = self._rollback, None
+        rollbacks = self.rollbacks
+        self._begin()
+        if state.global_step:
+            self._restore(saved["attributes"]["progress"] if saved else {}, state.global_step)
+        if going_back is not None:
+            self.rollbacks = rollbacks + 1
+            wanted = self.rollback_lr_factor**self.rollbacks
+            scale_rates(kwargs["optimizer"], kwargs["lr_scheduler"], wanted / self._lr_scale)
+            self._lr_scale = wanted
+        elif self._log is not None:
+            if state.global_step:
+                self._log.resume(self.rollbacks, state.global_step)
+            else:
+                self._log.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open a probe if this step is due."""
+        self._reset_step()
+        step = state.global_step + 1
+        if self.sharpness_every and step % self.sharpness_every == 0:
+            self._keep_inputs(kwargs["model"])
+        if self._is_due(step):
+            self._last_probe = step
+            # The rows depend on the step alone: a resumed run samples what an unbroken one does.
+            generator = torch.Generator().manual_seed(step)
+            self._records = self._stack.enter_context(
+                probe(
+                    kwargs["model"], queries=self.queries, terms=self.terms,
+                    maps=self.maps or (), generator=generator,
+                )
+            )  # fmt: skip
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Take the loss of one micro-batch, as the Trainer adds them up."""
+        loss = loss.detach().float()
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the step's loss and gradients and what the probe saw; judge them."""
+        self._stack.close()
+        model, step = kwargs["model"], state.global_step + 1
+        if self._loss is None:
+            raise RuntimeError(
+                "StabilityCallback saw no loss: a Trainer whose training_step does not call the "
+                "Trainer's own has to call observe_loss(loss) of the callback"
+            )
+        finite = gradients_are_finite(model, everywhere=self._records is not None)
+        loss, share = mean_over_ranks(self._loss, finite)
+        self._judge(step, loss, share == 1, scaled=_has_scaler(kwargs["optimizer"]))
+        if self.sharpness_every and step % self.sharpness_every == 0:
+            self._values |= measure_loss_sharpness(model, self._inputs, kwargs["optimizer"])
+        if self.on_collapse in ("stop", "rollback") and any(
+            alarm.kind == "nonfinite" for alarm in self._alarms
+        ):
+            for parameter in model.parameters():
+                parameter.grad = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write down and log what was seen, and act on alarms."""
+        step = state.global_step
+        if self._values or self._records is not None:
+            self._publish(step, kwargs["model"], kwargs["optimizer"])
+        regular = step % self.every == 0 or bool(self._alarms)
+        if regular and args.logging_strategy != "no":
+            control.should_log = True
+        if self.on_collapse == "rollback" and step == 1:
+            control.should_save = True  # there is always something to go back to
+        for alarm in self._alarms:
+            self._act(alarm, control)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember a checkpoint that was written while nothing was wrong."""
+        self._note_checkpoint(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was found."""
+        self._stack.close()
+
+    def take_pending_logs(self) -> dict[str, float]:
+        """Return the values for the record of this step, once."""
+        pending, self._pending = self._pending, {}
+        return pending
+
+    def take_rollback(self) -> str | None:
+        """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
+        return None if self._rollback is None else self._path(self._rollback.step)
+
+    def state(self) -> dict[str, Any]:
+        """Return options and progress for `trainer_state.json`."""
+        action = self.on_collapse if isinstance(self.on_collapse, str) else repr(self.on_collapse)
+        return {
+            "args": {
+                "every": self.every,
+                "queries": self.queries,
+                "terms": self.terms if isinstance(self.terms, str) else list(self.terms),
+                "maps": self.maps if isinstance(self.maps, bool | str) else list(self.maps),
+                "sharpness_every": self.sharpness_every,
+                "on_collapse": action,
+                "max_rollbacks": self.max_rollbacks,
+                "rollback_lr_factor": self.rollback_lr_factor,
+                "log_layers": self.log_layers,
+            },
+            "attributes": {
+                "progress": {
+                    "rules": self.rules.state(),
+                    "nonfinite_steps": self.nonfinite_steps,
+                    "nonfinite_streak": self._nonfinite_streak,
+                    "num_alarms": self.num_alarms,
+                    "rollbacks": self.rollbacks,
+                    "lr_scale": self._lr_scale,
+                    "healthy": [list(entry) for entry in self._healthy],
+                    "last_probe": self._last_probe,
+                }
+            },
+        }
+
+    # What happens within
+
+    def _restore(self, progress: dict[str, Any], step: int) -> None:
+        if not progress:
+            return  # the checkpoint is of a run without this callback
+        self.rules.load_state(progress["rules"])
+        self.nonfinite_steps = progress["nonfinite_steps"]
+        self._nonfinite_streak = progress["nonfinite_streak"]
+        self.num_alarms = progress["num_alarms"]
+        self.rollbacks = progress["rollbacks"]
+        self._lr_scale = progress["lr_scale"]
+        self._healthy = [Healthy(*entry) for entry in progress["healthy"]]
+        self._last_probe = progress["last_probe"]
+        self._note_checkpoint(step)
+
+    def _note_checkpoint(self, step: int) -> None:
+        if not self.rules.is_suspicious:
+            self._healthy = [entry for entry in self._healthy if entry.step < step]
+            self._healthy.append(Healthy(step, self._lr_scale))
+
+    def _is_due(self, step: int) -> bool:
+        is_early = step < self.every and step & (step - 1) == 0  # 1, 2, 4, ...
+        waited = step - self._last_probe >= max(1, self.every // 10)
+        return is_early or step % self.every == 0 or (self.rules.is_rising and waited)
+
+    def _keep_inputs(self, model: nn.Module) -> None:
+        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self._inputs = args, kwargs
+            handle.remove()
+
+        handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def _judge(self, step: int, loss: float, finite: bool, *, scaled: bool) -> None:
+        self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
+        loss_is_finite = loss - loss == 0
+        self.nonfinite_steps += not (finite and loss_is_finite)
+        bearable = scaled and self._nonfinite_streak <= SCALER_PATIENCE
+        self._alarms = self.rules.observe_loss(step, loss, finite or bearable)
+        if self._records is not None:
+            quantities = value_of_first_rank(self._records.to_dict())
+            self._values = {"loss": loss if loss_is_finite else None, "quantities": quantities}
+            self._alarms += self.rules.observe_probe(step, quantities)
+
+    def _publish(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        quantities = self._values.setdefault("quantities", {})
+        found = gammas(model)
+        if found:
+            quantities["gamma"] = found
+        self._pending = aggregate(quantities, layers=self.log_layers)
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if isinstance(optimizer, AdamW2):
+            rates, clipped = effective_rates(optimizer, model)
+            self._values["effective_lr"] = rates
+            self._pending |= aggregate({"effective_lr": rates})
+            self._pending["stability/clipped_share"] = clipped
+        for name in ("sharpness", "sharpness_threshold"):
+            if self._values.get(name) is not None:
+                self._pending[f"stability/{name}"] = self._values[name]
+        self._pending["stability/nonfinite_steps"] = float(self.nonfinite_steps)
+        self._pending["stability/alarms"] = float(self.num_alarms + len(self._alarms))
+        self._pending["stability/rollbacks"] = float(self.rollbacks)
+        self._write("probe", step, self._values | {"nonfinite_steps": self.nonfinite_steps})
+
+    def _act(self, alarm: Alarm, control: TrainerControl) -> None:
+        self.num_alarms += 1
+        self._write("alarm", alarm.step, alarm.to_dict())
+        self._say(f"StabilityCallback: {alarm}")
+        if callable(self.on_collapse):
+            self.on_collapse(alarm, control)
+        elif self.on_collapse == "checkpoint":
+            control.should_save = True
+        elif self.on_collapse == "stop":
+            control.should_training_stop = True
+        elif self.on_collapse == "rollback" and self._rollback is None:
+            control.should_training_stop, control.should_save = True, False
+            self._plan_rollback(alarm)
+
+    def _plan_rollback(self, alarm: Alarm) -> None:
+        kept = [entry for entry in self._healthy if os.path.isdir(self._path(entry.step))]
+        if self.rollbacks >= self.max_rollbacks or not kept:
+            why = (
+                f"{self.rollbacks} rollbacks did not help"
+                if kept
+                else "there is no healthy checkpoint on disk (raise save_total_limit)"
+            )
+            self._write("stop", alarm.step, {"reason": why})
+            self._say(f"StabilityCallback: training stops at step {alarm.step}: {why}")
+            return
+        self._rollback = kept[-1]
+        scale = self.rollback_lr_factor ** (self.rollbacks + 1)
+        self._write("rollback", alarm.step, {"to_step": kept[-1].step, "lr_scale": scale})
+        self._say(
+            f"StabilityCallback: rollback {self.rollbacks + 1} of at most {self.max_rollbacks}: "
+            f"resuming from step {kept[-1].step} with {scale:g} times the learning rate"
+        )
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self._folder, f"checkpoint-{step}")
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            self._log.write(event, self.rollbacks, step, values)
+
+    def _say(self, message: str) -> None:
+        if self._writes:
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _check_options(
+    every: Any, queries: Any, terms: Any, sharpness_every: Any, on_collapse: Any, factor: Any
+) -> None:
+    for name, number in (("every", every), ("sharpness_every", sharpness_every)):
+        optional = name == "sharpness_every" and number is None
+        if not optional and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"{name} is a number of steps, 1 or more, got {number!r}")
+    sample_queries(1, queries)
+    names = () if terms in ("default", "all") else terms
+    unknown = [names] if isinstance(names, str) else sorted(set(names) - set(TERMS))
+    if unknown:
+        raise ValueError(
+            f'unknown term {unknown[0]!r}: terms is "default", "all" or a list of '
+            f"{', '.join(TERMS)}"
+        )
+    if on_collapse not in ACTIONS and not callable(on_collapse):
+        raise ValueError(
+            f"on_collapse is one of {', '.join(ACTIONS)} or a function, got {on_collapse!r}"
+        )
+    if not 0 < factor < 1:
+        raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {factor!r}")
+
+
+def _check_can_roll_back(args: TrainingArguments) -> None:
+    if args.save_strategy == "no" or args.save_only_model:
+        raise ValueError(
+            'on_collapse="rollback" goes back to a checkpoint: set save_strategy to "steps" or '
+            '"epoch", and save_only_model=False'
+        )
+
+
+def _has_scaler(optimizer: Any) -> bool:
+    return getattr(optimizer, "scaler", None) is not None

@@ -1,0 +1,108 @@
+"""How a Trainer serves callbacks that watch it: losses, values for its records, going back.
+
+A callback takes part by having one of the methods `observe_loss(loss)`,
+`take_pending_logs() -> dict` and `take_rollback() -> checkpoint folder or None`. The Trainer's
+methods that call these functions are wrapped in `trainer_plugin`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+__all__ = ["log_with_pending", "observing_step", "train_with_rollbacks"]
+
+_TRACKERS = "transformers.integrations"
+
+
+def observing_step(original: Callable[..., Tensor], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run `Trainer.training_step` and show its loss, detached, to the callbacks that watch."""
+    loss = original(trainer, *args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "observe_loss"):
+            callback.observe_loss(loss)
+    return loss
+
+
+def log_with_pending(
+    original: Callable[..., None], trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any
+) -> None:
+    """Run `Trainer.log` with the values that callbacks hold ready in its record.
+
+    A tracker of transformers that fails on a record with such values is taken out of the Trainer
+    with one warning, and training goes on.
+    """
+    pending: dict[str, float] = {}
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "take_pending_logs"):
+            pending |= callback.take_pending_logs()
+    if not pending:
+        return original(trainer, logs, *args, **kwargs)
+    # The caller keeps using its dict, as metrics: it gets what the Trainer adds, not ours.
+    record = {**logs, **pending}
+    try:
+        original(trainer, record, *args, **kwargs)
+    except Exception as error:
+        _go_on_without_tracker(trainer, record, error)
+    logs.update({key: value for key, value in record.items() if key not in pending})
+
+
+def train_with_rollbacks(
+    original: Callable[..., Any],
+    trainer: Any,
+    resume_from_checkpoint: str | bool | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run `Trainer.train`, again from a checkpoint as often as a callback asks for it."""
+    result = original(trainer, resume_from_checkpoint, *args, **kwargs)
+    while (folder := _rollback(trainer)) is not None:
+        result = original(trainer, folder, *args, **kwargs)
+    return result
+
+
+def _rollback(trainer: Any) -> str | None:
+    for callback in trainer.callback_handler.callbacks:
+        folder = callback.take_rollback() if hasattr(callback, "take_rollback") else None
+        if folder is not None:
+            return folder
+    return None
+
+
+def _go_on_without_tracker(trainer: Any, record: dict[str, float], error: Exception) -> None:
+    """Take out the tracker that raised, and let those after it have the record.
+
+    Raises:
+        Exception: the error itself, if it is no tracker's.
+    """
+    handler = trainer.callback_handler
+    tracker = _failed_tracker(error.__traceback__)
+    if tracker not in handler.callbacks:
+        raise error
+    later = handler.callbacks[handler.callbacks.index(tracker) + 1 :]
+    handler.remove_callback(tracker)
+    warnings.warn(
+        f"{type(tracker).__name__} failed at step {trainer.state.global_step} and gets no more "
+        f"records; training goes on ({type(error).__name__}: {error})",
+        UserWarning,
+        stacklevel=5,
+    )
+    everyone, handler.callbacks = handler.callbacks, later
+    try:
+        trainer.control = handler.on_log(trainer.args, trainer.state, trainer.control, record)
+    finally:
+        handler.callbacks = everyone
+
+
+def _failed_tracker(trace: TracebackType | None) -> TrainerCallback | None:
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, TrainerCallback) and type(owner).__module__.startswith(_TRACKERS):
+            return owner
+        trace = trace.tb_next
+    return None
