@@ -65,6 +65,25 @@ class _EffectiveWeight(torch.autograd.Function):
         return tangent
 
 
+class _CompiledWeight(torch.autograd.Function):
+    """`_EffectiveWeight` for `torch.compile`, which would break the graph at its `jvp`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight, gamma, sigma, u, v)
+        ctx.dim = dim
+        return scale_blocks(weight, gamma / sigma, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, gamma, sigma, u, v = ctx.saved_tensors
+        # torch.compile has no second derivatives, for which sigma would be a function of W.
+        first = _first_derivatives(grad, weight, gamma, sigma, u, v, ctx.dim)
+        return *first, None, None, None, None
+
+
 def effective_weight(
     weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int = 0
 ) -> Tensor:
@@ -81,7 +100,8 @@ def effective_weight(
     Returns:
         A tensor like `weight`, in its dtype; the product is taken in gamma's dtype.
     """
-    return _EffectiveWeight.apply(weight, gamma, sigma, u, v, dim)
+    function = _CompiledWeight if torch.compiler.is_compiling() else _EffectiveWeight
+    return function.apply(weight, gamma, sigma, u, v, dim)
 
 
 class _ScaledLinear(torch.autograd.Function):

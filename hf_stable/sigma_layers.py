@@ -333,7 +333,8 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     """
     settle_if_moved(layer)
     weight = layer.weight
-    scale = spread_over_blocks(layer.gamma / layer.sigma, weight, layer.block_dim)
+    gamma = layer.gamma.full_tensor() if isinstance(layer.gamma, DTensor) else layer.gamma
+    scale = spread_over_blocks(gamma / layer.sigma, weight, layer.block_dim)
     if isinstance(weight, DTensor):
         shard = matrix_blocks(weight)[0]
         if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
