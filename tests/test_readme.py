@@ -1,0 +1,73 @@
+"""README.md is run as it is printed, and names everything that is public."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import hf_stable
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def block(name: str) -> str:
+    """Return the code block behind a marker."""
+    found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README, flags=re.S)
+    assert found, f"README.md lost its {name} block"
+    return found[1]
+
+
+@pytest.fixture
+def registry():
+    """Take back what a block registers."""
+    from hf_stable.architectures.registry import _registry
+
+    before = dict(_registry)
+    yield
+    _registry.clear()
+    _registry.update(before)
+
+
+def test_own_architecture_block_makes_a_llama_patchable(registry):
+    config = transformers.LlamaConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.arange(6)[None]
+    before = model(ids).logits
+    with pytest.raises(hf_stable.UnsupportedModelError, match="llama"):
+        hf_stable.patch(model, "sigma_reparam")
+    exec(block("own-architecture"), {})
+    hf_stable.patch(model, "sigma_reparam")
+    assert hf_stable.describe(model).num_patched == 7
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+def test_every_public_name_is_in_the_readme():
+    missing = [name for name in hf_stable.__all__ if not re.search(rf"\b{name}\b", README)]
+    assert missing == []
+
+
+def test_every_command_in_the_readme_exists():
+    import typer
+
+    from hf_stable.cli import app
+
+    commands = {command.name for command in typer.main.get_command(app).commands.values()}
+    named = set(re.findall(r"`hf-stable ([a-z]+)", README))
+    assert named <= commands
+    assert commands <= named, "a command that README.md does not name"
+
+
+def test_the_two_commands_install_torch_first():
+    for name in ("main-job", "tests"):
+        assert block(name).startswith("pip install torch==2.13.0 && pip install -e ")
