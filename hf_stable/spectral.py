@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, inf, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +46,9 @@ EXACT_SVD_MAX_DIM = 128
 
 STACK_MAX_NUMEL = 1 << 15
 """Matrices of up to so many entries are copied into one batch: cheaper than a call for each."""
+
+MAX_BANDS = 16
+"""Parts of a matrix whose products with a vector the threads of a CPU share."""
 
 
 class SingularTriple(NamedTuple):
@@ -320,7 +323,7 @@ def _step_together(
         new_v = _times([m.T for m in casted] if isinstance(casted, list) else casted.mT, new_u)
         sigma = torch.linalg.vector_norm(new_v, dim=1, keepdim=True)
         new_v /= _norm(new_v)
-    old_u = torch.zeros_like(new_u) if u is None else torch.stack([u[i] for i in indices])
+    old_u = None if u is None else torch.stack([u[i] for i in indices])
     new_u, new_v = _mend(sigma, (new_u, old_u), (new_v, old_v))
     rows = zip(sigma[:, 0].unbind(), new_u.unbind(), new_v.unbind(), strict=True)
     for index, row in zip(indices, rows, strict=True):
@@ -334,8 +337,24 @@ def _times(matrices: list[Tensor] | Tensor, rows: Tensor) -> Tensor:
         return torch.bmm(rows.unsqueeze(1), matrices.mT).squeeze(1)
     products = rows.new_empty(len(matrices), matrices[0].shape[0])
     for product, matrix, row in zip(products, matrices, rows, strict=True):
-        torch.mv(matrix, row, out=product)
+        _write_product(matrix, row, product)
     return products
+
+
+def _write_product(matrix: Tensor, row: Tensor, product: Tensor) -> None:
+    """Write `W v` to `product`; on a CPU with all threads, of which BLAS takes one for a vector."""
+    by_rows = matrix.stride(1) == 1
+    bands = 1
+    if matrix.is_cpu and torch.get_num_threads() > 1 and 1 in matrix.stride():
+        bands = gcd(matrix.shape[0 if by_rows else 1], MAX_BANDS)
+    if bands == 1:
+        torch.mv(matrix, row, out=product)
+    elif by_rows:
+        parts = matrix.unflatten(0, (bands, -1)).mT
+        torch.bmm(row.expand(bands, 1, -1), parts, out=product.view(bands, 1, -1))
+    else:
+        parts = matrix.T.unflatten(0, (bands, -1))
+        torch.sum(torch.bmm(row.view(bands, 1, -1), parts)[:, 0], 0, out=product)
 
 
 def _step_sharded(
@@ -364,7 +383,7 @@ def _step_sharded(
     dist.all_reduce(sums, group=group)
     for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
         y, z, old_v = y[None], z[None], v[index][None]
-        old_u = torch.zeros_like(y) if u is None else u[index][None]
+        old_u = None if u is None else u[index][None]
         sigma = torch.linalg.vector_norm(z) / _norm(y)
         new_u, new_v = _mend(sigma, (y / _norm(y), old_u), (z / _norm(z), old_v))
         results[index] = SingularTriple(sigma[0, 0], new_u[0], new_v[0])
@@ -378,7 +397,7 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _mend(
-    sigma: Tensor, u: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]
+    sigma: Tensor, u: tuple[Tensor, Tensor | None], v: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Replace vectors that a zero or non-finite product has spoilt, without reading a value back.
 
@@ -388,14 +407,29 @@ def _mend(
 
     Args:
         sigma: (b, 1).
-        u: new and old left vectors, (b, m) each.
+        u: new and old left vectors, (b, m) each; None for the old ones if nobody keeps them.
         v: new and old right vectors, (b, n) each.
     """
     (new_u, old_u), (new_v, old_v) = u, v
-    fresh = generic_vector(old_v.shape[1], dtype=old_v.dtype, device=old_v.device)
-    usable = torch.isfinite(sigma) & (sigma > 0)
+    fresh = _shared_generic_vector(old_v.shape[1], old_v.dtype, old_v.device)
+    usable = (sigma > 0) & (sigma < inf)
     restart = torch.where(sigma == 0, fresh, old_v)
-    return torch.where(usable, new_u, old_u), torch.where(usable, new_v, restart)
+    kept_u = new_u if old_u is None else torch.where(usable, new_u, old_u)
+    return kept_u, torch.where(usable, new_v, restart)
+
+
+_generic_vectors: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _shared_generic_vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `generic_vector`, the same tensor each time, to be read only: every step needs it."""
+    key = size, dtype, device
+    vector = _generic_vectors.get(key)
+    if vector is None:
+        vector = generic_vector(size, dtype=dtype, device=device)
+        if type(vector) is Tensor:  # not a tracer's or a fake one, which die with their mode
+            _generic_vectors[key] = vector
+    return vector
 
 
 def generic_vector(size: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

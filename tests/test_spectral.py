@@ -408,3 +408,47 @@ def test_replicated_weights_are_plain_and_column_shards_are_refused():
     for rank in run_ranks(place_otherwise, 2):
         assert torch.equal(rank["replicated"], randn(6, 4))
         assert "allowed are replicated and sharded once, on dimension 0" in rank["message"]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+LARGE = {
+    "rows": lambda: torch.randn(256, 192),
+    "columns": lambda: torch.randn(192, 256).T,
+    "block of a fused matrix": lambda: torch.randn(256, 600)[:, 200:400],
+    "block of rows, transposed": lambda: torch.randn(600, 256)[200:400].T,
+    "prime lengths": lambda: torch.randn(257, 193),
+    "no contiguous dimension": lambda: torch.randn(256, 400)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+def test_threads_share_a_product_and_give_the_same(make, two_threads):
+    torch.manual_seed(0)
+    matrix, v = make(), torch.randn(make().shape[1])
+    assert matrix.numel() > STACK_MAX_NUMEL
+    u = torch.zeros(len(matrix))
+    (shared,) = power_step([matrix], [u], [v])
+    torch.set_num_threads(1)
+    (alone,) = power_step([matrix], [u], [v])
+    torch.testing.assert_close(tuple(shared), tuple(alone), rtol=1e-5, atol=1e-6)
+    wide = matrix.double()
+    exact_u = torch.nn.functional.normalize(wide @ v.double(), dim=0)
+    torch.testing.assert_close(shared.u.double(), exact_u, rtol=1e-5, atol=1e-6)
+    image = wide.T @ exact_u
+    torch.testing.assert_close(shared.sigma.double(), image.norm(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(shared.v.double(), image / image.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_vector_that_restarts_a_zero_matrix_is_nobodys_to_change():
+    zero, v = torch.zeros(300, 300), torch.ones(300)
+    (first,) = power_step([zero], None, [v])
+    first.v.mul_(0)
+    (second,) = power_step([zero], None, [v])
+    assert second.v.norm() == pytest.approx(1.0)
