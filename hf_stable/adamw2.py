@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable.adamw2_lora import Adapter, check_factors, pair_factors, update_adapters
 from hf_stable.adamw2_update import (
     MOMENTS,
     RULE_STATE,
@@ -49,7 +50,8 @@ class AdamW2(Optimizer):
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
             group may set any of the options below, and also `blocks` and `block_dim`: a fused
             weight is `blocks` equal matrices along dimension `block_dim`, each with its own rate
-            (GPT-2's `c_attn`: `blocks=3, block_dim=1`).
+            (GPT-2's `c_attn`: `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
+            LoRA's factors; see `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
         betas: decay of the running means of the gradient and of its square.
         eps: added to the root of the second moment. Paper: inside the root; here outside, as
@@ -92,6 +94,8 @@ class AdamW2(Optimizer):
             power_iterations=power_iterations,
             blocks=1,
             block_dim=0,
+            lora_scale=None,
+            lora_transposed=False,
             maximize=maximize,
             capturable=capturable,
         )
@@ -102,15 +106,19 @@ class AdamW2(Optimizer):
         """Add a group of parameters, with options of its own where it names them.
 
         Raises:
-            ValueError: for an option out of range, or `blocks` that do not fit the weights.
+            ValueError: for an option out of range, or `blocks` or `lora_scale` that do not fit the
+                weights.
             TypeError: for parameters that are not real floating-point tensors.
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
             options = self.defaults | param_group
             _check_options(options)
-            for param in param_group["params"]:
-                _check_param(param[1] if isinstance(param, tuple) else param, options)
+            params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            for param in params:
+                _check_param(param, options)
+            if options["lora_scale"] is not None:
+                check_factors(params, options)
         super().add_param_group(param_group)
         self._group_sizes = [len(group["params"]) for group in self.param_groups]
 
@@ -130,25 +138,30 @@ class AdamW2(Optimizer):
 
         Raises:
             RuntimeError: for a sparse gradient.
-            ValueError: if the parameters were replaced by flattened ones (DeepSpeed ZeRO, FSDP1).
+            ValueError: if the parameters were replaced by flattened ones (DeepSpeed ZeRO, FSDP1),
+                or those of a group with `lora_scale` cannot be stepped together.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         ruled: list[Weight] = []
+        adapters: list[Adapter] = []
         for group, size in zip(self.param_groups, self._group_sizes, strict=True):
             weights = [
                 self._weight(param, group, replaced=len(group["params"]) != size)
                 for param in group["params"]
                 if param.grad is not None
             ]
-            if not math.isinf(group["tau"]):
+            if not math.isinf(group["tau"]) and group["lora_scale"] is not None:
+                adapters += pair_factors(group, weights)
+            elif not math.isinf(group["tau"]):
                 ruled += weights
             elif weights:
                 params = [weight.param for weight in weights]
                 adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
         update(ruled)
+        update_adapters(adapters)
         return loss
 
     def _weight(self, param: Tensor, group: dict[str, Any], *, replaced: bool) -> Weight:
@@ -243,6 +256,8 @@ def _check_options(options: dict[str, Any]) -> None:
         "power_iterations": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
         "blocks": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
         "block_dim": ("0 or 1", lambda dim: dim in (0, 1)),
+        "lora_scale": ("None or a finite number > 0", lambda s: s is None or 0 < s < math.inf),
+        "lora_transposed": ("True or False", lambda transposed: transposed in (True, False)),
     }
     for name, (allowed, holds) in checks.items():
         if not holds(options[name]):

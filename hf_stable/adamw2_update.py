@@ -23,12 +23,27 @@ from hf_stable.spectral import (
     spectral_dtype,
 )
 
-__all__ = ["MOMENTS", "RULE_STATE", "Weight", "adam_step", "prepare_state", "update"]
+__all__ = [
+    "COLD_ITERATIONS",
+    "LORA_STATE",
+    "MOMENTS",
+    "RULE_STATE",
+    "Weight",
+    "adam_step",
+    "move",
+    "prepare_state",
+    "target_scale",
+    "update",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What torch's AdamW keeps per weight beside `step`; the same here."""
 
-RULE_STATE = ("weight_v", "update_v", "exempt", "effective_lr")
+LORA_STATE = ("merged_v", "linear_v", "quadratic_v")
+"""What Rule 1 for LoRA keeps with B: right vectors of the merged weight and of the two parts of its
+change, (n,) each."""
+
+RULE_STATE = ("weight_v", "update_v", *LORA_STATE, "exempt", "effective_lr")
 """What Rule 1 adds: right vectors of W and U (blocks, n); whether a block is exempt and its last
 rate, (blocks,) each."""
 
@@ -75,7 +90,7 @@ def prepare_state(weight: Weight) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for key in MOMENTS:
             state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    if math.isinf(weight.group["tau"]):
+    if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
         return
     if "weight_v" in state and len(state["weight_v"]) == blocks:
         return
@@ -177,16 +192,16 @@ def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -
     targets = []
     for weights in together:
         targets.append(_zero_targets(weights, workspace))
-        adam_step(weights, targets[-1], lr=_target_scale(weights[0]), weight_decay=0.0)
+        adam_step(weights, targets[-1], lr=target_scale(weights[0]), weight_decay=0.0)
     # Line 6. Paper: prints sigma1 of the last update; its Eq. 6 has that of W_{t-1}, as here.
     sigma_weights, sigma_targets = _spectral_norms(together, targets)
     for weights, own_targets, sigma_weight, sigma_target in zip(
         together, targets, sigma_weights, sigma_targets, strict=True
     ):
         # Lines 7 to 9: one rate for each block.
-        rates = _clip(weights, sigma_weight, sigma_target / _target_scale(weights[0]))
+        rates = _clip(weights, sigma_weight, sigma_target / target_scale(weights[0]))
         # Lines 10 to 14.
-        _move(weights, own_targets, rates)
+        move(weights, own_targets, rates)
 
 
 def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[Tensor]:
@@ -203,7 +218,7 @@ def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[T
     ]
 
 
-def _target_scale(weight: Weight) -> float:
+def target_scale(weight: Weight) -> float:
     """Return what -U is multiplied by in a target: 1 / weight_decay where that is safe.
 
     `W - rate * U - rate * decay * W` lies at `rate * decay` on the way from W to `-U / decay`, so
@@ -263,12 +278,12 @@ def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> 
     return rates
 
 
-def _move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
+def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
     """Step the blocks of weights of one group towards their targets, in place."""
     decay = weights[0].group["weight_decay"]
     blocks = [block for weight in weights for block in weight.entries(weight.param)]
     towards = [b for w, target in zip(weights, targets, strict=True) for b in w.entries(target)]
-    if _target_scale(weights[0]) != 1.0:
+    if target_scale(weights[0]) != 1.0:
         torch._foreach_lerp_(blocks, towards, list((rates * decay).unbind()))
         return
     for block, update_of_block, rate in zip(blocks, towards, rates.unbind(), strict=True):
