@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, __version__
 from hf_stable import modeling_hf_stable
 from hf_stable.adamw2 import AdamW2
 from hf_stable.adamw2_groups import ModelAdamW2, parse_options, refuse_deepspeed
+from hf_stable.card_pictures import draw_curves
 from hf_stable.checkpoints import (
     check_writable,
     fold_state_dict,
@@ -57,7 +58,7 @@ except ImportError as error:
         f"hf_stable does not fit transformers {__version__}: {error}. {_ADVICE}"
     ) from error
 
-__all__ = ["WRAPPED", "Wrap", "register"]
+__all__ = ["WRAPPED", "Wrap", "key_renaming", "register"]
 
 OPTIMIZER_NAME = "adamw2"
 
@@ -248,7 +249,8 @@ def _create_model_card(original: Any, trainer: Any, *args: Any, **kwargs: Any) -
     if trainer.is_world_process_zero() and (patch_configs(model) or is_standalone(model)):
         path = os.path.join(trainer.args.output_dir, "README.md")
         name = trainer.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
-        amend_card(ModelCard.load(path), model, name=name).save(path)
+        picture = draw_curves(trainer.state.log_history, trainer.args.output_dir)
+        amend_card(ModelCard.load(path), model, name=name, picture=picture).save(path)
 
 
 # Resuming
@@ -264,7 +266,7 @@ def _load_from_checkpoint(
     target = trainer.model if model is None else model
     if not _loads_whole_weights(trainer, target):
         return original(trainer, resume_from_checkpoint, model)
-    with restoring(target, resume_from_checkpoint, _renaming(target)):
+    with restoring(target, resume_from_checkpoint, key_renaming(target)):
         return original(trainer, resume_from_checkpoint, model)
 
 
@@ -276,7 +278,7 @@ def _load_best_model(original: Any, trainer: Any) -> None:
     if not _loads_whole_weights(trainer, trainer.model):
         return original(trainer)
     folder = trainer.state.best_model_checkpoint
-    with restoring(trainer.model, folder, _renaming(trainer.model)):
+    with restoring(trainer.model, folder, key_renaming(trainer.model)):
         return original(trainer)
 
 
@@ -290,7 +292,7 @@ def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:
     )
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+def key_renaming(model: PreTrainedModel) -> Callable[[str], str]:
     """Return the function from a key on disk to its name in the model, as in from_pretrained."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
@@ -361,6 +363,26 @@ def _inject_adapters(
             "first, then add the adapter"
         )
     return original(tuner, model, *args, **kwargs)
+
+
+@_wrapping(
+    "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
+    "new_num_tokens", "pad_to_multiple_of",
+    reason="refuses a reparametrised head, for which a plain layer with the raw weight would come",
+)  # fmt: skip
+def _resize_token_embeddings(
+    original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> Any:
+    options = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    size, multiple = options.get("new_num_tokens"), options.get("pad_to_multiple_of")
+    head = model.get_output_embeddings()
+    name = next((name for name, layer in sigma_layers(model) if layer is head), None)
+    if name is not None and (multiple or size not in (None, len(head.weight))):
+        raise ValueError(
+            f"{name!r} is reparametrised, and transformers would put a plain layer with its raw "
+            "weight in its place. Call hf_stable.fold(model), resize, and patch it again"
+        )
+    return original(model, *args, **kwargs)
 
 
 # The optimizer

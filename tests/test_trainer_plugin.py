@@ -22,6 +22,7 @@ from hf_stable.trainer_plugin import WRAPPED, register
 TARGETS = {
     "transformers.modeling_utils:PreTrainedModel.save_pretrained",
     "transformers.modeling_utils:PreTrainedModel.push_to_hub",
+    "transformers.modeling_utils:PreTrainedModel.resize_token_embeddings",
     "transformers.trainer:Trainer.push_to_hub",
     "transformers.trainer:Trainer._push_from_checkpoint",
     "transformers.trainer:Trainer.create_model_card",
