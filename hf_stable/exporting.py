@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.card_pictures import draw_curves
 from hf_stable.method_config import CONFIGS_ATTRIBUTE
-from hf_stable.model_cards import amend_card, read_training
+from hf_stable.model_cards import TrainingRecord, amend_card, read_training
 from hf_stable.sigma_layers import fold_layer
 from hf_stable.sigma_reparam import sigma_layers
 from hf_stable.spectral import spectral_dtype
@@ -42,7 +43,8 @@ def export(
     Weights are folded. Without removed LayerNorms the folder is a plain one of the model's own
     architecture; with them it has a model_type of its own and `modeling_hf_stable.py`, loads with
     `trust_remote_code=True`, and is refused by the classes of transformers themselves. The card in
-    `README.md` is amended if there is one. The model stays as it is.
+    `README.md` is amended if there is one; it shows loss and attention entropy as a picture where
+    both a record of the training and matplotlib are there. The model stays as it is.
 
     Args:
         model: a model of transformers, patched or not.
@@ -162,8 +164,9 @@ def _export(
     if card is None and os.path.isfile(path):
         card = ModelCard.load(path)
     source = checkpoint or model.name_or_path
-    training = read_training(source) if source else None
-    amend_card(card, model, name=name, training=training).save(path)
+    training = read_training(source) if source else TrainingRecord()
+    picture = draw_curves(training.history, folder)
+    amend_card(card, model, name=name, training=training, picture=picture).save(path)
 
 
 def _name_of(folder: Folder) -> str:

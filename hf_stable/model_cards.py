@@ -59,10 +59,12 @@ class TrainingRecord:
     Attributes:
         settings: steps, epochs, batch size and peak learning rate, as far as they were logged.
         metrics: the last value of everything that was evaluated, without the prefix `eval_`.
+        history: everything that was logged, in order.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_training(folder: str | os.PathLike[str]) -> TrainingRecord:
@@ -88,7 +90,8 @@ def read_training(folder: str | os.PathLike[str]) -> TrainingRecord:
         for name, value in last.items()
         if name.startswith("eval_") and not name.endswith(_NO_METRICS)
     }
-    return TrainingRecord({k: v for k, v in settings.items() if v is not None}, metrics)
+    known = {key: value for key, value in settings.items() if value is not None}
+    return TrainingRecord(known, metrics, history)
 
 
 def amend_card(
@@ -97,6 +100,7 @@ def amend_card(
     *,
     name: str,
     training: TrainingRecord | None = None,
+    picture: str | None = None,
 ) -> ModelCard:
     """Add to a card, or to a new one, what hf_stable knows of a model.
 
@@ -108,6 +112,7 @@ def amend_card(
         model: a model of transformers, patched or not.
         name: what the model is loaded by: the repository's id, or the name of a folder.
         training: from `read_training`.
+        picture: name of a file beside the card that shows the training's curves.
 
     Returns:
         The card; the one that was given is changed.
@@ -117,7 +122,7 @@ def amend_card(
         header = ModelCardData().to_yaml()
         card = ModelCard(f"---\n{header}\n---\n\n# {name.rpartition('/')[2]}\n")
     _amend_header(card.data, model, training)
-    section = f"{START}\n{_section(model, name, training)}\n{END}\n"
+    section = f"{START}\n{_section(model, name, training, picture)}\n{END}\n"
     ours = re.compile(rf"{re.escape(START)}.*?{re.escape(END)}\n?", re.DOTALL)
     if ours.search(card.text):
         card.text = ours.sub(lambda _: section, card.text, count=1)
@@ -151,7 +156,7 @@ def _auto_class(model: nn.Module) -> str | None:
     return None
 
 
-def _section(model: Any, name: str, training: TrainingRecord) -> str:
+def _section(model: Any, name: str, training: TrainingRecord, picture: str | None) -> str:
     parts = [
         f"## Trained with hf_stable\n\n{_changes(model)}",
         f"### How to load it\n\n```python\n{_loading(model, name)}\n```",
@@ -164,6 +169,8 @@ def _section(model: Any, name: str, training: TrainingRecord) -> str:
             [{"metric": key, "value": _shown(value)} for key, value in training.metrics.items()]
         )
         parts.append(f"### Final metrics\n\n{table.rstrip()}")
+    if picture:
+        parts.append(f"### Curves\n\n![Loss and attention entropy over steps]({picture})")
     versions = f"hf_stable {version('hf-stable')}, transformers {transformers.__version__}"
     parts.append(f"### Versions\n\n{versions}, torch {torch.__version__}")
     parts.append(f"### Papers\n\n{PAPERS}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import struct
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tiny_training import make_trainer
 
 import hf_stable
+from hf_stable.card_pictures import PICTURE_FILE, draw_curves
 from hf_stable.model_cards import END, START, amend_card, read_training
 from hf_stable.patching import STATE_FILE
 
@@ -204,6 +207,53 @@ def test_the_card_quotes_what_the_trainer_left(tmp_path):
     loaded = hf_stable.load(transformers.ViTForImageClassification, checkpoint)
     hf_stable.export(loaded, tmp_path / "again")
     assert "optimizer steps: 2" in (tmp_path / "again" / "README.md").read_text()
+
+
+def png_size(path):
+    """Width and height of a PNG file."""
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", content[16:24])
+
+
+def test_the_card_shows_loss_and_entropy(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    trainer = make_trainer(
+        model, tmp_path / "run", max_steps=2, callbacks=[hf_stable.StabilityCallback(every=1)]
+    )
+    trainer.train()
+    hf_stable.export(model, tmp_path / "out", checkpoint=tmp_path / "run" / "checkpoint-2")
+    shown = f"]({PICTURE_FILE})"
+    assert (tmp_path / "out" / "README.md").read_text().count(shown) == 1
+    width, height = png_size(tmp_path / "out" / PICTURE_FILE)
+    # Exported again without a record of the training, the card shows no picture of it.
+    hf_stable.export(model, tmp_path / "out")
+    assert shown not in (tmp_path / "out" / "README.md").read_text()
+    # Without the monitor there is one panel: the loss.
+    history = [
+        {k: v for k, v in r.items() if "stability" not in k} for r in trainer.state.log_history
+    ]
+    assert draw_curves(history, tmp_path) == PICTURE_FILE
+    assert png_size(tmp_path / PICTURE_FILE) == (width // 2, height)
+    trainer.create_model_card()
+    assert shown in (tmp_path / "run" / "README.md").read_text()
+    assert png_size(tmp_path / "run" / PICTURE_FILE) == (width, height)
+
+
+@pytest.mark.parametrize(
+    "history", [[], [{"step": 1, "loss": 1.0}], [{"step": i, "loss": math.nan} for i in range(9)]]
+)
+def test_no_picture_of_nothing(history, tmp_path):
+    assert draw_curves(history, tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_picture_without_matplotlib(tmp_path, monkeypatch):
+    history = [{"step": step, "loss": 1.0} for step in range(3)]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_curves(history, tmp_path) is None
+    monkeypatch.undo()
+    assert draw_curves(history, tmp_path) == PICTURE_FILE
 
 
 def test_the_header_of_a_new_card(tmp_path):
