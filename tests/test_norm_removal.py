@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
+from tiny_training import make_trainer
 from torch import nn
 
 import hf_stable
@@ -20,6 +21,7 @@ from hf_stable.norm_removal import (
     removed_norms,
 )
 from hf_stable.patching import patch_configs
+from hf_stable.stability_log import read_log
 
 METHOD = {
     "gpt2": "remove_pre_layernorm",
@@ -240,6 +242,27 @@ def test_the_report_lists_layers_and_removed_norms_together(model_type):
     assert all(name in last for name in report.removed_norms)
     hf_stable.restore_layernorms(model)
     assert "norms removed" not in str(hf_stable.describe(model))
+
+
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+def test_terms_of_removed_norms_are_absent_from_the_monitor_not_zero(scope, tmp_path):
+    recorded = {}
+    for kind in ("with", "without"):
+        model = tiny_model("vit")
+        if kind == "without":
+            hf_stable.patch(model, "remove_pre_layernorm", scope=scope)
+        monitor = hf_stable.StabilityCallback(every=1, terms="all")
+        trainer = make_trainer(
+            model, tmp_path / kind, callbacks=[monitor], max_steps=1, save_strategy="no"
+        )
+        trainer.train()
+        logged = {key for record in trainer.state.log_history for key in record}
+        probes = [line for line in read_log(tmp_path / kind) if line["event"] == "probe"]
+        recorded[kind] = (logged, {name for line in probes for name in line["quantities"]})
+    for with_norms, without in zip(*recorded.values(), strict=True):
+        gone = {name for name in with_norms if "norm_gamma" in name or "norm_beta" in name}
+        assert gone and with_norms - without == gone
+        assert any("norm_x" in name for name in without)
 
 
 def test_every_registered_architecture_has_one_of_the_methods():
