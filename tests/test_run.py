@@ -48,9 +48,10 @@ def launch(monkeypatch, tmp_path, capsys):
     """Run the launcher in this process, in an empty folder, and return what it said on stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    for name in ("argv", "path", "excepthook"):
-        value = getattr(sys, name)
-        monkeypatch.setattr(sys, name, list(value) if name != "excepthook" else value)
+    for name in ("argv", "path"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    # torch.distributed leaves a hook of its own behind where a test has made a process group.
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
 
     def run(*argv: object) -> str:
         with pytest.MonkeyPatch.context() as trainers:
