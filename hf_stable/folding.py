@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from hf_stable.checkpoints import check_writable
 from hf_stable.inspection import pair_layers
 from hf_stable.patching import STATE_FILE
-from hf_stable.sigma_function import scale_blocks
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
 
 __all__ = ["FoldReport", "fold_checkpoint"]
@@ -128,17 +126,9 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
             for name, where in weights.file_of.items()
             if where == file and not weights.belongs_to_raw_layer(name)
         ]
-        tensors = {name: _folded(name, weights) for name in names}
+        tensors = {name: weights.read_effective(name) for name in names}
         save_file(tensors, target / file.name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file.name)
     if len(weights.files) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _folded(name: str, weights: WeightFiles) -> Tensor:
-    tensor, layer = weights.read(name), name.removesuffix(".weight")
-    if not name.endswith(".weight") or f"{layer}.sigma_u" not in weights.shapes:
-        return tensor
-    scale = weights.read(f"{layer}.gamma") / weights.read(f"{layer}.sigma")
-    return scale_blocks(tensor, scale, weights.block_dim(layer))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_stable.patching import STATE_FILE
+from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 
 __all__ = ["WeightFiles", "open_sidecar", "open_weights"]
@@ -71,6 +72,18 @@ class WeightFiles:
         """
         with _opened(self.file_of[name]) as file:
             return file.get_tensor(name)
+
+    def read_effective(self, name: str) -> Tensor:
+        """Read what a model computes with: of a patched layer's raw weight `gamma / sigma * W`.
+
+        Raises:
+            ValueError: if a file is damaged.
+        """
+        tensor, layer = self.read(name), name.removesuffix(".weight")
+        if not name.endswith(".weight") or f"{layer}.sigma_u" not in self.shapes:
+            return tensor
+        scale = self.read(f"{layer}.gamma") / self.read(f"{layer}.sigma")
+        return scale_blocks(tensor, scale, self.block_dim(layer))
 
     def read_first_row(self, name: str) -> Tensor:
         """Read the first entry along dimension 0 of one tensor, (1, ...), and no more."""
