@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from hf_stable.adamw2 import AdamW2
 from hf_stable.alarms import Alarm, AlarmRules, Thresholds
 from hf_stable.entropy import sample_queries
 from hf_stable.probes import TERMS, Records, probe
+from hf_stable.rollbacks import Rollbacks, check_can_roll_back, checkpoint
 from hf_stable.run_measures import (
     effective_rates,
     gammas,
@@ -35,13 +35,6 @@ ACTIONS = ("warn", "stop", "checkpoint", "rollback")
 
 SCALER_PATIENCE = 10
 """Steps in a row with infinite gradients that a GradScaler looking for its scale may take."""
-
-
-class Healthy(NamedTuple):
-    """A checkpoint that can be gone back to, and by what its rates are scaled already."""
-
-    step: int
-    lr_scale: float
 
 
 class StabilityCallback(TrainerCallback, ExportableState):
@@ -103,13 +96,11 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.maps: Any = maps if maps is not True else "all"
         self.sharpness_every = sharpness_every
         self.on_collapse = on_collapse
-        self.max_rollbacks = max_rollbacks
-        self.rollback_lr_factor = rollback_lr_factor
         self.log_layers = log_layers
         self.thresholds = thresholds
         self.progress: dict[str, Any] = {}
         self._stack = ExitStack()
-        self._rollback: Healthy | None = None
+        self.rollbacks = Rollbacks(max_rollbacks, rollback_lr_factor)
         self._folder = ""
         self._begin()
 
@@ -118,9 +109,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.rules = AlarmRules(self.thresholds)
         self.nonfinite_steps = 0
         self.num_alarms = 0
-        self.rollbacks = 0
-        self._lr_scale = 1.0
-        self._healthy: list[Healthy] = []
+        self.rollbacks.begin()
         self._last_probe = 0
         self._nonfinite_streak = 0
         self._reset_step()
@@ -144,25 +133,22 @@ class StabilityCallback(TrainerCallback, ExportableState):
         if isinstance(saved, list):
             raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
         if self.on_collapse == "rollback":
-            _check_can_roll_back(args)
+            check_can_roll_back(args)
         with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
             pass  # raises for a model that cannot be probed
         self._writes = state.is_world_process_zero
         self._folder = args.output_dir or "."
         self._log = StabilityLog(self._folder) if self._writes else None
-        going_back, self._rollback = self._rollback, None
-        rollbacks = self.rollbacks
+        going_back, rollbacks = self.rollbacks.planned is not None, self.rollbacks.count
         self._begin()
         if state.global_step:
             self._restore(saved["attributes"]["progress"] if saved else {}, state.global_step)
-        if going_back is not None:
-            self.rollbacks = rollbacks + 1
-            wanted = self.rollback_lr_factor**self.rollbacks
-            scale_rates(kwargs["optimizer"], kwargs["lr_scheduler"], wanted / self._lr_scale)
-            self._lr_scale = wanted
+        if going_back:
+            factor = self.rollbacks.take(rollbacks)
+            scale_rates(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
         elif self._log is not None:
             if state.global_step:
-                self._log.resume(self.rollbacks, state.global_step)
+                self._log.resume(self.rollbacks.count, state.global_step)
             else:
                 self._log.start()
 
@@ -212,13 +198,23 @@ class StabilityCallback(TrainerCallback, ExportableState):
             for parameter in model.parameters():
                 parameter.grad = None
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the rates of AdamW2 while the groups still have those of this step."""
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        if isinstance(optimizer, AdamW2) and (self._values or self._records is not None):
+            rates, clipped = effective_rates(optimizer, kwargs["model"])
+            self._values["effective_lr"] = rates
+            self._pending["stability/clipped_share"] = clipped
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write down and log what was seen, and act on alarms."""
         step = state.global_step
         if self._values or self._records is not None:
-            self._publish(step, kwargs["model"], kwargs["optimizer"])
+            self._publish(step, kwargs["model"])
         regular = step % self.every == 0 or bool(self._alarms)
         if regular and args.logging_strategy != "no":
             control.should_log = True
@@ -231,7 +227,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember a checkpoint that was written while nothing was wrong."""
-        self._note_checkpoint(state.global_step)
+        if not self.rules.is_suspicious:
+            self.rollbacks.note(state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -246,7 +243,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     def take_rollback(self) -> str | None:
         """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
-        return None if self._rollback is None else self._path(self._rollback.step)
+        planned = self.rollbacks.planned
+        return None if planned is None else checkpoint(self._folder, planned.step)
 
     def state(self) -> dict[str, Any]:
         """Return options and progress for `trainer_state.json`."""
@@ -259,8 +257,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "maps": self.maps if isinstance(self.maps, bool | str) else list(self.maps),
                 "sharpness_every": self.sharpness_every,
                 "on_collapse": action,
-                "max_rollbacks": self.max_rollbacks,
-                "rollback_lr_factor": self.rollback_lr_factor,
+                "max_rollbacks": self.rollbacks.most,
+                "rollback_lr_factor": self.rollbacks.factor,
                 "log_layers": self.log_layers,
             },
             "attributes": {
@@ -269,9 +267,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
                     "nonfinite_steps": self.nonfinite_steps,
                     "nonfinite_streak": self._nonfinite_streak,
                     "num_alarms": self.num_alarms,
-                    "rollbacks": self.rollbacks,
-                    "lr_scale": self._lr_scale,
-                    "healthy": [list(entry) for entry in self._healthy],
+                    "rollbacks": self.rollbacks.state(),
                     "last_probe": self._last_probe,
                 }
             },
@@ -286,16 +282,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.nonfinite_steps = progress["nonfinite_steps"]
         self._nonfinite_streak = progress["nonfinite_streak"]
         self.num_alarms = progress["num_alarms"]
-        self.rollbacks = progress["rollbacks"]
-        self._lr_scale = progress["lr_scale"]
-        self._healthy = [Healthy(*entry) for entry in progress["healthy"]]
+        self.rollbacks.load_state(progress["rollbacks"])
         self._last_probe = progress["last_probe"]
-        self._note_checkpoint(step)
-
-    def _note_checkpoint(self, step: int) -> None:
         if not self.rules.is_suspicious:
-            self._healthy = [entry for entry in self._healthy if entry.step < step]
-            self._healthy.append(Healthy(step, self._lr_scale))
+            self.rollbacks.note(step)  # it was written after its own state
 
     def _is_due(self, step: int) -> bool:
         is_early = step < self.every and step & (step - 1) == 0  # 1, 2, 4, ...
@@ -320,24 +310,20 @@ class StabilityCallback(TrainerCallback, ExportableState):
             self._values = {"loss": loss if loss_is_finite else None, "quantities": quantities}
             self._alarms += self.rules.observe_probe(step, quantities)
 
-    def _publish(self, step: int, model: nn.Module, optimizer: Any) -> None:
+    def _publish(self, step: int, model: nn.Module) -> None:
         quantities = self._values.setdefault("quantities", {})
         found = gammas(model)
         if found:
             quantities["gamma"] = found
-        self._pending = aggregate(quantities, layers=self.log_layers)
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        if isinstance(optimizer, AdamW2):
-            rates, clipped = effective_rates(optimizer, model)
-            self._values["effective_lr"] = rates
-            self._pending |= aggregate({"effective_lr": rates})
-            self._pending["stability/clipped_share"] = clipped
+        self._pending |= aggregate(quantities, layers=self.log_layers)
+        if "effective_lr" in self._values:
+            self._pending |= aggregate({"effective_lr": self._values["effective_lr"]})
         for name in ("sharpness", "sharpness_threshold"):
             if self._values.get(name) is not None:
                 self._pending[f"stability/{name}"] = self._values[name]
         self._pending["stability/nonfinite_steps"] = float(self.nonfinite_steps)
         self._pending["stability/alarms"] = float(self.num_alarms + len(self._alarms))
-        self._pending["stability/rollbacks"] = float(self.rollbacks)
+        self._pending["stability/rollbacks"] = float(self.rollbacks.count)
         self._write("probe", step, self._values | {"nonfinite_steps": self.nonfinite_steps})
 
     def _act(self, alarm: Alarm, control: TrainerControl) -> None:
@@ -350,35 +336,28 @@ class StabilityCallback(TrainerCallback, ExportableState):
             control.should_save = True
         elif self.on_collapse == "stop":
             control.should_training_stop = True
-        elif self.on_collapse == "rollback" and self._rollback is None:
+        elif self.on_collapse == "rollback" and self.rollbacks.planned is None:
             control.should_training_stop, control.should_save = True, False
             self._plan_rollback(alarm)
 
     def _plan_rollback(self, alarm: Alarm) -> None:
-        kept = [entry for entry in self._healthy if os.path.isdir(self._path(entry.step))]
-        if self.rollbacks >= self.max_rollbacks or not kept:
-            why = (
-                f"{self.rollbacks} rollbacks did not help"
-                if kept
-                else "there is no healthy checkpoint on disk (raise save_total_limit)"
-            )
+        why = self.rollbacks.plan(self._folder)
+        planned = self.rollbacks.planned
+        if planned is None:
             self._write("stop", alarm.step, {"reason": why})
             self._say(f"StabilityCallback: training stops at step {alarm.step}: {why}")
             return
-        self._rollback = kept[-1]
-        scale = self.rollback_lr_factor ** (self.rollbacks + 1)
-        self._write("rollback", alarm.step, {"to_step": kept[-1].step, "lr_scale": scale})
+        scale = self.rollbacks.next_scale
+        self._write("rollback", alarm.step, {"to_step": planned.step, "lr_scale": scale})
         self._say(
-            f"StabilityCallback: rollback {self.rollbacks + 1} of at most {self.max_rollbacks}: "
-            f"resuming from step {kept[-1].step} with {scale:g} times the learning rate"
+            f"StabilityCallback: rollback {self.rollbacks.count + 1} of at most "
+            f"{self.rollbacks.most}: resuming from step {planned.step} with {scale:g} times the "
+            "learning rate"
         )
-
-    def _path(self, step: int) -> str:
-        return os.path.join(self._folder, f"checkpoint-{step}")
 
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:
-            self._log.write(event, self.rollbacks, step, values)
+            self._log.write(event, self.rollbacks.count, step, values)
 
     def _say(self, message: str) -> None:
         if self._writes:
@@ -406,14 +385,6 @@ def _check_options(
         )
     if not 0 < factor < 1:
         raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {factor!r}")
-
-
-def _check_can_roll_back(args: TrainingArguments) -> None:
-    if args.save_strategy == "no" or args.save_only_model:
-        raise ValueError(
-            'on_collapse="rollback" goes back to a checkpoint: set save_strategy to "steps" or '
-            '"epoch", and save_only_model=False'
-        )
 
 
 def _has_scaler(optimizer: Any) -> bool:

@@ -11,7 +11,7 @@
 | `stability/sigma_qk/max`, `/mean` | largest singular value of Wq^T Wk per head |
 | `stability/sigma_*/max`, `/mean` | of Wq, Wk, Wv, Wo, W1, W2, Wo Wv (`ov`), W2 W1 (`w2w1`) |
 | `stability/norm_*/max`, `/mean` | l2 norms: block input `x`, its gradient `dx`, norms' gains |
-| `stability/<quantity>/worst_layer` | number of the block that has that min or max |
+| `stability/<quantity>/worst_layer` | number of the block (of the weight for a rate) with it |
 | `stability/<quantity>/<n>` | worst head of block n, with `log_layers=True` |
 | `stability/nonfinite_x`, `nonfinite_dx` | NaN and infinite entries entering blocks, summed |
 | `stability/malignant_heads`, `benign_heads` | how many maps have collapsed, and how |
@@ -34,7 +34,9 @@ from typing import Any
 
 __all__ = ["UNUSED_SHARE", "aggregate"]
 
-LOW_IS_BAD = ("entropy", "entropy_normalised", "entropy_bound", "rank", "stable_rank")
+LOW_IS_BAD = (
+    "entropy", "entropy_normalised", "entropy_bound", "rank", "stable_rank", "effective_lr",
+)  # fmt: skip
 
 COUNTS = ("nonfinite_x", "nonfinite_dx")
 
