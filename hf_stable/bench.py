@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+
+from hf_stable.terminal import make_console, make_table
 
 __all__ = [
     "TOTAL",
@@ -196,11 +197,9 @@ def print_summaries(
     title: str, summaries: Iterable[Summary], console: Console | None = None
 ) -> None:
     """Print a table with one row per case, subject and phase."""
-    table = Table(title=title)
-    for heading in ("case", "subject", "phase"):
-        table.add_column(heading)
-    for heading in ("ms", "ratio", "quartiles"):
-        table.add_column(heading, justify="right")
+    table = make_table("case", "subject", "phase", "ms", "ratio", "quartiles")
+    for column in table.columns[3:]:
+        column.justify = "right"
     for row in summaries:
         quartiles = "{:.3f} {:.3f}".format(*row.ratio_quartiles) if row.ratio_quartiles else ""
         ratio = f"{row.ratio:.3f}" if row.ratio is not None else ""
@@ -208,7 +207,7 @@ def print_summaries(
             row.case, row.subject, row.phase, f"{row.milliseconds:.2f}", ratio, quartiles,
             end_section=row.phase == TOTAL,
         )  # fmt: skip
-    (console or Console()).print(table)
+    (console or make_console()).print(title, table, sep="\n")
 
 
 def write_results(

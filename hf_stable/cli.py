@@ -19,6 +19,8 @@ import hf_stable
 from hf_stable.terminal import (
     demo_table,
     make_console,
+    make_table,
+    print_comparison,
     print_diagnosis,
     print_inspection,
     print_json,
@@ -165,33 +167,96 @@ def demo(
         if quick:
             console.print("- Quick: too few steps to compare the runs, so nothing is claimed.")
         console.print(f"{result.seconds:.0f} s in all; model and results are in {result.output}")
+        console.print(f"What happened in each run, with charts: {result.report}")
     return SUCCESS if result.passed else NO
 
 
 @app.command(
     epilog="\b\nExamples:\n  hf-stable inspect demo-output/model\n"
-    "  hf-stable inspect model.safetensors --json"
+    "  hf-stable inspect openai-community/gpt2\n"
+    "  hf-stable inspect runs/checkpoint-500 runs/checkpoint-1000 --json"
 )
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint folder, or a safetensors file.")],
+    source: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder, safetensors file, or Hub id owner/name.")
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="A second one, to be compared.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Show sigma, shape and gamma per layer of a checkpoint.
+    """Show the spectra of a checkpoint, or how two differ.
 
-    gamma is there for patched models. Streamed from safetensors, sharded or not: one tensor in
-    memory at a time, no model is built. Exit code 1 if a matrix has NaN or infinite entries, or
-    the sidecar belongs to another save.
+    Per matrix sigma, stable rank and, of patched models, gamma; per head sigma and energy
+    concentration of Wq^T Wk; gains of norms; what stands out. Streamed from safetensors, sharded or
+    not: one tensor in memory at a time, no model is built. Exit code 1 if a matrix has NaN or
+    infinite entries, or the sidecar belongs to another save; of two, if they differ.
     """
+    from hf_stable.checkpoint_comparison import compare_checkpoints
+    from hf_stable.hub_files import local_files
     from hf_stable.inspection import inspect_checkpoint
 
     with show_progress("Reading") as on_layer:
-        report = inspect_checkpoint(path, on_layer=on_layer)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_inspection(report)
+        if other is not None:
+            first, second = local_files(source), local_files(other)
+            comparison = compare_checkpoints(first, second, on_layer=on_layer)
+        else:
+            report = inspect_checkpoint(local_files(source), on_layer=on_layer)
+    if other is not None:
+        print_json(comparison.to_dict()) if as_json else print_comparison(comparison)
+        return SUCCESS if comparison.is_same else NO
+    print_json(report.to_dict()) if as_json else print_inspection(report)
     return SUCCESS if report.is_healthy else NO
+
+
+@app.command(
+    epilog="\b\nExamples:\n  hf-stable report runs/first\n"
+    "  hf-stable report runs/first runs/second --output report.html\n"
+    "  hf-stable report runs/first --format png --output figures"
+)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The Trainer's output folders.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; a folder for png. By default here.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="html, one page that opens offline; png, json or csv.")
+    ] = "html",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show on one page what happened in runs, and why.
+
+    Reads trainer_state.json and the stability.jsonl of StabilityCallback; a checkpoint stands for
+    the run up to it. What is damaged or missing is said and left out. Exit code 1 if a run failed.
+    """
+    from hf_stable.report import write_report
+    from hf_stable.report.summary import TABLE_COLUMNS, table_cells
+
+    written = write_report(runs, output, format=format)
+    if as_json:
+        rows = [
+            dict(zip(TABLE_COLUMNS, table_cells(row), strict=True)) for row in written.summaries
+        ]
+        verdicts = [row.verdict.headline for row in written.summaries]
+        files = list(map(str, written.files))
+        print_json({"files": files, "runs": rows, "verdicts": verdicts, "notes": written.notes})
+    else:
+        console = make_console()
+        table = make_table(*TABLE_COLUMNS)
+        for row in written.summaries:
+            table.add_row(*table_cells(row))
+        console.print(table)
+        for row in written.summaries:
+            console.print(f"{row.run}: {row.verdict.headline}.")
+        for run, note in written.notes:
+            console.print(f"{run}: {note}")
+        console.print(*written.files, sep="\n")
+    failed = any(row.verdict.state == "failed" for row in written.summaries)
+    return NO if failed else SUCCESS
 
 
 @app.command(epilog="\b\nExample:\n  hf-stable fold runs/checkpoint-500 plain-model")

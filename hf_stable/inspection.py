@@ -1,4 +1,4 @@
-"""What a checkpoint's matrices look like, streamed from safetensors without building the model."""
+"""What a checkpoint's matrices and heads look like, streamed from safetensors without its model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.block_inspection import (
+    BlockSpectrum,
+    NormGain,
+    inspect_blocks,
+    inspect_norms,
+    outline,
+)
+from hf_stable.checkpoint_findings import find_signs
 from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.spectral import as_matrix, leading_triple, split_blocks
@@ -33,6 +42,7 @@ class LayerSpectrum:
         dtype: its type, such as "bfloat16".
         sigma: largest singular value of the tensor as it is stored, of each block of a fused one
             whose blocks have a gamma of their own; empty if `note` says why.
+        stable_rank: squared Frobenius norm over squared sigma, likewise; empty for a zero block.
         gamma: learnable scale of each block, where the layer is patched.
         raw_sigma: largest singular value of the raw weight in the sidecar.
         note: why there is no sigma, or None.
@@ -43,6 +53,7 @@ class LayerSpectrum:
     shape: tuple[int, ...]
     dtype: str
     sigma: tuple[float, ...]
+    stable_rank: tuple[float, ...] = ()
     gamma: tuple[float, ...] = ()
     raw_sigma: tuple[float, ...] = ()
     note: str | None = None
@@ -60,6 +71,9 @@ class CheckpointReport:
         layers: its matrices, in the order of the files.
         num_parameters: entries of all tensors of the plain model.
         problem: what makes sidecar and weights not fit together, or None.
+        blocks: spectra of Wq^T Wk of each head.
+        norms: gains of the norms.
+        blocks_note: why there are no blocks and norms, or None.
     """
 
     path: str
@@ -67,15 +81,34 @@ class CheckpointReport:
     layers: tuple[LayerSpectrum, ...]
     num_parameters: int
     problem: str | None = None
+    blocks: tuple[BlockSpectrum, ...] = ()
+    norms: tuple[NormGain, ...] = ()
+    blocks_note: str | None = None
 
     @property
     def is_healthy(self) -> bool:
         """Return whether every entry is finite, and weights and sidecar are of the same save."""
         return self.problem is None and all(layer.finite for layer in self.layers)
 
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """Return what stands out, in sentences; see `find_signs`."""
+        return find_signs(self.layers, self.blocks)
+
+    @property
+    def verdict(self) -> str:
+        """Return the judgement in one sentence."""
+        if not self.is_healthy:
+            return "Not healthy: a problem is named below"
+        if self.signs:
+            return f"Usable, but {len(self.signs)} sign(s) of trouble stand out"
+        heads = "" if self.blocks else "; heads were not looked at"
+        return f"Healthy: every entry is finite and nothing stands out{heads}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return asdict(self) | {"is_healthy": self.is_healthy}
+        judged = {"is_healthy": self.is_healthy, "verdict": self.verdict, "signs": self.signs}
+        return asdict(self) | judged
 
 
 def inspect_checkpoint(
@@ -84,6 +117,9 @@ def inspect_checkpoint(
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> CheckpointReport:
     """Compute sigma of every matrix of a checkpoint, one tensor in memory at a time.
+
+    Where a config.json of a registered architecture lies beside the weights, the spectra of Wq^T Wk
+    of every head and the gains of the norms too, two tensors in memory at a time.
 
     Matrices are the floating-point tensors that are 2-D, or kernels (more dimensions, named
     "*.weight"), which are flattened as `as_matrix` does. gamma and the raw sigma come from the
@@ -121,13 +157,27 @@ def inspect_checkpoint(
             f"{STATE_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
             f"of its layers fold to none of them (first: {unmatched[0]!r})"
         )
+    blocks, norms, note = _blocks_and_norms(weights)
     return CheckpointReport(
         path=str(weights.path),
         kind="raw" if raw else "folded" if sidecar else "plain",
         layers=tuple(layers),
         num_parameters=sum(torch.Size(shape).numel() for shape in own.values()),
         problem=problem,
+        blocks=blocks,
+        norms=norms,
+        blocks_note=note,
     )
+
+
+def _blocks_and_norms(
+    weights: WeightFiles,
+) -> tuple[tuple[BlockSpectrum, ...], tuple[NormGain, ...], str | None]:
+    try:
+        model = outline(weights)
+    except UnsupportedModelError as error:
+        return (), (), str(error)
+    return inspect_blocks(weights, model), inspect_norms(weights, model), None
 
 
 def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:
@@ -188,8 +238,13 @@ def _spectrum(name: str, tensor: Tensor, state: WeightFiles, layer: str | None) 
     elif not torch.isfinite(tensor).all():
         note, finite = "has NaN or infinite entries", False
     if note is not None:
-        return LayerSpectrum(name, shape, dtype, (), gamma, raw_sigma, note, finite)
+        return LayerSpectrum(name, shape, dtype, (), (), gamma, raw_sigma, note, finite)
     blocks = split_blocks(as_matrix(tensor), max(1, len(gamma)), dim)
     triples = [leading_triple(block, tolerance=SIGMA_TOLERANCE) for block in blocks]
     sigma = tuple(triple.sigma.item() for triple in triples)
-    return LayerSpectrum(name, shape, dtype, sigma, gamma, raw_sigma)
+    ranks = tuple(
+        (block.float().norm() / value).square().item()
+        for block, value in zip(blocks, sigma, strict=True)
+        if value
+    )
+    return LayerSpectrum(name, shape, dtype, sigma, ranks, gamma, raw_sigma)

@@ -14,6 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from hf_stable.block_inspection import BlockSpectrum
+    from hf_stable.checkpoint_comparison import CheckpointComparison
     from hf_stable.demo_runs import RunResult
     from hf_stable.diagnosis import Diagnosis
     from hf_stable.inspection import CheckpointReport
@@ -22,6 +24,7 @@ __all__ = [
     "demo_table",
     "make_console",
     "make_table",
+    "print_comparison",
     "print_diagnosis",
     "print_inspection",
     "print_json",
@@ -60,17 +63,62 @@ def print_inspection(report: CheckpointReport) -> None:
     """Print the matrices of a checkpoint, one per row."""
     patched = report.kind != "plain"
     console = make_console()
-    columns = ("layer", "shape", "dtype", "sigma", *(("gamma", "raw sigma") * patched))
-    table = make_table(*columns)
+    columns = ("layer", "shape", "dtype", "sigma", "stable rank")
+    table = make_table(*columns, *(("gamma", "raw sigma") * patched))
     for layer in report.layers:
         cells = ["x".join(map(str, layer.shape)), layer.dtype, layer.note or _numbers(layer.sigma)]
+        cells.append(_numbers(layer.stable_rank))
         if patched:
             cells += [_numbers(layer.gamma), _numbers(layer.raw_sigma)]
         table.add_row(layer.name, *cells)
-    console.print(f"{report.path} ({report.kind})", table, sep="\n")
+    console.print(f"{report.path} ({report.kind})", table, "", sep="\n")
+    if report.blocks:
+        console.print("Wq^T Wk of each head", _block_table(report.blocks), "", sep="\n")
+    if report.norms:
+        norms = make_table("norm", "l2 norm of its gain", "largest entry")
+        for norm in report.norms:
+            norms.add_row(norm.name, f"{norm.norm:.4g}", f"{norm.largest:.4g}")
+        console.print("Norms", norms, "", sep="\n")
+    if report.blocks_note:
+        console.print(f"No heads and norms: {report.blocks_note}")
     console.print(f"{len(report.layers)} matrices, {report.num_parameters:,} parameters")
+    console.print(f"{report.verdict}.")
+    for sign in report.signs:
+        console.print(f"- {sign}")
     if report.problem:
         console.print(f"Problem: {report.problem}")
+
+
+def _block_table(blocks: Sequence[BlockSpectrum]) -> Table:
+    table = make_table("block", "sigma1", "SEC(d_q, 4)", "stable rank")
+    for block in blocks:
+        if block.finite:
+            cells = [_numbers(block.sigma_qk), _numbers(block.sec), _numbers(block.stable_rank)]
+        else:
+            cells = ["has NaN or infinite entries", "", ""]
+        table.add_row(block.name, *cells)
+    return table
+
+
+def print_comparison(report: CheckpointComparison) -> None:
+    """Print how two checkpoints differ, the most changed first."""
+    console = make_console()
+    console.print(f"{report.paths[0]} -> {report.paths[1]}")
+    table = make_table("layer", "distance", "sigma before", "sigma after")
+    for change in report.matrices:
+        figures = (change.distance, *change.sigma)
+        table.add_row(change.name, *("not finite" if f is None else f"{f:.4g}" for f in figures))
+    console.print("Matrices, the most changed first", table, "", sep="\n")
+    if report.heads:
+        heads = make_table("block", "head", "sigma1(Wq^T Wk)", "SEC(d_q, 4)")
+        for head in report.heads:
+            pairs = [" -> ".join(f"{v:.4g}" for v in pair) for pair in (head.sigma_qk, head.sec)]
+            heads.add_row(head.block, str(head.head), *pairs)
+        console.print("Heads, the most grown first", heads, "", sep="\n")
+    for label, names in (("first", report.only_first), ("second", report.only_second)):
+        if names:
+            console.print(f"Only in the {label}: {', '.join(names)}")
+    console.print("The weights are the same." if report.is_same else "The weights differ.")
 
 
 def print_diagnosis(report: Diagnosis) -> None:

@@ -17,15 +17,16 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = {
     0: """spectral product_spectra entropy sharpness method_config modeling_hf_stable alarms
-          stability_log stability_metrics""",
-    1: "sigma_function settling sigma_layers refreshing adamw2_update adamw2",
+          stability_log stability_metrics hub_files""",
+    1: "sigma_function settling sigma_layers refreshing adamw2_update adamw2_lora adamw2",
     2: "architectures",
-    3: """sigma_reparam norm_removal patching describing block_terms recording probes adamw2_groups
-          standalone model_cards sidecar weight_files saved_models checkpoints exporting monitoring
-          run_measures""",
+    3: """sigma_reparam norm_removal patching describing block_terms recording probes lora_layers
+          adamw2_groups standalone card_pictures model_cards sidecar weight_files saved_models
+          checkpoints exporting monitoring rollbacks run_measures""",
     4: "trainer_plugin callback",
-    5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 inspection folding
-          diagnosis terminal run cli""",
+    5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 block_inspection
+          checkpoint_findings checkpoint_comparison inspection folding diagnosis terminal run
+          cli""",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
 

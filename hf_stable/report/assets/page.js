@@ -1,0 +1,323 @@
+/* Draws the charts of the page from its payload, and lets runs and layers be hidden. */
+"use strict";
+(() => {
+  const payload = JSON.parse(document.getElementById("payload").textContent);
+  const root = document.documentElement;
+  const figures = [...document.querySelectorAll("figure.chart")];
+  const hidden = { runs: new Set(), layers: new Set() };
+  const touch = matchMedia("(pointer: coarse)").matches;
+
+  // Colours: runs have their own; layers go along viridis, its far ends left out where the page
+  // would swallow them.
+  const VIRIDIS = [
+    [68, 1, 84], [72, 40, 120], [62, 73, 137], [49, 104, 142], [38, 130, 142],
+    [31, 158, 137], [53, 183, 121], [110, 206, 88], [181, 222, 43], [253, 231, 37],
+  ];
+  const SYMBOLS = {
+    collapse: "triangle-down", spike: "triangle-up", nonfinite: "x", nan: "x",
+    rollback: "triangle-left", stop: "square",
+  };
+
+  function layerColour(position, count) {
+    const share = count > 1 ? position / (count - 1) : 0;
+    const at = (isDark() ? 0.28 + 0.72 * share : 0.84 * share) * (VIRIDIS.length - 1);
+    const low = Math.min(Math.floor(at), VIRIDIS.length - 2);
+    const mixed = VIRIDIS[low].map((v, i) => Math.round(v + (at - low) * (VIRIDIS[low + 1][i] - v)));
+    return `rgb(${mixed.join(",")})`;
+  }
+
+  const isDark = () => root.dataset.theme === "dark";
+  const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const layerLabel = (curve) => curve.label.split(":")[0];
+  const isShown = (curve) =>
+    !hidden.runs.has(curve.run) && (curve.layer === null || !hidden.layers.has(layerLabel(curve)));
+
+  // Charts
+
+  function traces(chart, small) {
+    const single = new Set(chart.curves.map((curve) => curve.run)).size === 1;
+    const drawn = chart.curves.map((curve) => {
+      const run = payload.runs[curve.run];
+      const isLayer = curve.layer !== null;
+      const plain = curve.style === "line";
+      const colour = isLayer ? layerColour(curve.layer, run.layers) : plain ? run.colour : css("--soft");
+      const few = curve.y.length <= 40;
+      return {
+        type: "scatter", x: payload.steps[curve.x], y: curve.y, name: curve.label,
+        mode: few && plain ? "lines+markers" : "lines", connectgaps: false,
+        marker: { size: small ? 3 : 4 },
+        line: {
+          color: colour, width: plain ? (small ? 1.4 : 1.9) : 1.3,
+          dash: curve.style === "dashed" ? "dash" : curve.style === "dotted" ? "dot"
+            : isLayer || single ? "solid" : run.dash,
+        },
+        hovertemplate: "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        visible: isShown(curve),
+      };
+    });
+    const marks = chart.marks.filter((mark) => !hidden.runs.has(mark.run));
+    if (marks.length && !small) {
+      drawn.push({
+        type: "scatter", mode: "markers", yaxis: "y2", name: "events", showlegend: false,
+        x: marks.map((mark) => mark.step),
+        y: marks.map((mark) => (mark.kind === "nan" ? 0.03 : 0.96)),
+        text: marks.map((mark) => wrapped(`${payload.runs[mark.run].name}: ${mark.text}`)),
+        marker: {
+          size: 11, symbol: marks.map((mark) => SYMBOLS[mark.kind] || "diamond"),
+          color: marks.map((mark) => payload.runs[mark.run].colour),
+          line: { width: 1, color: css("--text") },
+        },
+        hovertemplate: "step %{x}<br>%{text}<extra></extra>",
+      });
+    }
+    return drawn;
+  }
+
+  function wrapped(text) {
+    const escaped = text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+    return escaped.replace(/(.{1,60})(\s|$)/g, "$1<br>");
+  }
+
+  function layout(chart, small) {
+    const axis = {
+      gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true,
+      exponentformat: "power", tickfont: { size: small ? 10 : 12 },
+    };
+    const shapes = chart.marks
+      .filter((mark) => mark.kind !== "nan" && !hidden.runs.has(mark.run))
+      .map((mark) => ({
+        type: "line", x0: mark.step, x1: mark.step, y0: 0, y1: 1, yref: "paper",
+        line: { color: payload.runs[mark.run].colour, width: 1, dash: "dot" }, layer: "below",
+      }));
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+      font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
+      margin: small ? { l: 8, r: 6, t: 6, b: 8 } : { l: 10, r: 12, t: 12, b: 10 },
+      xaxis: {
+        ...axis, title: { text: small ? "step" : "optimizer step", font: { size: small ? 10 : 12 }, standoff: 4 },
+        rangemode: "tozero", nticks: small ? 4 : 8, exponentformat: "none",
+      },
+      yaxis: {
+        ...axis, type: chart.log ? "log" : "linear", nticks: small ? 5 : 8,
+        title: { text: chart.unit, font: { size: small ? 10 : 12 }, standoff: 6 },
+        dtick: chart.log && spansDecades(chart) ? 1 : undefined,
+      },
+      yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+      shapes, hovermode: "closest", dragmode: touch ? false : "zoom",
+      hoverlabel: { align: "left" }, uirevision: "keep", modebar: modebar(),
+    };
+  }
+
+  const modebar = () => ({ bgcolor: "rgba(0,0,0,0)", color: css("--soft"), activecolor: css("--text") });
+
+  function spansDecades(chart) {
+    const values = chart.curves.flatMap((curve) => curve.y).filter((y) => y > 0);
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+    const high = values.reduce((a, b) => Math.max(a, b), 0);
+    return high / low > 100;
+  }
+
+  const CONFIG = {
+    responsive: true, displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
+
+  const chartOf = (figure) => payload.charts[Number(figure.dataset.chart)];
+  const isSmall = (figure) => figure.parentElement.classList.contains("small");
+
+  async function draw(figure) {
+    const plot = figure.querySelector(".plot");
+    if (!plot || figure.hidden) return;
+    const chart = chartOf(figure), small = isSmall(figure);
+    const config = { ...CONFIG, displayModeBar: small ? false : touch ? true : "hover" };
+    await Plotly.react(plot, traces(chart, small), layout(chart, small), config);
+    figure.dataset.drawn = "yes";
+  }
+
+  function showFigures() {
+    for (const figure of figures) {
+      const select = figure.closest("section").querySelector("select.variant");
+      const runs = chartOf(figure).curves.map((curve) => curve.run);
+      const other = select !== null && figure.dataset.variant !== select.value;
+      figure.hidden = other || (runs.length > 0 && runs.every((run) => hidden.runs.has(run)));
+    }
+    for (const figure of document.querySelectorAll("figure.map")) {
+      figure.hidden = hidden.runs.has(Number(figure.dataset.run));
+    }
+  }
+
+  let round = 0;
+  async function drawAll() {
+    const mine = ++round;
+    root.dataset.state = "drawing";
+    showFigures();
+    for (const figure of figures) {
+      if (mine !== round) return;  // something was pressed meanwhile: a newer round draws all
+      await draw(figure);
+      await new Promise((resume) => setTimeout(resume));  // lets the page answer in between
+    }
+    await drawMaps();
+    if (mine === round) root.dataset.state = "ready";
+  }
+
+  function fillNumbers(details) {
+    if (details.querySelector("div")) return;
+    const chart = chartOf(details.closest("figure"));
+    const rows = chart.curves.map((curve) => {
+      const steps = payload.steps[curve.x];
+      const known = curve.y.map((y, i) => [y, steps[i]]).filter(([y]) => y !== null);
+      const low = known.reduce((a, b) => (b[0] < a[0] ? b : a), known[0]);
+      const high = known.reduce((a, b) => (b[0] > a[0] ? b : a), known[0]);
+      const last = curve.y[curve.y.length - 1];
+      const at = (pair) => (pair ? `${pair[0]} at step ${pair[1]}` : "-");
+      return [curve.label, at(low), at(high), last === null ? "not finite" : String(last)];
+    });
+    const table = element("table");
+    for (const [number, cells] of [["curve", "smallest", "largest", "last"], ...rows].entries()) {
+      const row = element("tr");
+      row.append(...cells.map((cell, i) => element(number === 0 || i === 0 ? "th" : "td", cell)));
+      table.append(row);
+    }
+    const box = element("div");
+    box.tabIndex = 0;
+    box.append(table);
+    details.append(box);
+  }
+
+  function element(tag, text) {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    return made;
+  }
+
+  // Legend: buttons, so that a keyboard reaches them and all charts follow at once
+
+  function swatch(colour, dash) {
+    const pattern = { solid: "", dash: "7 4", dot: "2 3", dashdot: "7 3 2 3", longdash: "11 4", longdashdot: "11 3 2 3" };
+    const box = element("span");
+    box.innerHTML = `<svg width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" stroke="${colour}" stroke-width="3" stroke-dasharray="${pattern[dash]}"/></svg>`;
+    return box.firstChild;
+  }
+
+  function legendButton(text, colour, dash, set, key) {
+    const button = element("button", text);
+    button.type = "button";
+    button.prepend(swatch(colour, dash));
+    button.setAttribute("aria-pressed", String(!set.has(key)));
+    button.addEventListener("click", () => {
+      set.has(key) ? set.delete(key) : set.add(key);
+      button.setAttribute("aria-pressed", String(!set.has(key)));
+      drawAll();
+    });
+    return button;
+  }
+
+  function fillLegends() {
+    const runs = payload.runs.map((run, number) =>
+      legendButton(run.name, run.colour, payload.runs.length > 1 ? run.dash : "solid", hidden.runs, number));
+    document.getElementById("run-legend").replaceChildren(...runs);
+    const count = payload.layers.length;
+    const layers = payload.layers.map((label, position) =>
+      legendButton(label, layerColour(position, count), "solid", hidden.layers, label));
+    const all = (text, hide) => {
+      const button = element("button", text);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        hidden.layers = new Set(hide ? payload.layers : []);
+        fillLegends();
+        drawAll();
+      });
+      return button;
+    };
+    document.getElementById("layer-legend").replaceChildren(all("all", false), all("none", true), ...layers);
+    document.getElementById("layer-details").hidden = count === 0;
+  }
+
+  // Maps
+
+  const head = document.getElementById("map-head");
+  const slider = document.getElementById("map-step");
+  const mapSteps = [...new Set(payload.maps.flat().flatMap((s) => s.frames.map((f) => f.step)))]
+    .sort((a, b) => a - b);
+
+  function frameAt(series, step) {
+    const past = series.frames.filter((frame) => frame.step <= step);
+    return past.length ? past[past.length - 1] : series.frames[0];
+  }
+
+  function rows(frame) {
+    const bytes = Uint8Array.from(atob(frame.levels), (c) => c.charCodeAt(0));
+    const scale = frame.largest / 255;
+    return Array.from({ length: frame.size }, (_, i) =>
+      Array.from(bytes.subarray(i * frame.size, (i + 1) * frame.size), (level) => level * scale));
+  }
+
+  async function drawMaps() {
+    if (!slider) return;
+    const step = mapSteps[Number(slider.value)];
+    document.getElementById("map-step-value").value = step;
+    slider.setAttribute("aria-valuetext", `step ${step}`);
+    for (const figure of document.querySelectorAll("figure.map")) {
+      if (figure.hidden) continue;
+      const series = payload.maps[Number(figure.dataset.run)].find((s) => s.label === head.value);
+      const caption = figure.querySelector(".mode"), plot = figure.querySelector(".plot");
+      const frame = series && frameAt(series, step);
+      if (!frame || frame.largest === null) {
+        caption.textContent = frame ? `step ${frame.step}: the map is not finite` : "not recorded";
+        Plotly.purge(plot);
+        continue;
+      }
+      const share = frame.share === null ? "" : `, entropy at ${Math.round(100 * frame.share)} % of its largest`;
+      const again = frame.attempt ? `, after rollback ${frame.attempt}` : "";
+      caption.textContent = `step ${frame.step}${again}: ${frame.mode}${share}`;
+      const axis = { constrain: "domain", showgrid: false, zeroline: false, ticks: "outside", automargin: true };
+      await Plotly.react(plot, [{
+        type: "heatmap", z: rows(frame), zmin: 0, zmax: frame.largest || 1, colorscale: "Cividis",
+        colorbar: { title: { text: "attention", side: "right" }, thickness: 12, exponentformat: "power" },
+        hovertemplate: "query %{y}, key %{x}: %{z:.3g}<extra></extra>",
+      }], {
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 10, r: 10, t: 10, b: 10 },
+        font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
+        xaxis: { ...axis, title: { text: "key" } },
+        yaxis: { ...axis, title: { text: "query" }, autorange: "reversed", scaleanchor: "x" },
+        dragmode: touch ? false : "zoom", modebar: modebar(),
+      }, { ...CONFIG, displayModeBar: "hover" });
+      figure.dataset.drawn = "yes";
+      figure.dataset.step = frame.step;
+    }
+  }
+
+  if (slider) {
+    slider.max = mapSteps.length - 1;
+    slider.value = mapSteps.length - 1;
+    slider.addEventListener("input", drawMaps);
+    head.addEventListener("change", drawMaps);
+  }
+
+  // Theme
+
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const themes = ["automatic", "light", "dark"];
+  let theme = 0;
+  function applyTheme() {
+    const dark = themes[theme] === "dark" || (theme === 0 && system.matches);
+    root.dataset.theme = dark ? "dark" : "light";
+    root.style.colorScheme = root.dataset.theme;
+    document.getElementById("theme").textContent = `Theme: ${themes[theme]}`;
+    fillLegends();
+    drawAll();
+  }
+  document.getElementById("theme").addEventListener("click", () => {
+    theme = (theme + 1) % themes.length;
+    applyTheme();
+  });
+  system.addEventListener("change", applyTheme);
+
+  for (const select of document.querySelectorAll("select.variant")) {
+    select.addEventListener("change", drawAll);
+  }
+  for (const details of document.querySelectorAll("details.numbers")) {
+    details.addEventListener("toggle", () => fillNumbers(details));
+  }
+  applyTheme();
+})();

@@ -1,0 +1,162 @@
+"""Charts as data: curves over optimizer steps, their marks, and thinning. No drawing here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hf_stable.report.records import RunRecords
+
+__all__ = ["Chart", "Curve", "Mark", "Points", "Section", "finish", "marks_of", "thin"]
+
+Points = Sequence[tuple[float, float]]
+
+WIDE_POINTS, SMALL_POINTS = 1000, 160
+"""Points of a curve in a chart of full width, and in one of many."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart.
+
+    Attributes:
+        label: what tells it from the others.
+        points: (step, value); NaN makes a gap.
+        run: number of its run.
+        layer: position of its layer among the run's, or None.
+        style: "line", "dashed" (a bound or a ceiling), or "dotted".
+    """
+
+    label: str
+    points: Points
+    run: int
+    layer: int | None = None
+    style: Literal["line", "dashed", "dotted"] = "line"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step: an alarm, a rollback, a stop, a NaN."""
+
+    kind: str
+    step: int
+    run: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over optimizer steps.
+
+    Attributes:
+        title: what is shown.
+        unit: label of the vertical axis, with the unit.
+        curves: empty if nothing was recorded; `missing` then says why.
+        variant: one of several forms of a section, of which a reader sees one at a time; or "".
+        log: whether the vertical axis is logarithmic.
+        missing: why there are no curves.
+        marks: on the time axis.
+    """
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    variant: str = ""
+    log: bool = False
+    missing: str = ""
+    marks: tuple[Mark, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Charts that belong together.
+
+    Attributes:
+        key: short name, for anchors and file names.
+        title: heading.
+        text: how to read it, one or two sentences.
+        charts: its charts.
+        small: whether they are small multiples.
+    """
+
+    key: str
+    title: str
+    text: str
+    charts: tuple[Chart, ...]
+    small: bool = False
+
+    @property
+    def variants(self) -> list[str]:
+        """Return the names of its forms, in order."""
+        return list(dict.fromkeys(chart.variant for chart in self.charts))
+
+
+def thin(points: Points, limit: int) -> list[tuple[float, float]]:
+    """Leave out points so that a plot of the rest looks the same.
+
+    Of each of `limit` / 4 stretches the first, the smallest, the largest and the last stay, and
+    one NaN if it has any: spikes and gaps survive.
+    """
+    if len(points) <= limit:
+        return list(points)
+    stretches = max(1, limit // 4)
+    kept: list[tuple[float, float]] = []
+    for number in range(stretches):
+        start = number * len(points) // stretches
+        stretch = points[start : (number + 1) * len(points) // stretches]
+        finite = [i for i, (_, value) in enumerate(stretch) if math.isfinite(value)]
+        chosen = {0, len(stretch) - 1}
+        if finite:
+            chosen.add(min(finite, key=lambda i: stretch[i][1]))
+            chosen.add(max(finite, key=lambda i: stretch[i][1]))
+        hole = next((i for i, (_, value) in enumerate(stretch) if not math.isfinite(value)), None)
+        if hole is not None:
+            chosen.add(hole)
+        kept += [stretch[i] for i in sorted(chosen)]
+    return kept
+
+
+def finish(chart: Chart, small: bool, marks: Sequence[Mark]) -> Chart:
+    """Thin a chart's curves and give it the marks of its runs and of its curves' gaps."""
+    shown = {curve.run for curve in chart.curves}
+    gaps = () if small else _gap_marks(chart.curves)
+    limit = SMALL_POINTS if small else WIDE_POINTS
+    if not small and len(chart.curves) > 6:
+        limit = 2 * SMALL_POINTS
+    return replace(
+        chart,
+        curves=tuple(replace(curve, points=thin(curve.points, limit)) for curve in chart.curves),
+        marks=(*(mark for mark in marks if mark.run in shown), *gaps),
+    )
+
+
+def _gap_marks(curves: Iterable[Curve]) -> tuple[Mark, ...]:
+    """Return a mark where a curve begins not to be a finite number."""
+    marks = []
+    for curve in curves:
+        before = 0.0
+        for step, value in curve.points:
+            # NaN between rollbacks is put in to break the line, at the step before.
+            if not math.isfinite(value) and math.isfinite(before) and step == int(step):
+                text = f"{curve.label}: not a finite number from step {step:g}"
+                marks.append(Mark("nan", int(step), curve.run, text))
+            before = value
+    return tuple(marks)
+
+
+def marks_of(run: RunRecords, number: int) -> Iterable[Mark]:
+    """Yield the alarms, rollbacks and stops of a run."""
+    for event in run.events:
+        found = event.values
+        if event.name == "alarm":
+            where = f" in {found['layer']}" if found.get("layer") else ""
+            where += f", head {found['head']}" if found.get("head") is not None else ""
+            kind = str(found.get("kind", "alarm"))
+            yield Mark(kind, event.step, number, f"{kind}{where}: {found.get('reason', '')}")
+        elif event.name == "rollback":
+            text = f"rollback to step {found.get('to_step', '?')}"
+            yield Mark("rollback", event.step, number, text)
+        else:
+            yield Mark("stop", event.step, number, f"stopped: {found.get('reason', '')}")

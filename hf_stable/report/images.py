@@ -1,0 +1,192 @@
+"""The main figures of a report as image files, for papers and model cards. Needs matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_stable.report.charts import Chart, Curve, Section
+from hf_stable.report.maps import MapSeries
+from hf_stable.report.page import RUN_COLOURS
+from hf_stable.report.records import RunRecords
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["write_images"]
+
+DPI = 200
+
+PANEL = (4.2, 2.8)
+"""Width and height of a panel in inches."""
+
+SMALL_PANEL = (2.4, 1.8)
+
+MAX_MAPS = 6
+
+DASHES = ("-", "--", ":", "-.")
+
+
+def write_images(
+    runs: Sequence[RunRecords],
+    sections: Sequence[Section],
+    maps: Sequence[Sequence[MapSeries]],
+    folder: Path,
+) -> list[Path]:
+    """Write one PNG per section, of small multiples one per run, and one with the maps.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed, saying how to get it.
+        OSError: if the folder cannot be written.
+    """
+    _require_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in _figures(runs, sections, maps):
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=DPI)
+        files.append(path)
+    return files
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "images need matplotlib, which comes with the recipes extra: "
+            'pip install "hf-stable[recipes]"',
+            name=error.name,
+        ) from error
+
+
+def _figures(
+    runs: Sequence[RunRecords],
+    sections: Sequence[Section],
+    maps: Sequence[Sequence[MapSeries]],
+) -> Iterator[tuple[str, Figure]]:
+    for section in sections:
+        for variant in section.variants:
+            charts = [c for c in section.charts if c.variant == variant and c.curves]
+            if charts:
+                suffix = f"-{_file_name(variant)}" if len(section.variants) > 1 else ""
+                yield f"{section.key}{suffix}", _draw(section, variant, charts, runs)
+    for run, series in zip(runs, maps, strict=True):
+        if series:
+            suffix = f"-{_file_name(run.name)}" if len(runs) > 1 else ""
+            yield f"maps{suffix}", _draw_maps(run, series)
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in text.lower()).strip("-")
+
+
+def _draw(
+    section: Section, variant: str, charts: Sequence[Chart], runs: Sequence[RunRecords]
+) -> Figure:
+    # Not pyplot: no window system is asked for, and no figure outlives its file.
+    from matplotlib.figure import Figure
+
+    columns = min(len(charts), 5 if section.small else 2)
+    rows = math.ceil(len(charts) / columns)
+    width, height = SMALL_PANEL if section.small else PANEL
+    figure = Figure((columns * width, rows * height + 0.5), layout="constrained")
+    title = (
+        f"{section.title}: {variant}" if variant and len(section.variants) > 1 else section.title
+    )
+    figure.suptitle(title, fontsize=10)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, chart in zip(panels, charts, strict=False):
+        _draw_chart(panel, chart, runs, small=section.small)
+    for panel in panels[len(charts) :]:
+        panel.set_axis_off()
+    _add_legend(figure, list(panels[: len(charts)]))
+    return figure
+
+
+def _draw_chart(panel: Axes, chart: Chart, runs: Sequence[RunRecords], *, small: bool) -> None:
+    size = 6 if small else 8
+    for curve in chart.curves:
+        steps, values = zip(*curve.points, strict=True)
+        panel.plot(steps, values, label=curve.label, **_line(curve, runs))
+    for mark in chart.marks:
+        colour = RUN_COLOURS[mark.run % len(RUN_COLOURS)]
+        if mark.kind == "nan":
+            panel.plot(
+                [mark.step], [0.03], "x", color=colour, transform=panel.get_xaxis_transform()
+            )
+        else:
+            panel.axvline(mark.step, color=colour, linewidth=0.7, linestyle=":")
+    if chart.log:
+        panel.set_yscale("log", nonpositive="mask")
+    panel.set_title(chart.title, fontsize=size)
+    panel.set_xlabel("optimizer step", fontsize=size)
+    panel.set_ylabel(chart.unit, fontsize=size)
+    panel.tick_params(labelsize=size - 1)
+    panel.grid(alpha=0.3)
+
+
+def _line(curve: Curve, runs: Sequence[RunRecords]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    count = max(2, len(runs[curve.run].layers))
+    if curve.layer is not None:
+        colour: Any = colormaps["viridis"](0.85 * curve.layer / (count - 1))
+    else:
+        colour = RUN_COLOURS[curve.run % len(RUN_COLOURS)] if curve.style == "line" else "0.4"
+    dashes = {"dashed": "--", "dotted": ":"}
+    dash = dashes.get(curve.style, "-" if curve.layer is not None else DASHES[curve.run % 4])
+    width = 1.2 if curve.style == "line" else 0.9
+    marker = "." if len(curve.points) <= 40 and curve.style == "line" else ""
+    return {
+        "color": colour, "linestyle": dash, "linewidth": width, "marker": marker, "markersize": 3,
+    }  # fmt: skip
+
+
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Add one legend for all panels: each label once."""
+    seen: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    if seen:
+        columns = min(6, len(seen))
+        handles, labels = list(seen.values()), list(seen)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
+
+
+def _draw_maps(run: RunRecords, series: Sequence[MapSeries]) -> Figure:
+    """Draw the maps of the head whose entropy fell lowest, at steps from first to last."""
+    from matplotlib.figure import Figure
+
+    def lowest(one: MapSeries) -> float:
+        return min((f.share for f in one.frames if math.isfinite(f.share)), default=1.0)
+
+    worst = min(series, key=lowest)
+    frames = [frame for frame in worst.frames if frame.content is not None]
+    chosen = sorted({round(i * (len(frames) - 1) / (MAX_MAPS - 1)) for i in range(MAX_MAPS)})
+    shown = [frames[i] for i in chosen if 0 <= i < len(frames)]
+    figure = Figure((2.2 * max(1, len(shown)), 2.8), layout="constrained")
+    figure.suptitle(f"Attention maps: {run.name}, {worst.label}", fontsize=10)
+    panels = figure.subplots(1, max(1, len(shown)), squeeze=False).ravel()
+    for panel, frame in zip(panels, shown, strict=False):
+        content = frame.content
+        assert content is not None
+        scale, size = content.largest / 255, content.size
+        rows = [
+            [level * scale for level in content.levels[i * size : (i + 1) * size]]
+            for i in range(size)
+        ]
+        image = panel.imshow(rows, cmap="cividis", vmin=0)
+        panel.set_title(f"step {frame.step}: {frame.mode}", fontsize=7)
+        panel.set_xlabel("key", fontsize=7)
+        panel.set_ylabel("query", fontsize=7)
+        panel.tick_params(labelsize=6)
+        figure.colorbar(image, ax=panel, shrink=0.6).ax.tick_params(labelsize=6)
+    return figure

@@ -1,0 +1,242 @@
+"""Read what a training run left on disk: `trainer_state.json` and `stability.jsonl`.
+
+Whatever is damaged, half-written or missing becomes a note; what can be read is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_stable.report.records import AttentionMap, Event, Probe, RunRecords, to_number
+from hf_stable.stability_log import FILE_NAME
+
+__all__ = ["name_runs", "read_run", "read_runs"]
+
+STATE_NAME = "trainer_state.json"
+
+EVENTS = ("alarm", "rollback", "stop")
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunRecords]:
+    """Read several runs and give each a name of its own.
+
+    Raises:
+        FileNotFoundError: if one does not exist.
+        ValueError: if one is no run at all.
+    """
+    return [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
+
+
+def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecords:
+    """Read what a run left behind.
+
+    Args:
+        path: the Trainer's output folder, or a checkpoint in it: then the run up to there.
+        name: label; by default the folder's name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it has neither a Trainer state nor a stability log, nor a checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} does not exist or is no folder; give the output_dir of a run, or a "
+            "checkpoint in it"
+        )
+    match = _CHECKPOINT.fullmatch(folder.resolve().name)
+    log = folder / FILE_NAME
+    if not (log.is_file() or (folder / STATE_NAME).is_file() or _state_files(folder)):
+        raise ValueError(_no_run(folder))
+    if match and not log.is_file():
+        log = folder.resolve().parent / FILE_NAME
+    notes: list[str] = []
+    state = _read_state(folder, notes)
+    last = int(match[1]) if match else None
+    probes, events = _read_log(log, last, notes)
+    history = _history(state, notes)
+    steps = [_integer(state.get("global_step")) or 0, *(p.step for p in probes)]
+    monitor = _dig(state, "stateful_callbacks", "StabilityCallback", "args")
+    return RunRecords(
+        name=name or name_runs([folder])[0],
+        path=str(path),
+        history=history,
+        probes=probes,
+        events=events,
+        num_steps=max([*steps, *(record["step"] for record in history)]),
+        max_steps=_integer(state.get("max_steps")),
+        monitor=monitor,
+        notes=tuple(notes),
+    )
+
+
+def name_runs(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return a short name for each path: as many last parts as it takes to tell them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    count = 2 if any(_CHECKPOINT.fullmatch(each[-1]) for each in parts) else 1
+    longest = max(map(len, parts), default=1)
+    names = ["/".join(each[-count:]) for each in parts]
+    while len(set(names)) < len(set(parts)) and count < longest:
+        count += 1
+        names = ["/".join(each[-count:]) for each in parts]
+    # The same folder twice is two rows with numbers.
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})"
+        for i, name in enumerate(names)
+    ]
+
+
+def _state_files(folder: Path) -> list[Path]:
+    """Return the Trainer states in a folder's checkpoints, newest first."""
+    found = [
+        (int(match[1]), child / STATE_NAME)
+        for child in folder.iterdir()
+        if (match := _CHECKPOINT.fullmatch(child.name)) and (child / STATE_NAME).is_file()
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _read_state(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """Return the Trainer state that has come furthest: the folder's own, or of a checkpoint.
+
+    Damaged ones are noted, and an older checkpoint's is taken.
+    """
+    own = [folder / STATE_NAME] if (folder / STATE_NAME).is_file() else []
+    paths = _state_files(folder)
+    if not own and not paths:
+        notes.append(f"There is no {STATE_NAME}: no evaluations, no time, few losses.")
+    states = [_first_readable(own, notes), _first_readable(paths, notes)]
+    return max(states, key=lambda state: _integer(state.get("global_step")) or 0)
+
+
+def _first_readable(paths: Sequence[Path], notes: list[str]) -> dict[str, Any]:
+    for path in paths:
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(state, dict):
+                return state
+            problem = "no JSON object"
+        except (OSError, ValueError) as error:
+            problem = type(error).__name__
+        notes.append(f"{'/'.join(path.parts[-2:])} is damaged ({problem}) and was left out.")
+    return {}
+
+
+def _history(state: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], ...]:
+    records = state.get("log_history", [])
+    if not isinstance(records, list):
+        notes.append(f"log_history in {STATE_NAME} is no list: losses are missing.")
+        return ()
+    whole = [r for r in records if isinstance(r, dict) and _integer(r.get("step")) is not None]
+    if len(whole) < len(records):
+        notes.append(f"{len(records) - len(whole)} records in {STATE_NAME} have no step.")
+    return tuple(whole)
+
+
+def _read_log(
+    path: Path, last: int | None, notes: list[str]
+) -> tuple[tuple[Probe, ...], tuple[Event, ...]]:
+    """Read a log line by line, up to a step: with its maps it may be larger than memory."""
+    probes: list[Probe] = []
+    events: list[Event] = []
+    damaged = 0
+    if not path.is_file():
+        notes.append(
+            f"There is no {FILE_NAME}: attention was not watched (train with "
+            "callbacks=[hf_stable.StabilityCallback()])."
+        )
+        return (), ()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                content = json.loads(line)
+                attempt, step = int(content["attempt"]), int(content["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                damaged += 1
+                continue
+            if last is not None and step > last:
+                continue
+            if content.get("event") == "probe":
+                probes.append(_probe(attempt, step, content))
+            elif content.get("event") in EVENTS:
+                events.append(Event(content["event"], attempt, step, content))
+            else:
+                damaged += 1
+    if damaged:
+        lines = "1 line" if damaged == 1 else f"{damaged} lines"
+        notes.append(f"{lines} of {FILE_NAME} could not be read and were left out.")
+    if not probes:
+        notes.append(f"{FILE_NAME} holds no probe{_by(last)}.")
+    return tuple(probes), tuple(events)
+
+
+def _by(last: int | None) -> str:
+    return "" if last is None else f" up to step {last}"
+
+
+def _probe(attempt: int, step: int, content: Mapping[str, Any]) -> Probe:
+    quantities = {
+        name: values for name, values in _dig(content, "quantities").items()
+        if isinstance(values, dict)
+    }  # fmt: skip
+    numbers = {
+        key: to_number(value)
+        for key, value in content.items()
+        if key not in ("step", "attempt", "loss") and isinstance(value, int | float)
+    }
+    return Probe(
+        attempt=attempt,
+        step=step,
+        loss=to_number(content["loss"]) if "loss" in content else None,
+        maps={
+            layer: tuple(map(_map, maps if isinstance(maps, list) else ()))
+            for layer, maps in quantities.pop("maps", {}).items()
+        },
+        quantities=quantities,
+        rates=_dig(content, "effective_lr"),
+        numbers=numbers,
+    )
+
+
+def _map(rows: Any) -> AttentionMap | None:
+    """Return a map in 256 levels, or None for one with holes."""
+    if not isinstance(rows, list) or not all(isinstance(r, list) for r in rows):
+        return None
+    entries = [to_number(entry) for row in rows for entry in row]
+    if len(entries) != len(rows) ** 2 or not entries or not all(map(math.isfinite, entries)):
+        return None
+    largest = max(entries)
+    scale = 255 / largest if largest > 0 else 0.0
+    levels = bytes(max(0, round(entry * scale)) for entry in entries)
+    return AttentionMap(len(rows), levels, largest)
+
+
+def _dig(content: Any, *keys: str) -> dict[str, Any]:
+    """Follow keys into nested objects; an empty one where the way ends."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _no_run(folder: Path) -> str:
+    inside = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and ((child / FILE_NAME).is_file() or _state_files(child))
+    )
+    hint = f"; its subfolders do: {', '.join(inside)}" if inside else ""
+    return f"{folder} holds neither {STATE_NAME} nor {FILE_NAME}{hint}"

@@ -1,0 +1,215 @@
+"""A training run as plain data: what the Trainer and the monitor recorded, and their tidy rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from hf_stable.stability_metrics import LOW_IS_BAD
+
+__all__ = [
+    "TIDY_COLUMNS",
+    "AttentionMap",
+    "Event",
+    "Probe",
+    "RunRecords",
+    "short_names",
+    "tidy_rows",
+    "to_number",
+    "worst_head",
+]
+
+TIDY_COLUMNS = ("run", "attempt", "step", "quantity", "layer", "head", "value", "text")
+
+OF_MODULES = ("gamma",)
+"""Quantities whose names are not those of layers but of the modules within them."""
+
+
+class AttentionMap(NamedTuple):
+    """An attention map in 256 levels.
+
+    Attributes:
+        size: number of rows, and of columns.
+        levels: row by row, 0 for none to 255 for the map's largest entry.
+        largest: that entry.
+    """
+
+    size: int
+    levels: bytes
+    largest: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One `probe` line of `stability.jsonl`.
+
+    Attributes:
+        attempt: how many rollbacks came before.
+        step: optimizer step.
+        loss: of this step alone; NaN where it is not finite, None where it was not written.
+        quantities: quantity -> layer -> number, list of numbers per head, or None; without maps.
+        rates: parameter -> rate that AdamW2 used, or list of rates of a fused one.
+        maps: layer -> maps of the recorded heads, None for one that is not finite.
+        numbers: what else the line holds, such as sharpness.
+    """
+
+    attempt: int
+    step: int
+    loss: float | None = None
+    quantities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    maps: dict[str, tuple[AttentionMap | None, ...]] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Event:
+    """An `alarm`, `rollback` or `stop` line of `stability.jsonl`."""
+
+    name: str
+    attempt: int
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run, as far as it can be read.
+
+    Attributes:
+        name: label in tables and plots.
+        path: what was asked for.
+        history: the Trainer's records, in order; the newest attempt's alone.
+        probes: in the order of the file, all attempts.
+        events: likewise.
+        num_steps: optimizer steps done, as far as known.
+        max_steps: optimizer steps planned, or None.
+        monitor: options of the StabilityCallback, empty if there is no trace of one.
+        notes: what is missing or damaged, in sentences.
+    """
+
+    name: str
+    path: str
+    history: tuple[dict[str, Any], ...] = ()
+    probes: tuple[Probe, ...] = ()
+    events: tuple[Event, ...] = ()
+    num_steps: int = 0
+    max_steps: int | None = None
+    monitor: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Return the layers that any probe has seen, in order."""
+        seen: dict[str, None] = {}
+        for probe in self.probes:
+            for name, by_layer in probe.quantities.items():
+                if name not in OF_MODULES:
+                    seen |= dict.fromkeys(by_layer)
+        return list(seen)
+
+    def logged(self, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) of each Trainer record that has a key; NaN for what is no number."""
+        return [(r["step"], to_number(r[key])) for r in self.history if key in r]
+
+    def probed(self, quantity: str, layer: str) -> list[tuple[int, int, float]]:
+        """Return (attempt, step, value of the worst head) of each probe; NaN if not defined."""
+        return [
+            (probe.attempt, probe.step, worst_head(quantity, by_layer[layer])[0])
+            for probe in self.probes
+            if layer in (by_layer := probe.quantities.get(quantity, {}))
+        ]
+
+    @cached_property
+    def losses(self) -> list[tuple[int, float]]:
+        """Return (step, training loss), from records or probes, whichever are more.
+
+        Of probes that were made twice, before and after a rollback, the later ones count.
+        """
+        records = self.logged("loss")
+        probes = {probe.step: probe.loss for probe in self.probes if probe.loss is not None}
+        return records if len(records) >= len(probes) else sorted(probes.items())
+
+
+def short_names(layers: Sequence[str]) -> dict[str, str]:
+    """Return for each layer what tells it from the others: `vit.layers.3` -> `3`."""
+    parts = [layer.split(".") for layer in layers]
+    if len(parts) < 2:
+        return {layer: layer.rpartition(".")[2] for layer in layers}
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
+    stop = next((i for i in range(shortest - start) if len({p[-1 - i] for p in parts}) > 1), 0)
+    return {
+        layer: ".".join(part[start : len(part) - stop])
+        for layer, part in zip(layers, parts, strict=True)
+    }
+
+
+def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
+    """Return the worst head's value (lowest for entropy and ranks, else highest) and its number.
+
+    Args:
+        quantity: name of the quantity.
+        value: list per head, a number of the whole layer, or anything a damaged file may hold.
+
+    Returns:
+        NaN and None where no head has a finite value; None also for a number of the whole layer.
+    """
+    if not isinstance(value, list):
+        return to_number(value), None
+    finite = [(number, i) for i, v in enumerate(value) if math.isfinite(number := to_number(v))]
+    if not finite:
+        return math.nan, None
+    return min(finite) if quantity in LOW_IS_BAD else max(finite)
+
+
+def to_number(value: Any) -> float:
+    """Return a number, also one that was written as text; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
+    """Yield one row per value, with the columns `TIDY_COLUMNS`; maps are left out.
+
+    `value` is a float, NaN where the quantity was not defined. `text` is what has no number: the
+    mode of a map, and what an alarm says.
+    """
+
+    def row(attempt: Any, step: int, quantity: str, layer: Any, head: Any, value: Any, text: Any):  # type: ignore[no-untyped-def]
+        cells = (run.name, attempt, step, quantity, layer, head, value, text)
+        return dict(zip(TIDY_COLUMNS, cells, strict=True))
+
+    for record in run.history:
+        for key, value in record.items():
+            if key not in ("step", "epoch") and not key.startswith("stability/"):
+                yield row(None, record["step"], key, None, None, to_number(value), None)
+    for probe in run.probes:
+        at = probe.attempt, probe.step
+        if probe.loss is not None:
+            yield row(*at, "loss_of_step", None, None, probe.loss, None)
+        for key, number in probe.numbers.items():
+            yield row(*at, key, None, None, number, None)
+        everything = {**probe.quantities, "effective_lr": probe.rates}
+        for quantity, by_layer in everything.items():
+            for layer, value in by_layer.items():
+                heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+                for head, entry in heads:
+                    if quantity == "mode":
+                        yield row(*at, quantity, layer, head, math.nan, str(entry))
+                    else:
+                        yield row(*at, quantity, layer, head, to_number(entry), None)
+    for event in run.events:
+        found = event.values
+        value = to_number(found.get("value", found.get("to_step")))
+        yield row(
+            event.attempt, event.step, f"{event.name}_{found.get('kind', '')}".rstrip("_"),
+            found.get("layer"), found.get("head"), value, found.get("reason"),
+        )  # fmt: skip

@@ -1,0 +1,245 @@
+"""Reports on runs: what is read, written, and said about what is damaged."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import sys
+import time
+
+import pytest
+from conftest import tiny_model
+from report_runs import LAYERS, calm, collapsing, write_run
+from tiny_training import make_trainer
+
+import hf_stable
+from hf_stable.cli import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.report import FORMATS, write_report
+from hf_stable.report.charts import thin
+from hf_stable.report.reading import name_runs, read_run
+from hf_stable.report.records import TIDY_COLUMNS, short_names
+
+FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """A real Trainer's folder, with every term, maps, AdamW2 and a patched model."""
+    folder = tmp_path_factory.mktemp("runs") / "real"
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    monitor = hf_stable.StabilityCallback(every=2, terms="all", maps=True)
+    trainer = make_trainer(
+        model, folder, callbacks=[monitor], max_steps=6, optim="adamw2", save_steps=3,
+        eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_state()
+    return folder
+
+
+def payload_of(page):
+    text = re.search(r'<script type="application/json" id="payload">(.*?)</script>', page)[1]
+    return json.loads(text)
+
+
+def test_a_real_run_fills_every_chart(real_run, tmp_path):
+    written = write_report([real_run], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert written.files == (tmp_path / "r.html",) and not written.notes
+    assert (
+        'class="missing"'
+        not in page.split("<main>")[1].replace("<noscript>", "", 1).split("</noscript>")[1]
+    )
+    payload = payload_of(page)
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    for part in ("Training loss", "Evaluation: loss", "Lowest head of each layer", "SEC",
+                 "Stable rank", "\u2016x\u2016"):  # fmt: skip
+        assert any(part in title for title in titles), part
+    terms = [t for t in titles if t.startswith(("\u03c3\u2081(W", "\u2016"))]
+    assert len(terms) >= 15
+    assert sum(len(chart["curves"]) for chart in payload["charts"]) > 50
+    assert len(payload["maps"][0]) == 4  # two layers of two heads
+    assert [frame["step"] for frame in payload["maps"][0][0]["frames"]] == [1, 2, 4, 6]
+    assert "http://" not in page.split("<script>")[0] and "<link rel=" in page  # nothing is fetched
+
+
+def test_the_numbers_in_the_page_are_those_of_the_run(real_run, tmp_path):
+    write_report([real_run], tmp_path / "r.html")
+    payload = payload_of((tmp_path / "r.html").read_text())
+    lines = [json.loads(line) for line in (real_run / "stability.jsonl").open()]
+    layer = next(iter(lines[0]["quantities"]["entropy"]))
+    lowest = [min(line["quantities"]["entropy"][layer]) for line in lines]
+    shown = [
+        [curve["y"], payload["steps"][curve["x"]]]
+        for chart in payload["charts"]
+        for curve in chart["curves"]
+        if chart["unit"] == "entropy (nats)" and curve["layer"] == 0
+    ]
+    assert shown[0][1] == [line["step"] for line in lines]
+    assert shown[0][0] == pytest.approx(lowest, rel=1e-3)
+
+
+def test_several_runs_are_compared(real_run, tmp_path, capsys):
+    bad = collapsing(tmp_path / "bad")
+    assert main(["report", str(real_run), str(bad), "--output", str(tmp_path / "r.html")]) == NO
+    printed = capsys.readouterr().out
+    assert "bad: Failed: the loss was lost at step 83" in printed and "real" in printed
+    page = (tmp_path / "r.html").read_text()
+    assert len(payload_of(page)["runs"]) == 2 and page.count('class="verdict ') == 2
+    assert main(["report", str(real_run), "--output", str(tmp_path / "r.html")]) == SUCCESS
+
+
+def test_png_json_and_csv_hold_the_main_figures_and_every_number(real_run, tmp_path):
+    images = write_report([real_run], tmp_path / "figures", format="png").files
+    names = {path.name for path in images}
+    assert {"loss.png", "entropy.png", "spectra.png"} <= names
+    assert any(name.startswith("maps") for name in names)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
+
+    write_report([real_run], tmp_path / "r.csv", format="csv")
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert tuple(rows[0]) == TIDY_COLUMNS
+    lines = [json.loads(line) for line in (real_run / "stability.jsonl").open()]
+    for name in ("entropy", "sigma_w2w1", "gamma", "effective_lr"):
+        expected = sum(
+            len(value) if isinstance(value, list) else 1
+            for line in lines
+            for value in {**line["quantities"], **line}[name].values()
+        )
+        assert sum(row["quantity"] == name for row in rows) == expected, name
+
+    write_report([real_run], tmp_path / "r.json", format="json")
+    content = json.loads((tmp_path / "r.json").read_text())
+    assert content["columns"] == list(TIDY_COLUMNS) and len(content["rows"]) == len(rows)
+    assert content["runs"][0]["verdict"]["state"] in ("trained", "warned", "failed")
+
+
+def test_a_checkpoint_stands_for_the_run_up_to_it(real_run):
+    run = read_run(real_run / "checkpoint-3")
+    assert run.num_steps == 3 and [probe.step for probe in run.probes] == [1, 2]
+    assert [probe.step for probe in read_run(real_run).probes] == [1, 2, 4, 6]
+
+
+def damage_state(folder):
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "log_hist')
+
+
+def damage_log(folder):
+    path = folder / "stability.jsonl"
+    path.write_text(path.read_text()[:-40] + "\n{}\nnull\n[1]\n\x00\n")
+
+
+def holes(folder):
+    lines = [json.loads(line) for line in (folder / "stability.jsonl").open()]
+    lines[0]["quantities"] = None
+    lines[1]["quantities"]["entropy"][LAYERS[0]] = [None, "nan"]
+    lines[2]["quantities"]["sigma_qk"] = [1, 2]
+    lines[3]["quantities"]["rank"] = {LAYERS[0]: "x"}
+    lines[4]["quantities"]["maps"] = {LAYERS[0]: [[[1.0]], None, [["a"]]]}
+    (folder / "stability.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+DAMAGES = {
+    "half a state": (damage_state, "trainer_state.json is damaged"),
+    "no state": (lambda f: (f / "trainer_state.json").unlink(), "There is no trainer_state.json"),
+    "half a log": (damage_log, "5 lines of stability.jsonl could not be read"),
+    "no log": (lambda f: (f / "stability.jsonl").unlink(), "attention was not watched"),
+    "an empty log": (lambda f: (f / "stability.jsonl").write_text(""), "holds no probe"),
+    "holes": (holes, None),
+}
+
+
+@pytest.mark.parametrize("format", ["html", "csv", "json"])
+@pytest.mark.parametrize("damage, note", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_damaged_is_said_and_the_rest_is_shown(damage, note, format, tmp_path):
+    folder = collapsing(tmp_path / "run")
+    damage(folder)
+    if damage is holes:
+        assert write_report([folder], tmp_path / "figures", format="png").files
+    written = write_report([folder], tmp_path / "out", format=format)
+    assert all(path.exists() for path in written.files)
+    notes = " ".join(text for _, text in written.notes)
+    assert (note or "") in notes
+    if format == "html" and note:
+        assert note in (tmp_path / "out").read_text()
+
+
+def test_runs_of_different_lengths_and_nan_curves(tmp_path):
+    runs = [
+        collapsing(tmp_path / "long"),
+        write_run(tmp_path / "short", FALLING[:5], {1: calm(1)}),
+        write_run(tmp_path / "nan", [math.nan] * 30, {s: calm(s, sec=math.nan) for s in (1, 9)}),
+    ]
+    for format in FORMATS:
+        written = write_report(runs, tmp_path / f"out-{format}", format=format)
+        states = [summary.verdict.state for summary in written.summaries]
+        assert states == ["failed", "trained", "failed"]
+    page = (tmp_path / "out-html").read_text()
+    assert [run["name"] for run in payload_of(page)["runs"]] == ["long", "short", "nan"]
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    name = "<script>alert(1)<{{SCRIPT}}>"
+    folder = write_run(tmp_path / name, FALLING, {1: calm(1)})
+    write_report([folder], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
+    assert payload_of(page)["runs"][0]["name"] == name
+
+
+def test_a_long_run_of_a_deep_model_is_small_and_quick(tmp_path):
+    """10,000 steps of 12 layers with 12 heads; the time is printed, and measured for the note."""
+    probes = {s: calm(s, 12, 12, sigma_qk=1 + s / 5000) for s in range(50, 10_001, 50)}
+    losses = [2.0 * 0.9995**s + 0.01 * math.sin(s) for s in range(10_000)]
+    folder = write_run(tmp_path / "run", losses, probes)
+    started = time.perf_counter()
+    write_report([folder], tmp_path / "r.html")
+    print(f"written in {time.perf_counter() - started:.1f} s")
+    assert (tmp_path / "r.html").stat().st_size < 6e6
+
+
+def test_thinning_keeps_spikes_and_gaps():
+    points = [(float(s), 0.0) for s in range(5000)]
+    points[1234], points[4321] = (1234.0, 9.0), (4321.0, math.nan)
+    kept = thin(points, 400)
+    assert len(kept) <= 520 and (1234.0, 9.0) in kept
+    assert any(math.isnan(value) for _, value in kept)
+    assert kept[0] == points[0] and kept[-1] == points[-1]
+    assert thin(points[:100], 400) == points[:100]
+
+
+def test_short_names_tell_layers_and_runs_apart(tmp_path):
+    assert list(short_names(["vit.layers.0", "vit.layers.1"]).values()) == ["0", "1"]
+    swin = ["s.layers.0.blocks.0", "s.layers.0.blocks.1", "s.layers.1.blocks.0"]
+    assert len(set(short_names(swin).values())) == 3
+    assert name_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"]) == ["a/run", "b/run"]
+    assert name_runs([tmp_path / "a", tmp_path / "a"]) == ["a (1)", "a (2)"]
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ([str(tmp_path / "nowhere")], "does not exist"),
+        ([str(tmp_path / "empty")], "holds neither trainer_state.json nor stability.jsonl"),
+        ([str(collapsing(tmp_path / "run")), "--format", "pdf"], "choose one of html, png, json"),
+        ([str(tmp_path / "run"), "--output", str(tmp_path / "empty")], "is a folder"),
+    ]
+    for arguments, message in cases:
+        assert main(["report", *arguments]) == BAD_INPUT
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    (tmp_path / "outer" / "inner" / "stability.jsonl").touch()
+    assert main(["report", str(tmp_path / "outer")]) == BAD_INPUT
+    assert "its subfolders do: inner" in capsys.readouterr().err
+
+
+def test_without_plotly_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    for name in ("plotly", "plotly.offline"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = collapsing(tmp_path / "run")
+    assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == BAD_INPUT
+    assert 'pip install "hf-stable[report]"' in capsys.readouterr().err
+    assert main(["report", str(folder), "--format", "csv", "--output", str(tmp_path / "c")]) == NO
