@@ -25,7 +25,15 @@ import torch
 from safetensors.torch import load_file
 
 from hf_stable.checkpoints import check_writable
-from hf_stable.demo_runs import DemoRun, RunResult, load_digits, require_recipes, train
+from hf_stable.demo_runs import (
+    DemoRun,
+    RunResult,
+    load_digits,
+    require_recipes,
+    run_folder,
+    train,
+)
+from hf_stable.report import write_report
 
 __all__ = ["PARTS", "DemoPart", "DemoResult", "Reload", "run_demo"]
 
@@ -132,6 +140,7 @@ class DemoResult:
         seed: seed of the split, the weights and the order of the data.
         seconds: wall time of everything.
         output: folder with the model, the reload script and results.json.
+        report: the page on all runs.
         versions: versions of what took part.
     """
 
@@ -141,6 +150,7 @@ class DemoResult:
     seed: int
     seconds: float
     output: str
+    report: str
     versions: dict[str, str]
 
     @property
@@ -171,13 +181,13 @@ def run_demo(
     on_run: Callable[[DemoRun], None] = lambda run: None,
     on_part: Callable[[DemoPart, list[RunResult]], None] = lambda part, results: None,
 ) -> DemoResult:
-    """Train every run of `PARTS`, save the patched model folded, reload it in a new process.
+    """Train every run of `PARTS`, save the patched model folded, reload it, write a report.
 
     The Trainer shows progress bars on a terminal and prints its log lines elsewhere.
 
     Args:
-        output: folder for the model, the reload script, the runs' logs and results.json; made if
-            it does not exist.
+        output: folder for the model, the reload script, the runs' logs, report.html and
+            results.json; made if it does not exist.
         seed: seed of the split, the weights and the order of the data.
         quick: a few steps of a two-block model, to see that all of it works; the comparisons
             then mean nothing and are not judged.
@@ -205,6 +215,8 @@ def run_demo(
                 on_run(run)
                 runs[part.title].append(train(run, data, output, seed=seed, quick=quick))
             on_part(part, runs[part.title])
+    folders = [run_folder(run, output) for part in PARTS for run in part.runs]
+    report = write_report(folders, output / "report.html").files[0]
     result = DemoResult(
         runs=runs,
         reload=_reload(output),
@@ -212,6 +224,7 @@ def run_demo(
         seed=seed,
         seconds=time.perf_counter() - start,
         output=str(output),
+        report=str(report),
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "hf-stable")},
     )

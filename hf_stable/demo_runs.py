@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from hf_stable.architectures.registry import find_layers, lookup
+from hf_stable.callback import StabilityCallback
 from hf_stable.describing import describe
 from hf_stable.patching import is_patched, patch
 from hf_stable.spectral import as_matrix, leading_triple
 
-__all__ = ["DemoRun", "RunResult", "load_digits", "require_recipes", "train"]
+__all__ = ["DemoRun", "RunResult", "load_digits", "require_recipes", "run_folder", "train"]
 
 NUM_TEST_IMAGES = 360
 
@@ -87,7 +88,7 @@ class RunResult:
 
 def require_recipes() -> None:
     """Raise ModuleNotFoundError, saying what to install, unless the recipes extra is there."""
-    for name in ("datasets", "evaluate", "sklearn"):
+    for name in ("datasets", "evaluate", "plotly", "sklearn"):
         try:
             __import__(name)
         except ModuleNotFoundError as error:
@@ -172,7 +173,7 @@ def _build_model(run: DemoRun, seed: int, quick: bool) -> ViTForImageClassificat
 
 def train(run: DemoRun, data: Any, output: Path, *, seed: int, quick: bool) -> RunResult:
     """Do one run with the Trainer; save the model and its answers if it is patched."""
-    folder = output / "runs" / _slug(run.name)
+    folder = run_folder(run, output)
     model = _build_model(run, seed, quick)
     metric = _accuracy_metric(folder)
 
@@ -210,6 +211,7 @@ def train(run: DemoRun, data: Any, output: Path, *, seed: int, quick: bool) -> R
         train_dataset=data["train"],
         eval_dataset=data["test"],
         compute_metrics=compute_metrics,
+        callbacks=[StabilityCallback(every=2 if quick else 25, maps=[0])],
     )
     seconds = trainer.train().metrics["train_runtime"]
     answers = trainer.predict(data["test"], metric_key_prefix="test")
@@ -243,5 +245,7 @@ def _save_answers(output: Path, test: Any, logits: torch.Tensor) -> None:
     save_file(digits | {"logits": logits}, output / "test_digits.safetensors")
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+def run_folder(run: DemoRun, output: Path) -> Path:
+    """Return the folder that a run writes its logs to."""
+    slug = "".join(c if c.isalnum() else "-" for c in run.name.lower()).strip("-")
+    return output / "runs" / slug
