@@ -243,4 +243,5 @@ if __name__ == "__main__":
     rendezvous = f"file://{folder}/{worker.__name__}-{world}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     worker(rank, world, folder)
+    dist.barrier()
     dist.destroy_process_group()

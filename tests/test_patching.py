@@ -6,7 +6,6 @@ import copy
 import re
 import warnings
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -489,6 +488,7 @@ def built_on_meta(model, tmp_path):
 
 
 def with_adapters(model):
+    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():  # PEFT reads a name that transformers has deprecated
         warnings.simplefilter("ignore", FutureWarning)
         return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -504,6 +504,7 @@ def peft_base_model(model, tmp_path):
 
 
 def adapter_of_transformers(model, tmp_path):
+    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
