@@ -23,6 +23,7 @@ COMMANDS = (
     "fold",
     "export",
     "push",
+    "report",
     "doctor",
     "bench sigma",
     "bench adamw2",
@@ -104,7 +105,7 @@ def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
     [
         (["demoo"], "demoo"),
         (["inspect"], "path"),
-        (["inspect", "a", "b"], "unexpected extra argument"),
+        (["inspect", "a", "b", "c"], "unexpected extra argument"),
         (["demo", "--seed", "x"], "seed"),
         (["demo", "--sed", "1"], "--sed"),
         (["bench", "sigma", "--rounds", "0"], "rounds"),
@@ -146,11 +147,14 @@ def test_inspect_prints_plain_text_into_a_pipe(checkpoint):
     assert done.stdout.isascii() and "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == f"{checkpoint} (folded)"
-    assert lines[1].split() == ["layer", "shape", "dtype", "sigma", "gamma", "raw", "sigma"]
+    assert re.split("  +", lines[1].rstrip()) == [
+        "layer", "shape", "dtype", "sigma", "stable rank", "gamma", "raw sigma"
+    ]  # fmt: skip
     row = next(line for line in lines if "h.0.mlp.c_proj" in line)
-    assert re.fullmatch(r"\S+ +64x16 +float32 +[\d.]+ +[\d.]+ +[\d.]+ *", row)
+    assert re.fullmatch(r"\S+ +64x16 +float32 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ *", row)
 
 
+@pytest.mark.slow
 def test_inspect_draws_a_table_on_a_terminal(checkpoint):
     parent, child = pty.openpty()
     with subprocess.Popen(

@@ -1,0 +1,197 @@
+"""Heads, norms, signs and differences of checkpoints, against the models that wrote them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+from conftest import sgd_steps, tiny_batch, tiny_model
+from safetensors.torch import load_file, save_file
+
+import hf_stable
+from hf_stable.checkpoint_comparison import compare_checkpoints
+from hf_stable.cli import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.hub_files import local_files
+from hf_stable.inspection import inspect_checkpoint
+from hf_stable.weight_files import WeightFiles
+
+METHOD = {
+    "gpt2": "remove_pre_layernorm",
+    "vit": "remove_pre_layernorm",
+    "swin": "remove_pre_layernorm",
+    "bert": "remove_layernorm",
+}
+
+
+def trained(model_type, methods="sigma_reparam"):
+    model = hf_stable.patch(tiny_model(model_type), methods)
+    sgd_steps(model)
+    return model
+
+
+def probed(model):
+    """What the probe measures of the same model in memory."""
+    with hf_stable.probe(model, terms=["sigma_qk", "sec", "stable_rank"]) as records:
+        model(**tiny_batch(model))
+    return records.to_dict()
+
+
+@pytest.mark.parametrize("kind", ["plain", "patched", "folded", "without norms"])
+def test_heads_are_those_that_the_probe_measures(model_type, kind, tmp_path):
+    model = tiny_model(model_type)
+    if kind != "plain":
+        methods = ["sigma_reparam", METHOD[model_type]] if "norms" in kind else "sigma_reparam"
+        model = trained(model_type, methods)
+    if kind == "folded":
+        hf_stable.fold(model)
+    model.save_pretrained(tmp_path)
+    report = inspect_checkpoint(tmp_path)
+    expected = probed(model)
+    assert [block.name for block in report.blocks] == list(expected["sigma_qk"])
+    for block in report.blocks:
+        for name in ("sigma_qk", "sec", "stable_rank"):
+            heads = expected[name][block.name]
+            assert getattr(block, name) == pytest.approx(heads, rel=1e-4), name
+    assert len({block.sigma_qk for block in report.blocks}) == len(report.blocks)
+    gains = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    for norm in report.norms:
+        assert norm.norm == pytest.approx(gains[norm.name].weight.norm().item(), rel=1e-6)
+    assert report.norms
+    assert report.blocks_note is None and report.is_healthy
+
+
+def test_without_a_config_the_matrices_alone_are_shown_with_the_reason(tmp_path):
+    tiny_model("vit").save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    report = inspect_checkpoint(tmp_path)
+    assert not report.blocks and "there is no config.json" in report.blocks_note
+    assert len(report.layers) > 10 and "heads were not looked at" in report.verdict
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_stands_out_is_said(tmp_path):
+    model = tiny_model("vit", num_hidden_layers=4)
+    model.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).signs == ()
+    assert inspect_checkpoint(tmp_path).verdict.startswith("Healthy")
+
+    def collapse(tensors):
+        for part in ("query", "key"):
+            name = f"vit.encoder.layer.2.attention.attention.{part}.weight"
+            tensors[name][:8] = 30 * torch.outer(torch.ones(8), torch.ones(16)) / 8
+            tensors["vit.encoder.layer.1.intermediate.dense.weight"].zero_()
+
+    edit(tmp_path, collapse)
+    report = inspect_checkpoint(tmp_path)
+    said = " ".join(report.signs)
+    assert report.is_healthy and f"{len(report.signs)} sign" in report.verdict
+    assert "layers.2, head 0 looks collapsed" in said or "layer.2, head 0 looks collapsed" in said
+    assert "vit.encoder.layer.1.intermediate.dense is all zero" in said
+    assert "times the median of its like" in said
+
+    def spoil(tensors):
+        tensors["vit.encoder.layer.0.attention.attention.key.weight"][0, 0] = float("nan")
+
+    edit(tmp_path, spoil)
+    report = inspect_checkpoint(tmp_path)
+    assert not report.is_healthy and not report.blocks[0].finite and report.blocks[1].finite
+    assert "has NaN or infinite entries" in " ".join(report.signs)
+
+
+def test_two_checkpoints_differ_by_what_was_trained_between(model_type, tmp_path):
+    model = trained(model_type)
+    model.save_pretrained(tmp_path / "a")
+    before = dict(hf_stable.fold(trained(model_type)).named_parameters())
+    sgd_steps(model)
+    model.save_pretrained(tmp_path / "b")
+    found = compare_checkpoints(tmp_path / "a", tmp_path / "b")
+    after = dict(hf_stable.fold(model).named_parameters())
+    assert not found.is_same and not found.only_first and not found.only_second
+    for change in found.matrices:
+        name = f"{change.name}.weight" if f"{change.name}.weight" in after else change.name
+        moved = (after[name] - before[name]).norm() / before[name].norm()
+        assert change.distance == pytest.approx(moved.item(), rel=1e-3, abs=1e-6)
+    distances = [change.distance for change in found.matrices]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 0
+    assert found.heads and any(head.sigma_qk[0] != head.sigma_qk[1] for head in found.heads)
+    assert compare_checkpoints(tmp_path / "a", tmp_path / "a").is_same
+
+
+def test_a_patched_and_the_folded_checkpoint_hold_the_same_weights(tmp_path):
+    model = trained("vit")
+    model.save_pretrained(tmp_path / "patched")
+    hf_stable.fold(model).save_pretrained(tmp_path / "plain")
+    assert compare_checkpoints(tmp_path / "patched", tmp_path / "plain").is_same
+    shutil.copytree(tmp_path / "plain", tmp_path / "other")
+    edit(tmp_path / "other", lambda tensors: tensors.pop("classifier.weight"))
+    found = compare_checkpoints(tmp_path / "plain", tmp_path / "other")
+    assert found.only_first == ("classifier.weight",) and not found.is_same
+
+
+def test_the_command_shows_heads_and_compares(tmp_path, capsys):
+    model = trained("gpt2")
+    model.save_pretrained(tmp_path / "a")
+    sgd_steps(model)
+    model.save_pretrained(tmp_path / "b")
+    assert main(["inspect", str(tmp_path / "a")]) == SUCCESS
+    shown = capsys.readouterr().out
+    for part in ("Wq^T Wk of each head", "transformer.h.1", "stable rank", "Norms", "Healthy"):
+        assert part in shown
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "b")]) == NO
+    assert "The weights differ." in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "a"), "--json"]) == SUCCESS
+    content = json.loads(capsys.readouterr().out)
+    assert content["is_same"] and content["matrices"]
+    assert main(["inspect", "nowhere/at-all"]) == BAD_INPUT
+    assert "nowhere/at-all does not exist here, and the Hub did not give it" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_is_no_id_is_no_path_either():
+    with pytest.raises(FileNotFoundError, match="give a folder, a file or owner/name"):
+        local_files("no such/thing at/all")
+
+
+def test_a_folder_larger_than_memory_would_be_streamed(tmp_path):
+    """Peak memory is some of the largest matrices, whatever the number of layers."""
+    config = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2)
+    peaks = {}
+    for depth in (2, 12):
+        model = tiny_model("vit", num_hidden_layers=depth, **config)
+        model.save_pretrained(tmp_path / str(depth), max_shard_size="500KB")
+        size = sum(p.numel() * 4 for p in model.parameters())
+        del model
+        inspect_checkpoint(tmp_path / str(depth))
+        with _PeakTensorBytes() as peak:
+            inspect_checkpoint(tmp_path / str(depth))
+        peaks[depth] = peak.most
+        assert peak.most > 0
+    assert size > 9e6 and peaks[12] < 1.5 * peaks[2] < size / 2
+
+
+class _PeakTensorBytes:
+    """The most bytes of what was read and was alive at once."""
+
+    def __enter__(self):
+        self.most, self._read, alive = 0, WeightFiles.read, []
+
+        def read(files, name):
+            tensor = self._read(files, name)
+            alive.append((weakref.ref(tensor), tensor.nbytes))
+            self.most = max(self.most, sum(size for seen, size in alive if seen() is not None))
+            return tensor
+
+        WeightFiles.read = read
+        return self
+
+    def __exit__(self, *exc):
+        WeightFiles.read = self._read
