@@ -71,3 +71,21 @@ def test_every_command_in_the_readme_exists():
 def test_the_two_commands_install_torch_first():
     for name in ("main-job", "tests"):
         assert block(name).startswith("pip install torch==2.13.0 && pip install -e ")
+
+
+@pytest.mark.parametrize("name", ["plain-loop", "accelerate-loop"])
+def test_loops_train_and_leave_a_plain_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block(name), names)
+    losses = names["losses"]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    model = names.get("plain", names["model"])
+    assert not hf_stable.is_patched(model)
+    loaded = transformers.ViTForImageClassification.from_pretrained(f"{name}-output").eval()
+    pixels = names["images"][:8]
+    with torch.no_grad():
+        expected = model.eval()(pixel_values=pixels).logits
+        torch.testing.assert_close(loaded(pixel_values=pixels).logits, expected)
+    if name == "plain-loop":
+        assert len(names["records"].entropy) == 2
