@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable.terminal import make_console, make_table
 
 __all__ = [
     "TOTAL",
+    "PeakBytes",
     "PhaseClock",
     "Samples",
     "Summary",
@@ -227,3 +231,37 @@ def write_results(
         "results": [asdict(summary) for summary in summaries],
     }
     Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are created inside and still alive."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the operation, then note the storages that are new."""
+        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._seen:
+                self._seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

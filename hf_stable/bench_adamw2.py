@@ -7,7 +7,6 @@ torch's foreach form, and the paper's algorithm written down plainly.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,11 +17,11 @@ import transformers
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable.adamw2 import AdamW2
 from hf_stable.adamw2_groups import ModelAdamW2
 from hf_stable.bench import (
+    PeakBytes,
     PhaseClock,
     Summary,
     alternate,
@@ -130,43 +129,10 @@ def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
         optimizer.step()
         entries = [item for state in optimizer.state.values() for item in state.items()]
         extra = sum(value.nbytes for key, value in entries if not key.startswith("exp_avg"))
-        with _PeakBytes() as peak:
+        with PeakBytes() as peak:
             optimizer.step()
         shares[name] = {"extra state": extra / total, "working memory": peak.most / total}
     return shares
-
-
-class _PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are created inside and still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operation, then note the storages that are new."""
-        known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs or {}))}
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known and storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 class _NaiveAdamW2(Optimizer):

@@ -411,6 +411,27 @@ def _bench_adamw2(
         print_json({"results": [asdict(summary) for summary in summaries]})
 
 
+@bench.command(
+    "monitor", epilog="\b\nExample:\n  hf-stable bench monitor --rounds 10 --output monitor.json"
+)
+def _bench_monitor(
+    output: BenchOutput = None,
+    rounds: Rounds = 10,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time StabilityCallback against the same steps without it."""
+    from hf_stable.bench_monitor import bench_monitor
+
+    summaries = bench_monitor(
+        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
+    )
+    if as_json:
+        print_json({"results": [asdict(summary) for summary in summaries]})
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     epilog="\b\nExample:\n  hf-stable run --patch sigma_reparam train.py --warmup_steps 0\n"

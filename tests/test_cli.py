@@ -27,6 +27,7 @@ COMMANDS = (
     "doctor",
     "bench sigma",
     "bench adamw2",
+    "bench monitor",
     "run",
 )
 

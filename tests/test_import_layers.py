@@ -24,7 +24,8 @@ LEVELS = {
           adamw2_groups standalone card_pictures model_cards sidecar weight_files saved_models
           checkpoints exporting monitoring rollbacks run_measures""",
     4: "trainer_plugin callback",
-    5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 block_inspection
+    5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
+          block_inspection
           checkpoint_findings checkpoint_comparison inspection folding diagnosis terminal run
           cli""",
 }
