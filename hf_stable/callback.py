@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from hf_stable.adamw2 import AdamW2
 from hf_stable.alarms import Alarm, AlarmRules, Thresholds
 from hf_stable.entropy import sample_queries
+from hf_stable.monitoring import alert_trackers
 from hf_stable.probes import TERMS, Records, probe
 from hf_stable.rollbacks import Rollbacks, check_can_roll_back, checkpoint
 from hf_stable.run_measures import (
@@ -222,6 +223,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
             control.should_save = True  # there is always something to go back to
         for alarm in self._alarms:
             self._act(alarm, control)
+            if self._writes:
+                alert_trackers(args.report_to, f"{alarm.kind} at step {alarm.step}", str(alarm))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
