@@ -1,0 +1,114 @@
+"""Models of the recipes: small ones for embedded data, the papers' own sizes by their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import hf_stable
+from recipes.data import CONTEXT, Task
+from recipes.settings import Settings
+
+SMALL: dict[str, dict[str, Any]] = {
+    "vit": dict(
+        patch_size=7, hidden_size=64, num_hidden_layers=8, num_attention_heads=2,
+        intermediate_size=256,
+    ),
+    "swin": dict(patch_size=2, embed_dim=32, depths=[2, 4], num_heads=[2, 4], window_size=7),
+    "gpt2": dict(
+        n_positions=CONTEXT, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    ),
+    "bert": dict(
+        max_position_embeddings=CONTEXT, hidden_size=64, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=256, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pad_token_id=0,
+    ),
+}  # fmt: skip
+
+CLASSES = {
+    "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
+    "swin": (transformers.SwinConfig, transformers.SwinForImageClassification),
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+}
+
+
+def build(settings: Settings, task: Task) -> Any:
+    """Return the model that a recipe describes, initialised and patched.
+
+    Raises:
+        ValueError: for an unknown model or init.
+    """
+    if settings.model not in CLASSES:
+        raise ValueError(f"model {settings.model!r} is none of {', '.join(CLASSES)}")
+    transformers.set_seed(settings.seed)
+    config_class, model_class = CLASSES[settings.model]
+    sizes = SMALL[settings.model] | (settings.model_config or {})
+    if task.image_size:
+        sizes |= dict(
+            image_size=task.image_size, num_channels=task.num_channels, num_labels=task.num_labels
+        )
+    else:
+        sizes["vocab_size"] = task.vocabulary
+        if settings.model == "bert":
+            sizes["num_labels"] = task.num_labels
+    model = model_class(config_class(**sizes))
+    initialise(model, settings.init, settings.init_scale)
+    if settings.qk_norm:
+        add_qk_norm(model)
+    if settings.patch:
+        hf_stable.patch(model, [_method(name, settings) for name in settings.patch.split(",")])
+    return model
+
+
+def _method(name: str, settings: Settings) -> Any:
+    if name == "sigma_reparam":
+        return hf_stable.SigmaReparamConfig(init=settings.patch_init)
+    if name == "remove_pre_layernorm":
+        return hf_stable.RemovePreLayerNormConfig(scope=settings.patch_scope)
+    if name == "remove_layernorm":
+        return hf_stable.RemoveLayerNormConfig(scope=settings.patch_scope)
+    return name
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, init: str, scale: float) -> None:
+    """Draw xavier_uniform matrices, or keep transformers' own; then scale them.
+
+    Raises:
+        ValueError: for another `init`.
+    """
+    if init not in ("default", "xavier"):
+        raise ValueError(f"init {init!r} is neither default nor xavier")
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
+            if init == "xavier":
+                nn.init.xavier_uniform_(module.weight)
+            module.weight.mul_(scale)
+
+
+class _NormedProjection(nn.Module):
+    """A projection whose output is normalised head by head: QK-norm (Dehghani et al. 2023)."""
+
+    def __init__(self, projection: nn.Linear, num_heads: int) -> None:
+        super().__init__()
+        self.projection, self.num_heads = projection, num_heads
+        self.norm = nn.LayerNorm(projection.out_features // num_heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.projection(x).unflatten(-1, (self.num_heads, -1))
+        return self.norm(heads).flatten(-2)
+
+
+def add_qk_norm(model: Any) -> None:
+    """Put a LayerNorm behind the query and key projections of a ViT, in place."""
+    for layer in model.vit.layers:
+        attention = layer.attention
+        for name in ("q_proj", "k_proj"):
+            normed = _NormedProjection(getattr(attention, name), model.config.num_attention_heads)
+            setattr(attention, name, normed)

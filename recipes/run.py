@@ -1,0 +1,214 @@
+"""Run a recipe: a YAML file of settings, any of which the command line overrides.
+
+    python recipes/run.py recipes/small/vit_digits.yaml --learning_rate 0.03 --optim adamw2
+    torchrun --nproc-per-node 2 recipes/run.py recipes/small/gpt2_stdlib.yaml --output out
+    python recipes/run.py recipes/full/vit_base_imagenet.yaml --dry_run
+
+Results are written to OUTPUT/results.json. A run with `save_steps` that was interrupted goes on
+from its last checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
+
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_stable
+from hf_stable.alarms import lost_step
+from recipes import data, models
+from recipes.settings import Settings, read_yaml
+
+__all__ = ["run"]
+
+OTHER = "pytorch_optimizer:"
+"""In front of the name of an optimizer that the package of this name has."""
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train and test as the settings say, and write OUTPUT/results.json.
+
+    Returns:
+        Settings, test loss and accuracy, the training losses, what the monitor saw (per layer the
+        worst head at each probe), its alarms, and the step at which the loss was lost, if it was.
+
+    Raises:
+        ValueError: for settings that do not exist.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    output = Path(settings.output)
+    task = data.load(settings.data, model=settings.model)
+    model = models.build(settings, task)
+    monitor = None
+    if settings.monitor_every:
+        monitor = hf_stable.StabilityCallback(
+            every=settings.monitor_every,
+            on_collapse=settings.on_collapse,
+            sharpness_every=settings.sharpness_every or None,
+        )
+    trainer = Trainer(
+        model,
+        training_arguments(settings, output),
+        train_dataset=task.train,
+        eval_dataset=task.test,
+        callbacks=[monitor] if monitor else [],
+        compute_metrics=functools.partial(data.accuracy, next_token=settings.model == "gpt2"),
+        preprocess_logits_for_metrics=data.answers,
+        optimizer_cls_and_kwargs=_other_optimizer(settings),
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(output) if settings.save_steps and output.is_dir() else None
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - started
+    metrics = trainer.evaluate()
+    trainer.save_state()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    result = {
+        "settings": dataclasses.asdict(settings),
+        "test_loss": _finite(metrics["eval_loss"]),
+        "accuracy": metrics["eval_accuracy"],
+        "reference": round(task.reference, 4),
+        "lost_step": lost_step(losses),
+        "seconds": round(seconds, 1),
+        "losses": [_finite(loss) for loss in losses],
+        **_watched(output if monitor else None),
+    }
+    if trainer.is_world_process_zero():
+        (output / "results.json").write_text(json.dumps(result) + "\n")
+    return result
+
+
+def training_arguments(settings: Settings, output: Path, **options: Any) -> TrainingArguments:
+    """Return the Trainer's arguments for these settings."""
+    other = settings.optim.startswith(OTHER)
+    return TrainingArguments(
+        str(output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=64,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=round(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        optim="adamw_torch" if other else settings.optim,
+        optim_args=None if other else settings.optim_args,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        label_smoothing_factor=settings.label_smoothing,
+        bf16=settings.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        dataloader_num_workers=settings.num_workers,
+        seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        **options,
+    )
+
+
+def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
+    if not settings.optim.startswith(OTHER):
+        return None
+    import pytorch_optimizer
+
+    kind = pytorch_optimizer.load_optimizer(settings.optim.removeprefix(OTHER))
+    betas = (0.9, settings.adam_beta2)
+    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "betas": betas}
+    return kind, options | json.loads(settings.optim_args or "{}")
+
+
+def _watched(folder: Path | None) -> dict[str, Any]:
+    """Read the monitor's own file: probes with the worst head of each layer, and alarms."""
+    if folder is None:
+        return {"probes": [], "alarms": []}
+    lines = [json.loads(line) for line in (folder / "stability.jsonl").read_text().splitlines()]
+    probes = []
+    for line in lines:
+        if line["event"] != "probe" or not line["quantities"].get("entropy_normalised"):
+            continue
+        found = line["quantities"]
+        probe: dict[str, Any] = {"step": line["step"]}
+        for name, worst in (("entropy_normalised", min), ("sec", max), ("sigma_qk", max)):
+            layers = found.get(name, {}).values()
+            probe[name] = [
+                _rounded(worst((v for v in heads if v is not None), default=None))
+                for heads in layers
+            ]
+        modes = [mode for heads in found.get("mode", {}).values() for mode in heads]
+        probe["modes"] = {mode: modes.count(mode) for mode in sorted(set(modes))}
+        if "effective_lr" in line:
+            probe["rates"] = _rates(line["effective_lr"])
+        for name in ("sharpness", "sharpness_threshold"):
+            if name in line:
+                probe[name] = _rounded(line[name])
+        probes.append(probe)
+    keys = ("kind", "step", "layer", "head", "quantity", "value")
+    alarms = [{k: line[k] for k in keys} for line in lines if line["event"] == "alarm"]
+    return {"probes": probes, "alarms": alarms}
+
+
+def _rates(rates: dict[str, Any]) -> dict[str, float]:
+    """Return the mean effective rate of the matrices of each block and of each kind of matrix."""
+    groups: dict[str, list[float]] = {}
+    for name, rate in rates.items():
+        if not name.endswith("weight"):
+            continue
+        values = rate if isinstance(rate, list) else [rate]
+        numbers = [part for part in name.split(".") if part.isdigit()]
+        if numbers:
+            groups.setdefault("block " + ".".join(numbers), []).extend(values)
+            groups.setdefault(name.split(numbers[-1] + ".", 1)[1], []).extend(values)
+    return {key: _rounded(statistics.mean(values)) for key, values in groups.items()}
+
+
+def _finite(value: float) -> float | None:
+    return _rounded(value) if math.isfinite(value) else None
+
+
+def _rounded(value: Any) -> Any:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def main() -> None:
+    """Read the recipe and the overrides, and run."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("recipe", type=Path)
+    first.add_argument("--dry_run", "--dry-run", action="store_true")
+    known, rest = first.parse_known_args()
+    parser = HfArgumentParser(Settings, description=__doc__)
+    parser.set_defaults(**read_yaml(known.recipe))
+    (settings,) = parser.parse_args_into_dataclasses(rest)
+    if known.dry_run:
+        from recipes.full_scale import dry_run
+
+        print(json.dumps(dry_run(settings), indent=1))
+        return
+    result = run(settings)
+    if int(os.environ.get("RANK", 0)) == 0:
+        shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}
+        print(json.dumps(shown, indent=1))
+
+
+if __name__ == "__main__":
+    main()
