@@ -24,6 +24,10 @@ __all__ = [
     "sigma_layers",
 ]
 
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+"""What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
+and takes out of state dicts."""
+
 
 @dataclass(frozen=True)
 class SigmaReparamConfig(MethodConfig):
@@ -95,8 +99,16 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
 
 
 def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
-    """Return (name, layer) of every sigma layer, in the order of the model."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, SigmaLayer)]
+    """Return (name, layer) of every sigma layer, in the order of the model.
+
+    The names are those of the state dict, which knows nothing of the wrappers that torch puts
+    around blocks for activation checkpointing.
+    """
+    return [
+        (name.replace(CHECKPOINT_WRAPPER, ""), module)
+        for name, module in model.named_modules()
+        if isinstance(module, SigmaLayer)
+    ]
 
 
 def refresh(model: nn.Module) -> nn.Module:

@@ -265,3 +265,17 @@ def test_patching_after_from_pretrained_warns_and_names_load(tmp_path):
     model = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"use hf_stable\.load"):
         hf_stable.patch(model, "sigma_reparam")
+
+
+def test_blocks_wrapped_for_activation_checkpointing_are_saved_by_their_own_names(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = trained("gpt2")
+    expected = logits_of(model)
+    model.transformer.h[1] = checkpoint_wrapper(model.transformer.h[1])
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_modules())
+    model.save_pretrained(tmp_path)
+    loaded = hf_stable.load(type(model), tmp_path)
+    assert torch.equal(logits_of(loaded), expected)
+    plain = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(plain.eval()), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,197 @@
+"""Many processes train as one: the Trainer under torchrun with patch, AdamW2 and the monitor."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import DEFAULT_HEADS, MODEL_TYPES, tiny_batch, tiny_model
+from tiny_training import dataset, losses, make_trainer
+
+import hf_stable
+from hf_stable.patching import STATE_FILE
+from hf_stable.stability_log import read_log
+
+pytestmark = pytest.mark.slow
+
+GLOBAL_BATCH = 12
+STEPS = 20
+
+# BertForMaskedLM ties a bias between units that FSDP2 shards apart, which torch refuses.
+HEADS = DEFAULT_HEADS | {"bert": "BertForSequenceClassification"}
+
+BLOCKS = {
+    "gpt2": "GPT2Block",
+    "vit": "ViTLayer",
+    "swin": "SwinLayer",
+    "bert": "BertLayer",
+}
+
+
+def train(model_type, folder, num_processes=1, **options):
+    """Twenty steps of a patched model under AdamW2 and the monitor, on one global batch size."""
+    model = hf_stable.patch(tiny_model(model_type, HEADS[model_type]), "sigma_reparam")
+    monitor = hf_stable.StabilityCallback(every=5)
+    trainer = make_trainer(
+        model, folder, callbacks=[monitor], optim="adamw2", max_steps=STEPS,
+        per_device_train_batch_size=GLOBAL_BATCH // num_processes,
+        **(dict(save_strategy="no") | options),
+    )  # fmt: skip
+    # transformers multiplies the loss of a BERT by the number of processes: it takes BERT's forward
+    # for one that averages over the tokens of all of them.
+    trainer.model_accepts_loss_kwargs &= model_type != "bert"
+    examples = dataset(model, size=4 * GLOBAL_BATCH)  # whole batches for any number of processes
+    if model_type == "bert":
+        examples = [example | {"labels": example["labels"][0] % 2} for example in examples]
+    trainer.train_dataset = examples
+    trainer.train()
+    return trainer
+
+
+RANK = """
+import hashlib, json, os, sys
+sys.path.insert(0, sys.argv[1])
+folder, mode = sys.argv[2:]
+import accelerate.state as state
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+if mode == "fsdp2":
+    # accelerate takes its FSDP branch for accelerators only, and runs DDP on CPUs without a word.
+    started = state.PartialState.__init__
+    def start(self, *args, **kwargs):
+        started(self, *args, **kwargs)
+        if self.distributed_type == state.DistributedType.MULTI_CPU:
+            self.distributed_type = state.DistributedType.MULTI_GPU
+    state.PartialState.__init__ = start
+
+from test_parity import BLOCKS, MODEL_TYPES, train
+from tiny_training import losses
+
+world = int(os.environ["WORLD_SIZE"])
+found = {}
+for model_type in MODEL_TYPES:
+    options = {}
+    if mode == "fsdp2":
+        options = dict(fsdp=True, fsdp_config={
+            "version": 2, "transformer_layer_cls_to_wrap": [BLOCKS[model_type]],
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": model_type == "gpt2",
+        })
+    out = os.path.join(folder, model_type)
+    trainer = train(model_type, out, world, save_strategy="steps", save_steps=20, **options)
+    layers = [m for m in trainer.model.modules() if hasattr(m, "gamma")]
+    whole = [
+        t.full_tensor() if isinstance(t, DTensor) else t
+        for layer in layers
+        for t in (layer.gamma.detach(), layer.sigma, layer.sigma_u, layer.sigma_v)
+    ]
+    digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in whole)).hexdigest()
+    digests = [None] * world
+    dist.all_gather_object(digests, digest)
+    found[model_type] = {
+        "losses": losses(trainer), "same": len(set(digests)) == 1, "layers": len(layers),
+        "sharded": all(isinstance(layer.weight, DTensor) for layer in layers),
+    }
+if dist.get_rank() == 0:
+    print("RESULT", json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+DYING = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from transformers import TrainerCallback
+import hf_stable
+from conftest import tiny_model
+from tiny_training import make_trainer
+
+class Dies(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            raise RuntimeError("this rank dies")
+
+model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+callbacks = [hf_stable.StabilityCallback(every=1), Dies()]
+make_trainer(model, sys.argv[2], callbacks=callbacks, optim="adamw2", save_steps=2).train()
+"""
+
+
+def launch(script, num_processes, folder, *arguments):
+    path = folder / "rank.py"
+    path.write_text(script)
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(num_processes), path, Path(__file__).parent),
+            *map(str, arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses of one process with the same global batch, and its log."""
+    folder = tmp_path_factory.mktemp("alone")
+    trainers = {name: train(name, folder / name) for name in MODEL_TYPES}
+    return {name: losses(trainer) for name, trainer in trainers.items()}, folder
+
+
+@pytest.mark.parametrize("mode, num_processes", [("ddp", 2), ("ddp", 3), ("fsdp2", 2)])
+def test_losses_vectors_and_logs_are_those_of_one_process(mode, num_processes, alone, tmp_path):
+    result = launch(RANK, num_processes, tmp_path, tmp_path, mode)
+    assert result.returncode == 0, result.stderr[-9000:]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
+    expected, folder = alone
+    for name, found in json.loads(line.removeprefix("RESULT")).items():
+        assert found["sharded"] == (mode == "fsdp2")
+        assert found["same"] and found["layers"] >= 8
+        assert len(found["losses"]) == STEPS
+        for step, (loss, _) in expected[name].items():
+            assert found["losses"][str(step)][0] == pytest.approx(loss, rel=1e-5, abs=1e-5), name
+        # The steps do something: equal losses are not those of a model that stands still.
+        only = [loss for loss, _ in expected[name].values()]
+        assert max(only) - min(only) > 0.02
+        log, log_alone = (read_log(where / name) for where in (tmp_path, folder))
+        assert [e["step"] for e in log] == [e["step"] for e in log_alone]  # once, not per rank
+        for mine, theirs in zip(log, log_alone, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-5)
+        checkpoint = tmp_path / name / f"checkpoint-{STEPS}"
+        assert (checkpoint / STATE_FILE).is_file()
+        model_class = getattr(transformers, HEADS[name])
+        plain, patched = (
+            model_class.from_pretrained(checkpoint).eval(),
+            hf_stable.load(model_class, checkpoint).eval(),
+        )
+        batch = {k: v for k, v in tiny_batch(plain).items() if k != "labels"}
+        with torch.no_grad():
+            torch.testing.assert_close(
+                plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_the_checkpoint(tmp_path):
+    started = time.monotonic()
+    result = launch(DYING, 2, tmp_path, tmp_path / "out")
+    assert result.returncode != 0 and time.monotonic() - started < 120
+    assert "this rank dies" in result.stderr
+    model = hf_stable.load(transformers.GPT2LMHeadModel, tmp_path / "out" / "checkpoint-2")
+    assert hf_stable.is_patched(model)
+    # One process goes on from what two have left.
+    fresh = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    trainer = make_trainer(fresh, tmp_path / "out", optim="adamw2", save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert trainer.state.global_step == 6
