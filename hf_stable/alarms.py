@@ -9,9 +9,9 @@ the loss does after a sign appears:
    by a large factor within them) or `concentration` (SEC above 99 % and some growth).
 2. A sign is *acquitted* once the loss improves on its level at the onset, and if it was there at
    the first probe: a pretrained model's sinks are no collapse.
-3. Collapse: signs that are not acquitted on enough heads while the smoothed loss rises; or a
-   `malignant` one that the loss has not improved on for a long stretch in a run that has learnt
-   little since it began.
+3. Collapse: signs that are not acquitted on enough heads while the smoothed loss rises, or on
+   most heads while the last loss is high; or a `malignant` one that the loss has not improved on
+   for a long stretch in a run that has learnt little since it began.
 4. Spike: the smoothed loss rises far beyond its noise, signs or not.
 5. Nonfinite: a NaN or infinite loss or gradient.
 
@@ -68,8 +68,11 @@ class Thresholds:
         sigma_growth: factor of sigma_1(Wq^T Wk) within the window.
         sec: spectral energy concentration that counts, together with half that growth.
         heads: share of all heads that must show a sign (one head at least).
+        most_heads: share of all heads whose signs make one bad loss enough.
         rise: share of the best smoothed loss by which it has to rise.
         rise_score: the same in units of the loss's noise from step to step.
+        quick_rise: rise of the last loss, not smoothed, where most heads show a sign.
+        quick_score: the same in units of the noise.
         spike: rise that is an alarm without any sign.
         spike_score: the same in units of the noise.
         improvement: share by which the loss has to improve to acquit a sign.
@@ -84,8 +87,11 @@ class Thresholds:
     sigma_growth: float = 4.0
     sec: float = 0.99
     heads: float = 0.1
-    rise: float = 0.05
-    rise_score: float = 3.0
+    most_heads: float = 0.5
+    rise: float = 0.1
+    rise_score: float = 5.0
+    quick_rise: float = 0.05
+    quick_score: float = 3.0
     spike: float = 0.5
     spike_score: float = 8.0
     improvement: float = 0.01
@@ -174,7 +180,7 @@ class AlarmRules:
         if not finite:
             what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient", math.nan)
             reason = f"the {what} is not finite"
-            return self._raise("nonfinite", step, "loss", value, math.inf, reason)
+            return self._raise("nonfinite", step, what, value, math.inf, reason)
         self._open.discard("nonfinite")
         self._losses = [*self._losses[-LOSS_WINDOW + 1 :], loss]
         level = self.level
@@ -187,7 +193,7 @@ class AlarmRules:
         alarms = self._judge(step)
         if not self.is_rising:
             self._open.discard("spike")
-            if not self._is_stalled(step):
+            if not self._is_stalled(step) and not self._is_widespread:
                 self._open.discard("collapse")
         return alarms
 
@@ -261,22 +267,39 @@ class AlarmRules:
         self._strongest = {key: (pair[0], pair[1]) for key, pair in state["strongest"].items()}
         self._open = set(state["open"])
 
-    def _exceeds(self, share: float, score: float) -> bool:
-        rise = self.level - self._best
+    @property
+    def _active(self) -> list[str]:
+        """Signs that count."""
+        return [key for key, sign in self._signs.items() if not sign.acquitted]
+
+    @property
+    def _heads(self) -> set[str]:
+        """Heads that show one."""
+        return {key.rpartition("|")[0] for key in self._active}
+
+    @property
+    def _is_widespread(self) -> bool:
+        return 0 < self.thresholds.most_heads * self._num_heads <= len(self._heads)
+
+    def _exceeds(self, share: float, score: float, *, last: bool = False) -> bool:
+        """Whether the smoothed loss, or only the last one, is above the best beyond noise."""
+        rise = (self._losses[-1] if last and self._losses else self.level) - self._best
         return rise > max(share * abs(self._best), score * self.noise) and math.isfinite(rise)
 
     def _judge(self, step: int) -> list[Alarm]:
         alarms: list[Alarm] = []
-        active = [key for key, sign in self._signs.items() if not sign.acquitted]
-        heads = {key.rpartition("|")[0] for key in active}
-        if self.is_rising and heads and len(heads) >= self.thresholds.heads * self._num_heads:
+        limits, active, heads = self.thresholds, self._active, self._heads
+        is_rising = self.is_rising
+        if self._is_widespread:  # waiting for the smoothed loss would cost some steps
+            is_rising |= self._exceeds(limits.quick_rise, limits.quick_score, last=True)
+        if is_rising and heads and len(heads) >= limits.heads * self._num_heads:
             alarms += self._collapse(step, active, "attention changes fast while the loss rises")
         elif self._is_stalled(step):
             sparse = [key for key in active if key.endswith("|malignant")]
             reason = "all queries of a head look at the same few keys, and the loss stands still"
             alarms += self._collapse(step, sparse, reason)
-        if self._exceeds(self.thresholds.spike, self.thresholds.spike_score):
-            threshold = self._best + self.thresholds.spike * abs(self._best)
+        if self._exceeds(limits.spike, limits.spike_score):
+            threshold = self._best + limits.spike * abs(self._best)
             reason = f"the smoothed loss rose from its best, {self._best:.4g}, far beyond its noise"
             alarms += self._raise("spike", step, "loss", self.level, threshold, reason)
         return alarms
@@ -362,14 +385,25 @@ class AlarmRules:
         ]
 
 
-def smooth(losses: Sequence[float]) -> list[float]:
-    """Return the running median of `SMOOTHING` losses; NaN counts as infinite."""
+def smooth(losses: Sequence[float], *, centred: bool = False) -> list[float]:
+    """Return the running median of `SMOOTHING` losses; NaN counts as infinite.
+
+    Args:
+        losses: of successive steps.
+        centred: take the median around each step, which does not lag but needs what comes after;
+            otherwise of the steps up to it, as the rule sees them.
+    """
     clean = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    return [median(clean[max(0, i - SMOOTHING + 1) : i + 1]) for i in range(len(clean))]
+    ahead = SMOOTHING // 2 if centred else 0
+    return [
+        median(clean[max(0, i + ahead - SMOOTHING + 1) : i + ahead + 1]) for i in range(len(clean))
+    ]
 
 
 def lost_step(losses: Sequence[float]) -> int | None:
-    """Return the step from which the smoothed loss never again is within 10 % of its best before.
+    """Return the step from which the loss never again is within 10 % of its best before.
+
+    The loss is smoothed around each step, so that a wild batch or two do not count.
 
     Args:
         losses: positive losses of steps 1, 2, ...; may hold NaN.
@@ -378,7 +412,7 @@ def lost_step(losses: Sequence[float]) -> int | None:
         The step (counted from 1), or None for a run that is not lost at its end.
     """
     best, last = math.inf, 0
-    for step, level in enumerate(smooth(losses), start=1):
+    for step, level in enumerate(smooth(losses, centred=True), start=1):
         best = min(best, level)
         if math.isfinite(level) and level <= (1 + LOST_MARGIN) * best:
             last = step

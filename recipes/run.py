@@ -2,7 +2,6 @@
 
     python recipes/run.py recipes/small/vit_digits.yaml --learning_rate 0.03 --optim adamw2
     torchrun --nproc-per-node 2 recipes/run.py recipes/small/gpt2_stdlib.yaml --output out
-    python recipes/run.py recipes/full/vit_base_imagenet.yaml --dry_run
 
 Results are written to OUTPUT/results.json. A run with `save_steps` that was interrupted goes on
 from its last checkpoint when it is started again.
@@ -118,7 +117,6 @@ def training_arguments(settings: Settings, output: Path, **options: Any) -> Trai
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        dataloader_num_workers=settings.num_workers,
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
@@ -194,16 +192,10 @@ def main() -> None:
     """Read the recipe and the overrides, and run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("recipe", type=Path)
-    first.add_argument("--dry_run", "--dry-run", action="store_true")
     known, rest = first.parse_known_args()
     parser = HfArgumentParser(Settings, description=__doc__)
     parser.set_defaults(**read_yaml(known.recipe))
     (settings,) = parser.parse_args_into_dataclasses(rest)
-    if known.dry_run:
-        from recipes.full_scale import dry_run
-
-        print(json.dumps(dry_run(settings), indent=1))
-        return
     result = run(settings)
     if int(os.environ.get("RANK", 0)) == 0:
         shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}

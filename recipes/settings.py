@@ -13,18 +13,13 @@ import yaml
 class Settings:
     """One training run; a YAML file sets any of these, the command line overrides them."""
 
-    model: str = field(default="vit", metadata={"help": "vit, swin, gpt2, bert or linear_swin"})
+    model: str = field(default="vit", metadata={"help": "vit, swin, gpt2 or bert"})
     model_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "fields of the model's config, over those of its size"}
     )
     init: str = field(default="default", metadata={"help": "default (transformers') or xavier"})
     init_scale: float = field(default=1.0, metadata={"help": "factor on all initial matrices"})
-    data: str = field(
-        default="digits", metadata={"help": "digits, stdlib, a local folder or a Hub data set"}
-    )
-    data_config: str | None = field(default=None, metadata={"help": "configuration on the Hub"})
-    data_column: str | None = field(default=None, metadata={"help": "column of images or text"})
-    tokenizer: str | None = field(default=None, metadata={"help": "of a Hub model, for text"})
+    data: str = field(default="digits", metadata={"help": "digits or stdlib"})
     patch: str = field(default="", metadata={"help": "methods, comma-separated"})
     patch_init: str = field(
         default="one", metadata={"help": "gamma of sigmaReparam: one, spectral"}
@@ -44,10 +39,7 @@ class Settings:
     batch_size: int = 32
     gradient_accumulation_steps: int = 1
     label_smoothing: float = 0.0
-    mixup: float = field(default=0.0, metadata={"help": "alpha of mixup and cutmix; 0: neither"})
-    randaugment: int = field(default=0, metadata={"help": "magnitude; 0: none"})
     bf16: bool = False
-    num_workers: int = 0
 
     monitor_every: int = field(default=10, metadata={"help": "steps from probe to probe; 0: none"})
     sharpness_every: int = field(default=0, metadata={"help": "0: never"})
@@ -56,7 +48,6 @@ class Settings:
     threads: int = field(default=1, metadata={"help": "of torch, on a CPU; 0: as torch chooses"})
     save_steps: int = field(default=0, metadata={"help": "0: no checkpoints"})
     output: str = "recipe-output"
-    gpu_hours: str | None = field(default=None, metadata={"help": "expected cost, for the reader"})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -101,6 +101,16 @@ def test_a_stall_with_malignant_heads_is_a_collapse():
     assert feed(AlarmRules(), learnt, {s + 10: p for s, p in probes.items()}) == []
 
 
+@pytest.mark.parametrize(("heads", "steps"), [(10, [46]), (9, [])])
+def test_one_bad_loss_is_enough_where_half_of_the_heads_show_a_sign(heads, steps):
+    bad = HEALTHY_HEAD | dict(entropy_normalised=0.1, rank=0.05)
+    wide = {n: {"layer": [bad[n]] * heads + [HEALTHY_HEAD[n]] * (20 - heads)} for n in bad}
+    losses = [1.0] * 45 + [1.2, 1.0, 1.2, 1.0, 1.0]
+    calm = {n: {"layer": [HEALTHY_HEAD[n]] * 20} for n in bad}
+    alarms = feed(AlarmRules(), losses, {1: calm, 41: wide})
+    assert [(alarm.kind, alarm.step) for alarm in alarms] == [("collapse", step) for step in steps]
+
+
 def test_one_head_of_many_is_not_enough():
     def wide(**changes):
         one = HEALTHY_HEAD | changes
@@ -161,7 +171,9 @@ def test_an_alarm_names_place_value_threshold_and_what_to_try():
 def test_lost_is_defined_once():
     assert lost_step([1.0] * 20) is None
     assert lost_step([1.0] * 20 + [1.09] * 20) is None
-    assert lost_step([1.0] * 20 + [1.2] * 20) == 23  # the third high one moves the median of five
+    assert lost_step([1.0] * 20 + [1.2] * 20) == 21
     assert lost_step([1.0] * 20 + [1.2] * 20 + [1.0] * 20) is None
-    assert lost_step([1.0] * 20 + [math.nan] * 20) == 23
+    assert lost_step([1.0] * 20 + [math.nan] * 20) == 21
+    assert lost_step([1.0] * 20 + [9.0] + [1.0] * 20) is None  # one wild batch
+    assert lost_step([1.0] * 20 + [9.0, 9.0] + [1.0] * 20) is None
     assert smooth([1.0, 9.0, 1.0, math.nan, 1.0]) == [1.0, 5.0, 1.0, 5.0, 1.0]

@@ -85,7 +85,7 @@ def test_several_runs_are_compared(real_run, tmp_path, capsys):
     bad = collapsing(tmp_path / "bad")
     assert main(["report", str(real_run), str(bad), "--output", str(tmp_path / "r.html")]) == NO
     printed = capsys.readouterr().out
-    assert "bad: Failed: the loss was lost at step 83" in printed and "real" in printed
+    assert "bad: Failed: the loss was lost at step 81" in printed and "real" in printed
     page = (tmp_path / "r.html").read_text()
     assert len(payload_of(page)["runs"]) == 2 and page.count('class="verdict ') == 2
     assert main(["report", str(real_run), "--output", str(tmp_path / "r.html")]) == SUCCESS
