@@ -259,21 +259,29 @@ def report(
     return NO if failed else SUCCESS
 
 
-@app.command(epilog="\b\nExample:\n  hf-stable fold runs/checkpoint-500 plain-model")
+@app.command(
+    epilog="\b\nExamples:\n  hf-stable fold runs/checkpoint-500 plain-model\n"
+    "  hf-stable fold fsdp-run/checkpoint-500 plain-model --config openai-community/gpt2"
+)
 def fold(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a patched model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Folder, file or Hub id of the config.json, for FSDP's shards only."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Write the plain model of a patched checkpoint.
 
     Folded weights, config, tokenizer, no more: it loads with from_pretrained anywhere. What only
-    serves to continue the training (sidecar, optimizer, Trainer state) stays behind.
+    serves to continue the training (sidecar, optimizer, Trainer state) stays behind. Shards that
+    FSDP saved (SHARDED_STATE_DICT) are put together, whatever number of processes wrote them.
     """
     from hf_stable.folding import fold_checkpoint
 
-    report = fold_checkpoint(source, output)
+    report = fold_checkpoint(source, output, config)
     if as_json:
         print_json(asdict(report))
     else:

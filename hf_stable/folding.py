@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from hf_stable.checkpoints import check_writable
+from hf_stable.consolidation import find_distributed, read_distributed, save_folded
 from hf_stable.inspection import pair_layers
 from hf_stable.patching import STATE_FILE
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
@@ -40,7 +41,11 @@ class FoldReport:
     files: tuple[str, ...]
 
 
-def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> FoldReport:
+def fold_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    config: str | None = None,
+) -> FoldReport:
     """Write the plain model of a folder to another one, without building the model.
 
     A folder that `save_pretrained` wrote holds folded weights already: they are checked against
@@ -48,14 +53,21 @@ def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[st
     accelerate or by hand), each becomes `gamma / sigma * W`, one file in memory at a time. Config,
     tokenizer and the like are copied; the sidecar, pickles and the Trainer's own state are not.
 
+    What FSDP saved in shards (SHARDED_STATE_DICT) is put together, patched or not, in the memory
+    that one copy of the weights takes. It has no config of its own, and torch reads its list of
+    shards as a pickle: fold only runs that you trust.
+
     Args:
-        source: folder of a patched model.
+        source: folder of a patched model, or one with FSDP's shards.
         output: folder to make; it must not exist, or be empty.
+        config: for FSDP's shards, and only for them: folder, file or name on the Hub of the model's
+            config.json.
 
     Raises:
         FileNotFoundError: if `source` or one of its shards is missing.
         ValueError: if there is nothing to fold, a file is damaged, the sidecar belongs to another
-            save, or `output` is not empty. Nothing is written then.
+            save, `output` is not empty, or `config` is missing, superfluous or of another model.
+            Nothing is written then.
         OSError: if `output` cannot be written.
     """
     source, output = Path(source), Path(output)
@@ -63,29 +75,44 @@ def fold_checkpoint(source: str | os.PathLike[str], output: str | os.PathLike[st
         raise ValueError(f"{output} is there already; give a folder that is new or empty")
     if source.is_file():
         raise ValueError(f"{source} is a file; give the folder that it is in")
-    weights, sidecar = open_weights(source), open_sidecar(source)
-    if weights.raw_layers:
-        num_layers = len(weights.raw_layers)
-    elif sidecar is not None:
-        num_layers = _check(weights, sidecar)
-    else:
+    shards = find_distributed(source)
+    if (config is None) == (shards is not None):
         raise ValueError(
-            f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
-            "to fold, from_pretrained loads it as it is"
+            f"{source} has FSDP's shards and no config.json; give the model's config (--config)"
+            if shards is not None
+            else f"{source} has no FSDP shards: it is folded with the config.json in it; leave out "
+            "the config"
         )
     check_writable(output.parent)
     # Everything is written beside the output and renamed into place: all of it or nothing.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         partial = Path(folder) / output.name
         partial.mkdir()
-        _copy_others(source, partial)
-        if weights.raw_layers:
-            _write_folded(weights, partial)
+        if shards is not None and config is not None:
+            num_layers = save_folded(read_distributed(shards), config, partial)
         else:
-            _copy_weights(weights, partial)
+            num_layers = _fold_files(source, partial)
+        if shards != source:
+            _copy_others(source, partial)
         partial.replace(output)
     files = tuple(sorted(file.name for file in output.iterdir()))
     return FoldReport(str(source), str(output), num_layers, files)
+
+
+def _fold_files(source: Path, target: Path) -> int:
+    """Fold safetensors file by file, or copy those that are folded; return how many layers."""
+    weights, sidecar = open_weights(source), open_sidecar(source)
+    if weights.raw_layers:
+        _write_folded(weights, target)
+        return len(weights.raw_layers)
+    if sidecar is None:
+        raise ValueError(
+            f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
+            "to fold, from_pretrained loads it as it is"
+        )
+    num_layers = _check(weights, sidecar)
+    _copy_weights(weights, target)
+    return num_layers
 
 
 def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:

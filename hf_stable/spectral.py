@@ -377,16 +377,32 @@ def _step_sharded(
         for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
             shard = matrices[index]
             rows = shard.local.to(device=sums.device, dtype=sums.dtype)
-            mine = rows.mv(v[index].to(sums.dtype))
-            y[shard.offset : shard.offset + len(mine)] = mine
+            mine = y[shard.offset : shard.offset + len(rows)]
+            torch.mv(rows, v[index].to(sums.dtype), out=mine)
             torch.mv(rows.T, mine, out=z)
     dist.all_reduce(sums, group=group)
-    for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
-        y, z, old_v = y[None], z[None], v[index][None]
-        old_u = None if u is None else u[index][None]
-        sigma = torch.linalg.vector_norm(z) / _norm(y)
-        new_u, new_v = _mend(sigma, (y / _norm(y), old_u), (z / _norm(z), old_v))
-        results[index] = SingularTriple(sigma[0, 0], new_u[0], new_v[0])
+
+    # From here on all vectors are one: a kernel's launch costs more than the work on any of them.
+    def spread(values: Tensor) -> Tensor:
+        return torch.cat([x.expand(n) for x, n in zip(values.unbind(), sizes, strict=True)])
+
+    norms = torch.stack(torch._foreach_norm(parts))
+    lengths = norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    sigma = norms[1::2] / lengths[::2]
+    old, restart = [], []
+    for index, y in zip(indices, parts[::2], strict=True):
+        fresh = _shared_generic_vector(len(v[index]), sums.dtype, sums.device)
+        old_u = y if u is None else u[index]
+        old += [old_u, v[index]]
+        restart += [old_u, fresh]
+    # As `_mend` does it.
+    usable, is_zero = (
+        spread(flags.repeat_interleave(2)) for flags in ((sigma > 0) & (sigma < inf), sigma == 0)
+    )
+    kept = torch.where(is_zero, torch.cat(restart), torch.cat(old))
+    moved = torch.where(usable, sums / spread(lengths), kept).split(sizes)
+    for index, *triple in zip(indices, sigma.unbind(), moved[::2], moved[1::2], strict=True):
+        results[index] = SingularTriple(*triple)
 
 
 def _norm(rows: Tensor) -> Tensor:

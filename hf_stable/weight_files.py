@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 
-__all__ = ["WeightFiles", "open_sidecar", "open_weights"]
+__all__ = ["WeightFiles", "block_dim_of", "open_sidecar", "open_weights"]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -56,13 +56,8 @@ class WeightFiles:
         return part in SigmaLayer.SIGMA_TENSORS and f"{layer}.sigma_u" in self.shapes
 
     def block_dim(self, raw_layer: str) -> int:
-        """Return the dimension along which the blocks of a raw layer lie.
-
-        u has the length of a block's first side: where that is the whole side, the blocks lie
-        along the other.
-        """
-        num_blocks, height = self.shapes[f"{raw_layer}.sigma_u"]
-        return 1 if num_blocks > 1 and height == self.shapes[f"{raw_layer}.weight"][0] else 0
+        """Return the dimension along which the blocks of a raw layer lie."""
+        return block_dim_of(self.shapes[f"{raw_layer}.weight"], self.shapes[f"{raw_layer}.sigma_u"])
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -97,6 +92,16 @@ class WeightFiles:
         """
         for name in self.file_of:
             yield name, self.read(name)
+
+
+def block_dim_of(weight: Sequence[int], u: Sequence[int]) -> int:
+    """Return the dimension along which the blocks of a raw weight lie, from the shapes alone.
+
+    u has the length of a block's first side: where that is the whole side, the blocks lie along
+    the other.
+    """
+    num_blocks, height = u
+    return 1 if num_blocks > 1 and height == weight[0] else 0
 
 
 def open_weights(path: str | os.PathLike[str]) -> WeightFiles:

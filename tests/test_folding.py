@@ -1,9 +1,11 @@
 """Plain folders out of patched ones, without building the model."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from conftest import DEFAULT_HEADS, sgd_steps, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
@@ -105,3 +107,90 @@ def test_an_empty_output_folder_is_used(tmp_path):
     (tmp_path / "out").mkdir()
     fold_checkpoint(tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def save_shards(model, folder, *, wrapped=False):
+    """What accelerate writes of an FSDP model with SHARDED_STATE_DICT: DCP below "model."."""
+    names = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if wrapped:  # as activation checkpointing names the blocks
+        names = {
+            name.replace("h.0.", "h.0._checkpoint_wrapped_module."): t for name, t in names.items()
+        }
+    path = folder / "pytorch_model_fsdp_0"
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    dcp.save({"model": names}, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+    return path
+
+
+@pytest.fixture
+def config_folder(model, tmp_path):
+    model.config.architectures = [DEFAULT_HEADS[model.config.model_type]]
+    model.config.save_pretrained(tmp_path / "config")
+    return str(tmp_path / "config")
+
+
+def test_shards_are_put_together_and_folded(model, config_folder, tmp_path):
+    source, output = tmp_path / "checkpoint-5", tmp_path / "plain"
+    save_shards(model, source, wrapped=model.config.model_type == "gpt2")
+    (source / "trainer_state.json").write_text("{}")
+    (source / "optimizer_0").mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    report = fold_checkpoint(source, output, config_folder)
+    assert report.num_layers == hf_stable.describe(model).num_patched
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(report.files)
+    assert "trainer_state.json" not in report.files
+    plain = load_plain(model, output)
+    torch.testing.assert_close(logits(plain), logits(model))
+    # It is what saving the model itself would have written, names on disk included.
+    model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    found = load_file(output / "model.safetensors")
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    raw = model.state_dict()
+    assert any(name in saved and not torch.equal(raw[name], saved[name]) for name in raw) or (
+        model.config.model_type in ("vit", "swin")  # other names on disk than in memory
+    )
+
+
+def test_shards_of_a_plain_model_are_put_together(tmp_path):
+    model = tiny_model("gpt2")
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(tmp_path / "config")
+    path = save_shards(model, tmp_path / "source")
+    report = fold_checkpoint(path, tmp_path / "out", str(tmp_path / "config" / "config.json"))
+    assert report.num_layers == 0
+    torch.testing.assert_close(logits(load_plain(model, tmp_path / "out")), logits(model.eval()))
+
+
+def test_shards_that_cannot_be_folded_say_why(tmp_path):
+    def config_of(name, **changes):
+        model = tiny_model("gpt2", **changes)
+        model.config.architectures = [name]
+        folder = tmp_path / "-".join([name, *changes])
+        model.config.save_pretrained(folder)
+        return str(folder)
+
+    good = config_of("GPT2LMHeadModel")
+    source, output = tmp_path / "source", tmp_path / "out"
+    shards = save_shards(hf_stable.patch(tiny_model("gpt2"), "sigma_reparam"), source)
+    for config, said in (
+        (None, r"has FSDP's shards and no config.json; give the model's config \(--config\)"),
+        (config_of("GPT2ForSequenceClassification"), "another model, a GPT2ForSequenceClass"),
+        (config_of("NoSuchModel"), "'NoSuchModel' under 'architectures', which is no class"),
+        (config_of("GPT2LMHeadModel", n_layer=1), "it has no 'transformer.h.1"),
+        (config_of("GPT2LMHeadModel", n_embd=48, n_head=2), "has the shape .* in it and"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            fold_checkpoint(source, output, config)
+    with pytest.raises(ValueError, match="it is folded with the config.json in it; leave out"):
+        fold_checkpoint(good, output, good)
+    without = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm")
+    save_shards(without, tmp_path / "without")
+    with pytest.raises(ValueError, match="LayerNorms seem to be removed.*hf_stable.export"):
+        fold_checkpoint(tmp_path / "without", output, good)
+    shard = next(shards.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is no whole distributed checkpoint"):
+        fold_checkpoint(source, output, good)
+    assert not output.exists()

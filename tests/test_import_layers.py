@@ -27,7 +27,8 @@ LEVELS = {
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
           block_inspection
-          checkpoint_findings checkpoint_comparison inspection folding diagnosis terminal run
+          checkpoint_findings checkpoint_comparison inspection folding consolidation diagnosis
+          terminal run
           cli""",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}

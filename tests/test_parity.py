@@ -16,6 +16,7 @@ from conftest import DEFAULT_HEADS, MODEL_TYPES, tiny_batch, tiny_model
 from tiny_training import dataset, losses, make_trainer
 
 import hf_stable
+from hf_stable.cli import main
 from hf_stable.patching import STATE_FILE
 from hf_stable.stability_log import read_log
 
@@ -35,7 +36,22 @@ BLOCKS = {
 }
 
 
-def train(model_type, folder, num_processes=1, **options):
+SHARDED_TYPES = ("gpt2", "vit")
+
+
+def fsdp_options(model_type, state_dict_type):
+    """Blocks sharded one by one; GPT-2's also checkpointed."""
+    config = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": [BLOCKS[model_type]],
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "state_dict_type": state_dict_type,
+        "activation_checkpointing": model_type == "gpt2",
+    }
+    return dict(fsdp=True, fsdp_config=config)
+
+
+def train(model_type, folder, num_processes=1, resume=None, **options):
     """Twenty steps of a patched model under AdamW2 and the monitor, on one global batch size."""
     model = hf_stable.patch(tiny_model(model_type, HEADS[model_type]), "sigma_reparam")
     monitor = hf_stable.StabilityCallback(every=5)
@@ -51,11 +67,11 @@ def train(model_type, folder, num_processes=1, **options):
     if model_type == "bert":
         examples = [example | {"labels": example["labels"][0] % 2} for example in examples]
     trainer.train_dataset = examples
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-RANK = """
+PRELUDE = """
 import hashlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 folder, mode = sys.argv[2:]
@@ -64,7 +80,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-if mode == "fsdp2":
+if mode != "ddp":
     # accelerate takes its FSDP branch for accelerators only, and runs DDP on CPUs without a word.
     started = state.PartialState.__init__
     def start(self, *args, **kwargs):
@@ -73,19 +89,19 @@ if mode == "fsdp2":
             self.distributed_type = state.DistributedType.MULTI_GPU
     state.PartialState.__init__ = start
 
-from test_parity import BLOCKS, MODEL_TYPES, train
+from test_parity import MODEL_TYPES, fsdp_options, train
 from tiny_training import losses
+"""
 
+RANK = (
+    PRELUDE
+    + """
 world = int(os.environ["WORLD_SIZE"])
 found = {}
 for model_type in MODEL_TYPES:
     options = {}
     if mode == "fsdp2":
-        options = dict(fsdp=True, fsdp_config={
-            "version": 2, "transformer_layer_cls_to_wrap": [BLOCKS[model_type]],
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
-            "activation_checkpointing": model_type == "gpt2",
-        })
+        options = fsdp_options(model_type, "FULL_STATE_DICT")
     out = os.path.join(folder, model_type)
     trainer = train(model_type, out, world, save_strategy="steps", save_steps=20, **options)
     layers = [m for m in trainer.model.modules() if hasattr(m, "gamma")]
@@ -106,6 +122,39 @@ if dist.get_rank() == 0:
 dist.barrier()
 dist.destroy_process_group()
 """
+)
+
+SHARDED = (
+    PRELUDE
+    + """
+from hf_stable.checkpoints import fold_state_dict
+from test_parity import SHARDED_TYPES
+
+world = int(os.environ["WORLD_SIZE"])
+found = {}
+for model_type in SHARDED_TYPES:
+    options = dict(
+        save_strategy="steps", save_steps=10, **fsdp_options(model_type, "SHARDED_STATE_DICT")
+    )
+    out = os.path.join(folder, model_type)
+    begun = os.path.join(out, "checkpoint-10")
+    found[model_type] = {}
+    if mode == "begin":
+        trainer = train(model_type, out, world, **options)
+        found[model_type]["whole"] = losses(trainer)
+        model = trainer.model
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        plain, _ = fold_state_dict(model, model.state_dict())
+        if dist.get_rank() == 0:
+            torch.save(plain, os.path.join(out, "plain.pt"))
+    trainer = train(model_type, out + "-resumed", world, resume=begun, **options)
+    found[model_type]["resumed"] = losses(trainer)
+if dist.get_rank() == 0:
+    print("RESULT", json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+)
 
 DYING = """
 import os, sys
@@ -153,10 +202,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("mode, num_processes", [("ddp", 2), ("ddp", 3), ("fsdp2", 2)])
 def test_losses_vectors_and_logs_are_those_of_one_process(mode, num_processes, alone, tmp_path):
     result = launch(RANK, num_processes, tmp_path, tmp_path, mode)
-    assert result.returncode == 0, result.stderr[-9000:]
-    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
     expected, folder = alone
-    for name, found in json.loads(line.removeprefix("RESULT")).items():
+    for name, found in result_of(result).items():
         assert found["sharded"] == (mode == "fsdp2")
         assert found["same"] and found["layers"] >= 8
         assert len(found["losses"]) == STEPS
@@ -181,6 +228,41 @@ def test_losses_vectors_and_logs_are_those_of_one_process(mode, num_processes, a
             torch.testing.assert_close(
                 plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
             )
+
+
+def result_of(done):
+    assert done.returncode == 0, done.stderr[-9000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    return json.loads(line.removeprefix("RESULT"))
+
+
+def test_shards_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
+    begun = result_of(launch(SHARDED, 2, tmp_path, tmp_path, "begin"))
+    on_three = result_of(launch(SHARDED, 3, tmp_path, tmp_path, "resume"))
+    expected, _ = alone
+    for name in SHARDED_TYPES:
+        whole, resumed = begun[name]["whole"], begun[name]["resumed"]
+        assert resumed == whole  # exactly, on as many processes
+        for step, (loss, _) in expected[name].items():
+            assert whole[str(step)][0] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+            if step > 10:
+                assert on_three[name]["resumed"][str(step)][0] == pytest.approx(loss, rel=1e-5)
+        checkpoint, plain = tmp_path / name / f"checkpoint-{STEPS}", tmp_path / f"{name}-plain"
+        assert not list(checkpoint.glob("*.safetensors"))
+        config = tmp_path / f"{name}-config"
+        untrained = tiny_model(name, HEADS[name])
+        untrained.config.architectures = [HEADS[name]]
+        untrained.config.save_pretrained(config)
+        assert main(["fold", str(checkpoint), str(plain), "--config", str(config)]) == 0
+        model, info = getattr(transformers, HEADS[name]).from_pretrained(
+            plain, output_loading_info=True
+        )
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        trained = torch.load(tmp_path / name / "plain.pt")
+        for key, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, trained[key], rtol=0, atol=0)
+        start = untrained.state_dict()
+        assert any(not torch.equal(trained[key], start[key]) for key in start)
 
 
 def test_a_rank_that_dies_ends_the_job_and_leaves_the_checkpoint(tmp_path):
