@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import hf_stable
+from hf_stable.cli_bench import Debug, Json, bench
 from hf_stable.terminal import (
     demo_table,
     make_console,
@@ -61,11 +62,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench = typer.Typer(help="Measure costs against baselines in the same run.")
 app.add_typer(bench, name="bench")
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -369,75 +366,6 @@ def doctor(as_json: Json = False, debug: Debug = False) -> int:
         return SUCCESS if report.is_healthy else NO
     print_diagnosis(report)
     return SUCCESS if report.is_healthy else NO
-
-
-BenchOutput = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Alternated repetitions of every case.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")]
-Only = Annotated[str, typer.Option(help="Only cases with this text in their name.")]
-
-
-@bench.command(
-    "sigma", epilog="\b\nExample:\n  hf-stable bench sigma --rounds 20 --output sigma.json"
-)
-def _bench_sigma(
-    output: BenchOutput = None,
-    rounds: Rounds = 20,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time sigmaReparam against the plain model and against torch's spectral_norm."""
-    from hf_stable.bench_sigma import bench_sigma
-
-    summaries = bench_sigma(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
-    )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
-
-
-@bench.command(
-    "adamw2", epilog="\b\nExample:\n  hf-stable bench adamw2 --rounds 10 --output adamw2.json"
-)
-def _bench_adamw2(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."""
-    from hf_stable.bench_adamw2 import bench_adamw2
-
-    summaries = bench_adamw2(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
-    )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
-
-
-@bench.command(
-    "monitor", epilog="\b\nExample:\n  hf-stable bench monitor --rounds 10 --output monitor.json"
-)
-def _bench_monitor(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time StabilityCallback against the same steps without it."""
-    from hf_stable.bench_monitor import bench_monitor
-
-    summaries = bench_monitor(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
-    )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
 
 
 @app.command(

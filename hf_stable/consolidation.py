@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-import transformers
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from hf_stable.saved_models import empty_model
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 from hf_stable.weight_files import block_dim_of
@@ -96,7 +96,7 @@ def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> i
     Raises:
         ValueError: if the config names no class, or its model has other tensors or shapes.
     """
-    model = _empty_model(config)
+    model = empty_model(config)
     layers = [name.removesuffix(".sigma_u") for name in tensors if name.endswith(".sigma_u")]
     extra = {f"{layer}.{part}" for layer in layers for part in SigmaLayer.SIGMA_TENSORS}
     plain = {name: tensor for name, tensor in tensors.items() if name not in extra}
@@ -111,20 +111,6 @@ def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> i
             del plain[name]
     model.save_pretrained(output, state_dict=plain)
     return len(layers)
-
-
-def _empty_model(config: str) -> PreTrainedModel:
-    """Build the model of a config without memory for its weights."""
-    loaded = AutoConfig.from_pretrained(config)
-    name = (loaded.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"the config in {config!r} names {name!r} under 'architectures', which is no class of "
-            "transformers; give the config of the model that was trained, head included"
-        )
-    with torch.device("meta"):
-        return model_class(loaded)
 
 
 def _check(model: PreTrainedModel, plain: Mapping[str, Tensor], config: str) -> None:

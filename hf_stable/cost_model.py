@@ -7,12 +7,13 @@ Seconds need a machine, whose rates are given (`Machine`) or measured (`bench_sc
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2_groups import parameter_rules
@@ -48,8 +49,12 @@ ADAMW2_OWN_PASSES = 4
 STEP_PASSES = 2
 """Times that a power iteration reads a matrix: W v, then W^T u."""
 
-ITERATION_LAUNCHES = 17
-"""Operations per sharded matrix of a power iteration, counted on a CPU (tests/test_scale.py)."""
+ITERATION_LAUNCHES = 2
+"""Operations per matrix of a power iteration: a product from either side."""
+
+
+_INDEX = re.compile(r"\.\d+\.")
+"""What the names of parameters in a list of blocks have."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class ModelShape:
     Attributes:
         name: class of the model.
         num_parameters: all of them.
+        in_blocks: those of the repeated blocks.
         multiplied: entries of the weights that every token is multiplied with.
         bounded: (rows, columns) of the blocks that AdamW2 takes a spectral norm of.
         patched: those of the layers that sigmaReparam patches.
@@ -71,6 +77,7 @@ class ModelShape:
 
     name: str
     num_parameters: int
+    in_blocks: int
     multiplied: int
     bounded: tuple[tuple[int, int], ...]
     patched: tuple[tuple[int, int], ...]
@@ -80,11 +87,11 @@ class ModelShape:
     is_registered: bool
 
 
-def measure_shape(model: nn.Module, sequence: int | None = None) -> ModelShape:
+def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelShape:
     """Read off a model, on any device, what its costs depend on.
 
     Args:
-        model: a model of transformers.
+        model: a PreTrainedModel.
         sequence: tokens per sequence; by default what its config says at most.
     """
     config: Any = model.config
@@ -95,26 +102,27 @@ def measure_shape(model: nn.Module, sequence: int | None = None) -> ModelShape:
         if not math.isinf((rule := rules.get(id(param), {})).get("tau", 0.0))
         for shape in _block_shapes(param, rule.get("blocks", 1), rule.get("block_dim", 0))
     ]
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D | nn.Conv2d)]
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
+    ]
     try:
         lookup(model)
-        chosen = [found.module for found in choose_layers(model, SigmaReparamConfig())[0]]
+        found = choose_layers(model, SigmaReparamConfig())[0]
+        chosen: list[Any] = [layer.module for layer in found]
         is_registered = True
     except UnsupportedModelError:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = model.get_output_embeddings()
         chosen, is_registered = [layer for layer in layers if layer is not head], False
-    patched = [
-        shape
-        for layer in chosen
-        for shape in _block_shapes(
-            layer.weight,
-            rules.get(id(layer.weight), {}).get("blocks", 1),
-            rules.get(id(layer.weight), {}).get("block_dim", 0),
-        )
-    ]
+    patched = []
+    for layer in chosen:
+        rule = rules.get(id(layer.weight), {})
+        patched += _block_shapes(layer.weight, rule.get("blocks", 1), rule.get("block_dim", 0))
     return ModelShape(
         name=type(model).__name__,
         num_parameters=sum(param.numel() for param in model.parameters()),
+        in_blocks=sum(
+            param.numel() for name, param in model.named_parameters() if _INDEX.search(name)
+        ),
         multiplied=sum(layer.weight.numel() for layer in layers),
         bounded=tuple(bounded),
         patched=tuple(patched),
@@ -259,7 +267,7 @@ def step_costs(
                 ADAMW_PASSES * size
                 + (ADAMW2_OWN_PASSES + STEP_PASSES * iterations) * bounded * share
             ),
-            launches=ITERATION_LAUNCHES * iterations * len(shape.bounded) if is_sharded else 0,
+            launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
             collectives=(Collective("all-reduce", power_iterations + 1, FLOAT * iterations * sums),)
             if is_sharded
             else (),
@@ -270,7 +278,7 @@ def step_costs(
             "sigmaReparam",
             flops=4 * patched * share,
             bytes=STEP_PASSES * FLOAT * patched * share,
-            launches=ITERATION_LAUNCHES * len(shape.patched) if is_sharded else 0,
+            launches=ITERATION_LAUNCHES * len(shape.patched),
             collectives=(Collective("all-reduce", 1, FLOAT * patched_sums),) if is_sharded else (),
             state=FLOAT * patched_sums,
         ),
@@ -281,10 +289,12 @@ def _exchange(shape: ModelShape, is_sharded: bool) -> tuple[Collective, ...]:
     """Return what training exchanges without us."""
     if not is_sharded:
         return (Collective("all-reduce", 1, FLOAT * shape.num_parameters),)
-    units = shape.layers + 1
+    # Blocks are gathered for the forward and again for the backward, the rest stays from one to
+    # the other.
+    gathered = shape.num_parameters + shape.in_blocks
     return (
-        Collective("all-gather", 2 * units, 2 * LOW * shape.num_parameters),
-        Collective("reduce-scatter", units, FLOAT * shape.num_parameters),
+        Collective("all-gather", 2 * shape.layers + 1, LOW * gathered),
+        Collective("reduce-scatter", shape.layers + 1, FLOAT * shape.num_parameters),
     )
 
 
@@ -312,8 +322,4 @@ def _longest(config: Any) -> int:
         return int(length)
     if getattr(config, "window_size", None):
         return int(config.window_size) ** 2
-    return (_side(config.image_size) // _side(config.patch_size)) ** 2 + 1
-
-
-def _side(size: int | Mapping[str, int] | tuple[int, ...]) -> int:
-    return size if isinstance(size, int) else int(next(iter(size)))
+    return (int(config.image_size) // int(config.patch_size)) ** 2 + 1

@@ -17,7 +17,7 @@ from hf_stable.method_config import nearest
 from hf_stable.modeling_hf_stable import PREFIX
 from hf_stable.patching import STATE_FILE
 
-__all__ = ["DTYPES", "export_saved", "load_saved", "push_saved"]
+__all__ = ["DTYPES", "empty_model", "export_saved", "load_saved", "push_saved"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,6 +55,27 @@ def load_saved(folder: Folder) -> PreTrainedModel:
     if os.path.isfile(os.path.join(folder, STATE_FILE)):
         return load(model_class, folder)
     return model_class.from_pretrained(folder)
+
+
+def empty_model(source: Folder) -> PreTrainedModel:
+    """Build the model of a config without memory for its weights, on the device "meta".
+
+    Args:
+        source: folder, file or name on the Hub of a config.json.
+
+    Raises:
+        ValueError: if it names no class of transformers under `architectures`.
+    """
+    config = AutoConfig.from_pretrained(source)
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(
+            f"the config in {os.fspath(source)!r} names {name!r} under 'architectures', which is "
+            "no class of transformers; give the config of the model that was trained, head included"
+        )
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def export_saved(

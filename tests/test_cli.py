@@ -28,6 +28,7 @@ COMMANDS = (
     "bench sigma",
     "bench adamw2",
     "bench monitor",
+    "bench scale",
     "run",
 )
 

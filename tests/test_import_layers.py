@@ -23,9 +23,10 @@ LEVELS = {
     2: "architectures",
     3: """sigma_reparam norm_removal patching describing block_terms recording probes lora_layers
           adamw2_groups standalone card_pictures model_cards sidecar weight_files saved_models
-          checkpoints exporting monitoring rollbacks run_measures""",
+          checkpoints exporting monitoring rollbacks run_measures cost_model""",
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
+          bench_scale cli_bench
           block_inspection
           checkpoint_findings checkpoint_comparison inspection folding consolidation diagnosis
           terminal run

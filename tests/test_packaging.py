@@ -20,10 +20,8 @@ CORE_TESTS = [
     "tests/test_sigma_layers.py",
     "tests/test_refreshing.py",
     "tests/test_patching.py",
-    "tests/architectures",
     "tests/test_checkpoints.py",
     "tests/test_adamw2.py",
-    "tests/test_entropy.py",
 ]
 
 
@@ -33,7 +31,8 @@ def make_environment(path: Path, *requirements: str) -> Path:
     python = path / "bin" / "python"
     for requirement in requirements:
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *requirement.split()], check=True
+            [python, "-m", "pip", "install", "--quiet", "--no-compile", *requirement.split()],
+            check=True,
         )
     return python
 
@@ -112,7 +111,20 @@ def test_core_tests_pass_at_the_oldest_versions(tmp_path):
         f"--no-deps {ROOT}",
     )
     result = subprocess.run(
-        [python, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *CORE_TESTS],
+        # What torch.compile takes minutes for is not what an old version would break.
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow",
+            "-k",
+            "not compile",
+            "-p",
+            "no:cacheprovider",
+            *CORE_TESTS,
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

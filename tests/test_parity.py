@@ -121,6 +121,8 @@ if dist.get_rank() == 0:
     print("RESULT", json.dumps(found))
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # at times a thread of gloo that is left aborts an interpreter that takes its time
 """
 )
 
@@ -153,6 +155,8 @@ if dist.get_rank() == 0:
     print("RESULT", json.dumps(found))
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # at times a thread of gloo that is left aborts an interpreter that takes its time
 """
 )
 

@@ -85,6 +85,7 @@ def test_a_name_that_no_setting_has_is_refused(tmp_path):
         build(Settings(model="resnet"), data.digits())
 
 
+@pytest.mark.slow
 def test_runs_of_the_evidence_are_kept_and_done_again_only_if_settings_change(tmp_path):
     settings = short(tmp_path, steps=2, monitor_every=1)
     done = []
@@ -167,7 +168,7 @@ def test_the_quick_set_shows_the_signs_of_claims_1_4_and_6(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     for key in ("1", "4", "6"):
-        assert f"claim {key}, 100 steps, one seed: " in done.stdout
+        assert f"claim {key}, {evidence.QUICK_STEPS} steps, one seed: " in done.stdout
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from recipes.evidence.runs import do_runs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-QUICK_STEPS = 100
+QUICK_STEPS = 80
 
 
 def main() -> int:

@@ -1,0 +1,212 @@
+"""The cost model: its counts are those of real models and real processes."""
+
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from conftest import tiny_model
+from gloo_ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import hf_stable
+from hf_stable.adamw2_groups import ModelAdamW2
+from hf_stable.bench_scale import PRESETS, Size, bench_scale, fit, make_plan
+from hf_stable.cli import main
+from hf_stable.cost_model import MACHINES, Cost, measure_shape, step_costs
+from hf_stable.sigma_reparam import sigma_layers
+
+
+def test_shapes_are_those_of_the_optimizer_and_the_patch(model_type):
+    model = tiny_model(model_type)
+    shape = measure_shape(model, 16)
+    assert shape.is_registered and shape.num_parameters == sum(
+        p.numel() for p in model.parameters()
+    )
+    optimizer = ModelAdamW2(
+        [{"params": list(model.parameters())}], structure=model, lr=1e-3, tau=1e-2
+    )
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    kept = [state["weight_v"] for state in optimizer.state.values() if "weight_v" in state]
+    assert sum(map(len, kept)) == len(shape.bounded)
+    assert sum(v.numel() for v in kept) == sum(columns for _, columns in shape.bounded)
+    held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    counted = step_costs(shape, num_processes=1, tokens=1)["AdamW2"].state
+    small = len(optimizer.state) * 4 + len(shape.bounded) * 5  # steps; a rate and a flag per block
+    assert held == counted + small
+    patched = hf_stable.patch(model, "sigma_reparam")
+    layers = [layer for _, layer in sigma_layers(patched)]
+    assert sum(layer.num_blocks for layer in layers) == len(shape.patched)
+    vectors = sum(layer.sigma_u.numel() + layer.sigma_v.numel() for layer in layers)
+    assert vectors == sum(map(sum, shape.patched))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_flops_are_those_that_torch_counts(kind):
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=300, n_positions=64, n_embd=64, n_layer=3, n_head=2,
+            attn_implementation="eager",
+        )  # fmt: skip
+        model, tokens = transformers.GPT2LMHeadModel(config), 2 * 64
+        ids = torch.randint(300, (2, 64))
+        inputs = {"input_ids": ids, "labels": ids}
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256,
+            image_size=64, patch_size=8, attn_implementation="eager",
+        )  # fmt: skip
+        model, tokens = transformers.ViTForImageClassification(config), 2 * 65
+        inputs = {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.tensor([0, 1])}
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs).loss.backward()
+    counted = counter.get_total_flops()
+    predicted = step_costs(measure_shape(model), num_processes=1, tokens=tokens)["model"].flops
+    assert predicted == pytest.approx(counted, rel=0.03)
+    assert step_costs(measure_shape(model, 1), num_processes=1, tokens=tokens)["model"].flops < (
+        0.97 * counted  # without attention's share it would be seen
+    )
+
+
+def test_more_processes_share_the_work_and_exchange_the_same(model_type):
+    shape = measure_shape(tiny_model(model_type), 16)
+    one, four = (step_costs(shape, num_processes=n, tokens=1024) for n in (1, 4))
+    for part in one:
+        assert four[part].flops == one[part].flops / 4 and not one[part].collectives
+        assert four[part].bytes == one[part].bytes / 4
+    assert [c.count for c in four["AdamW2"].collectives] == [2]
+    assert [c.count for c in four["sigmaReparam"].collectives] == [1]
+    whole = step_costs(shape, num_processes=4, tokens=1024, strategy="ddp")
+    assert not whole["AdamW2"].collectives and whole["AdamW2"].bytes == one["AdamW2"].bytes
+    assert [c.kind for c in whole["model"].collectives] == ["all-reduce"]
+
+
+def test_seconds_follow_what_is_slowest():
+    machine = MACHINES["h100"]
+    assert machine.seconds(Cost("a", flops=machine.flops), 8) == (1.0, 0.0)
+    assert machine.seconds(Cost("a", flops=1.0, bytes=machine.bandwidth), 8) == (1.0, 0.0)
+    assert machine.seconds(Cost("a", launches=10), 8)[0] == pytest.approx(10 * machine.launch)
+
+
+@pytest.mark.parametrize("a, b", [(2.0, 3.0), (0.5, 0.0), (0.0, 4.0)])
+def test_a_fit_finds_the_rates_that_made_the_times(a, b):
+    draw = random.Random(0)
+    points = [(draw.uniform(1, 9), draw.uniform(1, 9)) for _ in range(5)]
+    found = fit([(work, calls, a * work + b * calls) for work, calls in points])
+    assert found == pytest.approx((a, b), abs=1e-9)
+
+
+def test_a_fit_has_no_negative_rates():
+    points = [(work, 1.0, 2.0 * work - 0.5) for work in (1.0, 2.0, 3.0)]
+    a, b = fit(points)
+    assert b == 0.0 and a > 0
+    a, b = fit([(1 / calls, calls, calls) for calls in (1.0, 2.0, 4.0)])
+    assert a == 0.0 and b == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_every_preset_has_a_plan(model, capsys):
+    plan = make_plan(model, num_processes=64, tokens=2**19)
+    assert plan.adamw2 > plan.plain > 0 and plan.sigma_reparam > plan.plain
+    assert plan.shape.is_registered == (model != "7b")
+    assert main(["bench", "--plan", model, "--gpus", "64"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A step takes" in said and ("is not registered" in said) == (model == "7b")
+    assert main(["bench", "--plan", model, "--gpus", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plain"] == plan.plain
+
+
+def test_a_plan_knows_published_sizes():
+    sizes = {"gpt2": 124.4e6, "gpt2-xl": 1557.6e6, "vit-b": 85.8e6, "7b": 6738.4e6}
+    for model, size in sizes.items():
+        found = make_plan(model, num_processes=1, tokens=1).shape.num_parameters
+        assert math.isclose(found, size, rel_tol=0.01)
+
+
+def test_a_plan_of_a_folder_is_that_of_its_model(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    plan = make_plan(str(tmp_path), num_processes=2, tokens=64, strategy="ddp")
+    assert plan.shape == measure_shape(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--plan", "gtp2"], "no model 'gtp2' (did you mean 'gpt2'?)"),
+        (["--plan", "gpt2", "--machine", "h10"], "'h10' is not known (did you mean 'h100'?)"),
+        (["--plan", "gpt2", "--strategy", "zero"], "choose 'ddp' or 'fsdp2'"),
+        (["--plan", "gpt2", "--gpus", "0"], "Invalid value for '--gpus'"),
+        (["--plan", "gpt2", "sigma"], "leave out 'sigma'"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_says_why(arguments, said, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_check_predicts_sizes_that_it_was_not_fitted_to(tmp_path):
+    sizes = [Size("gpt2", 64, layers, 1) for layers in (1, 2, 3)]
+    found = bench_scale(output=tmp_path / "s.json", rounds=1, fitted=sizes[::2], checked=sizes[1:2])
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert len(written["results"]) == len(found) == 12
+    assert sum(each.fitted for each in found) == 8
+    assert all(each.measured > 0 and each.predicted > 0 for each in found)
+    for each, row in zip(found, written["results"], strict=True):
+        assert row["error"] == each.predicted / each.measured - 1
+
+
+def count_collectives() -> dict[str, list[int]]:
+    """On every rank: what a patched GPT-2 under FSDP2 and AdamW2 exchanges in its second step."""
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = ModelAdamW2(
+        [{"params": list(model.parameters())}], structure=model, lr=1e-3, tau=1e-2
+    )
+    ids = torch.arange(16).view(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()  # the first has ten iterations: its vectors start from nothing
+    optimizer.zero_grad()
+    with CommDebugMode() as exchanged:
+        model(input_ids=ids, labels=ids).loss.backward()
+    sizes: list[int] = []
+    original = dist.all_reduce
+
+    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+    optimizer.step()
+    dist.all_reduce = original
+    return {"ours": sizes, "model": list(exchanged.get_comm_counts().values())}
+
+
+@pytest.mark.slow
+def test_collectives_are_those_of_real_processes():
+    plain = tiny_model("gpt2")
+    shape = measure_shape(plain)
+    costs = step_costs(shape, num_processes=2, tokens=16)
+    patched = sigma_layers(hf_stable.patch(plain, "sigma_reparam"))
+    # Of each gamma, a column: so many rows, one column, three iterations of four bytes.
+    of_gammas = sum(3 * 4 * (layer.num_blocks + 1) for _, layer in patched)
+    for found in run_ranks(count_collectives, 2):
+        *of_adamw2, of_refresh = found["ours"]
+        (expected,) = costs["AdamW2"].collectives
+        assert len(of_adamw2) == expected.count
+        assert sum(of_adamw2) == expected.bytes + of_gammas
+        (expected,) = costs["sigmaReparam"].collectives
+        assert of_refresh == expected.bytes
+        assert found["model"] == [c.count for c in costs["model"].collectives]
