@@ -17,7 +17,6 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from types import ModuleType, TracebackType
 from typing import Any
 from weakref import WeakSet
@@ -81,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _parser().error("no script given")
     if command[0] != "-m" and not os.path.isfile(command[0]):
         _parser().error(f"can't open {command[0]!r}: no such file")
-    if options.monitors and find_spec("hf_stable.callback") is None:
-        _parser().error("this version of hf_stable has no StabilityCallback to monitor with")
     attachment = attach(options)
     _show_the_scripts_trace_only()
     try:

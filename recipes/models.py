@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ def build(settings: Settings, task: Task) -> Any:
     initialise(model, settings.init, settings.init_scale)
     if settings.qk_norm:
         add_qk_norm(model)
+    if settings.normaliser:
+        normalise(model, settings.normaliser)
     if settings.patch:
         hf_stable.patch(model, [_method(name, settings) for name in settings.patch.split(",")])
     return model
@@ -90,6 +93,41 @@ def initialise(model: nn.Module, init: str, scale: float) -> None:
             if init == "xavier":
                 nn.init.xavier_uniform_(module.weight)
             module.weight.mul_(scale)
+
+
+class _OverFrobenius(nn.Module):
+    """`gamma / |W|_F * W`: sigmaReparam with the Frobenius norm in sigma's place."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.tensor(gamma))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.gamma / torch.linalg.vector_norm(weight) * weight
+
+
+@torch.no_grad()
+def normalise(model: Any, kind: str) -> None:
+    """Divide the weights that sigmaReparam would patch by another norm, in place.
+
+    They start as they would there, with a spectral norm of 1.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind not in ("frobenius", "weight_norm"):
+        raise ValueError(f"normaliser {kind!r} is neither frobenius nor weight_norm")
+    patched = hf_stable.describe(hf_stable.patch(copy.deepcopy(model), "sigma_reparam"))
+    for layer in patched.layers:
+        if layer.skipped is not None:
+            continue
+        module = model.get_submodule(layer.name)
+        module.weight /= max(layer.sigma)
+        if kind == "weight_norm":
+            nn.utils.parametrizations.weight_norm(module)
+        else:
+            size = float(torch.linalg.vector_norm(module.weight))
+            nn.utils.parametrize.register_parametrization(module, "weight", _OverFrobenius(size))
 
 
 class _NormedProjection(nn.Module):

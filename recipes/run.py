@@ -35,8 +35,8 @@ from recipes.settings import Settings, read_yaml
 
 __all__ = ["run"]
 
-OTHER = "pytorch_optimizer:"
-"""In front of the name of an optimizer that the package of this name has."""
+OTHER = ("pytorch_optimizer:", "torch:")
+"""In front of the name of an optimizer that this package has; its options are JSON then."""
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -88,10 +88,35 @@ def run(settings: Settings) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "losses": [_finite(loss) for loss in losses],
         **_watched(output if monitor else None),
+        **(generalisation(model, task) if task.image_size else {}),
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(result) + "\n")
     return result
+
+
+@torch.no_grad()
+def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
+    """Return the calibration error of a classifier, and its accuracy on noisy test images.
+
+    The error is that of Guo et al. 2017, with 15 bins; the noise has one standard deviation of the
+    images, whose own is one.
+    """
+    model.eval()
+    images, labels = (task.test.columns[name] for name in ("pixel_values", "labels"))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    right, confidence = [], []
+    for inputs in (images, images + noise):
+        logits = torch.cat([model(pixel_values=part).logits for part in inputs.split(64)])
+        values, answers = logits.softmax(-1).max(-1)
+        right.append((answers == labels).float())
+        confidence.append(values)
+    bins = (confidence[0] * 15).long().clamp(max=14)
+    gaps = [
+        (right[0][bins == each] - confidence[0][bins == each]).sum().abs() for each in range(15)
+    ]
+    error = float(sum(gaps)) / len(labels)
+    return {"calibration_error": _finite(error), "noisy_accuracy": float(right[1].mean())}
 
 
 def training_arguments(settings: Settings, output: Path, **options: Any) -> TrainingArguments:
@@ -128,11 +153,15 @@ def training_arguments(settings: Settings, output: Path, **options: Any) -> Trai
 def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
     if not settings.optim.startswith(OTHER):
         return None
-    import pytorch_optimizer
+    package, _, name = settings.optim.partition(":")
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if package == "torch":
+        kind: Any = getattr(torch.optim, name)
+    else:
+        import pytorch_optimizer
 
-    kind = pytorch_optimizer.load_optimizer(settings.optim.removeprefix(OTHER))
-    betas = (0.9, settings.adam_beta2)
-    options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "betas": betas}
+        kind = pytorch_optimizer.load_optimizer(name)
+        options["betas"] = (0.9, settings.adam_beta2)
     return kind, options | json.loads(settings.optim_args or "{}")
 
 

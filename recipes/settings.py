@@ -25,6 +25,9 @@ class Settings:
         default="one", metadata={"help": "gamma of sigmaReparam: one, spectral"}
     )
     patch_scope: str = field(default="blocks", metadata={"help": "norms to remove: blocks, all"})
+    normaliser: str = field(
+        default="", metadata={"help": "in sigma's place (vit): frobenius, weight_norm"}
+    )
     qk_norm: bool = field(default=False, metadata={"help": "LayerNorm on queries and keys (vit)"})
 
     optim: str = "adamw_torch_fused"

@@ -18,6 +18,7 @@ from transformers import GPT2LMHeadModel, Trainer, ViTForImageClassification
 from hf_stable.patching import STATE_FILE
 from hf_stable.run import RunOptions, main, read_options
 from hf_stable.sigma_reparam import SigmaReparamConfig
+from hf_stable.stability_log import read_log
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LANGUAGE = SCRIPTS / "train_language_model.py"
@@ -136,6 +137,29 @@ def test_image_script_with_model_init_the_optimizer_and_a_resume(launch):
         assert torch.equal(whole, again), name
     halfway = ViTForImageClassification.from_pretrained("whole/checkpoint-2")
     assert not torch.equal(halfway.classifier.weight, model.classifier.weight)
+
+
+def test_a_monitor_watches_a_script_and_changes_nothing(launch):
+    launch(LANGUAGE, "--output_dir", "plain", *ARGS)
+    launch("--monitor", "2", LANGUAGE, "--output_dir", "watched", *ARGS)
+    assert eval_loss("watched") == eval_loss("plain")
+    log = read_log(Path("watched"))
+    assert [entry["step"] for entry in log if entry["event"] == "probe"][:2] == [1, 2]
+    assert not Path("plain", "stability.jsonl").exists()
+
+
+def test_a_collapse_stops_a_script(launch):
+    arguments = [*ARGS, "--max_steps", "30", "--max_grad_norm", "0", "--save_steps", "100"]
+    arguments[arguments.index("1e-2")] = "1e30"
+    launch(LANGUAGE, "--output_dir", "lost", *arguments)
+    launch("--monitor", "5", "--on-collapse", "stop", LANGUAGE, "--output_dir", "out", *arguments)
+    lost, stopped = (
+        json.loads(Path(folder, "trainer_state.json").read_text())["global_step"]
+        for folder in ("lost", "out")
+    )
+    assert lost == 30 and stopped < 10
+    alarms = [entry for entry in read_log(Path("out")) if entry["event"] == "alarm"]
+    assert [alarm["step"] for alarm in alarms] == [stopped]
 
 
 # Every way to build a Trainer

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run from must not matter
 
 from hf_stable.alarms import AlarmRules, Thresholds, lost_step
-from recipes.evidence.claims import ROWS_SPARSE, failures
+from recipes.evidence.claim import ROWS_SPARSE, failures
 
 RESULTS = Path(__file__).resolve().parent / "alarms.json"
 

@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run from must not matter
 
-from recipes.evidence.claims import CLAIMS, NOT_RUN, Claim, failures, losses, text_of
+from recipes.evidence.claim import Claim, failures, losses, text_of
+from recipes.evidence.claims import CLAIMS
 from recipes.evidence.runs import do_runs
 
 HERE = Path(__file__).resolve().parent
@@ -114,14 +115,13 @@ def table() -> str:
     ]
     known = {path.stem.removeprefix("claim"): path for path in RESULTS.glob("claim*.json")}
     details = []
-    for key in sorted({*CLAIMS, *NOT_RUN}, key=int):
+    for key, claim in CLAIMS.items():
         if key in known:
             found = json.loads(known[key].read_text())
             lines.append(f"| {key}. {found['claim']} | {found['verdict']} | {found['sentence']} |")
             details += _details(key, found)
         else:
-            text = CLAIMS[key].text if key in CLAIMS else NOT_RUN[key]
-            lines.append(f"| {key}. {text} | not run | |")
+            lines.append(f"| {key}. {claim.text} | not run | |")
     return "\n".join([*lines, "", *details]) + "\n"
 
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def _kept(settings: Settings) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text())
-    return result if result["settings"] == asdict(settings) else None
+    # Settings that came later have their defaults in results from before.
+    return result if Settings(**result["settings"]) == settings else None
 
 
 def _quiet() -> None:

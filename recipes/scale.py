@@ -1,0 +1,115 @@
+"""Write recipes/scale.md: what steps cost on many GPUs, and how far the cost model is right here.
+
+hf-stable bench scale --output recipes/scale.json   # measures, on this machine
+python recipes/scale.py                             # works out the rest, writes the page
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hf_stable.bench_scale import Plan, make_plan
+
+HERE = Path(__file__).resolve().parent
+MODELS = ("gpt2-xl", "vit-g", "7b")
+GPUS = (8, 64, 512)
+TOKENS = 1 << 21
+
+INTRODUCTION = f"""\
+# Past one machine
+
+What hf_stable adds to a training step of big models, from the shapes of their weights
+(`hf-stable bench --plan MODEL --gpus N --tokens N`). {TOKENS:,} tokens a step over all GPUs, FSDP2,
+float32 master weights gathered in bfloat16. This page is written by `python recipes/scale.py`.
+
+Counted exactly: flops, bytes, collectives and their sizes (tests hold them against torch's own
+counters and against real processes). Assumed, and measured by nobody here: the rates of an H100 (40 %
+of its peak in bfloat16, 80 % of its memory's and its network's bandwidth, 30 microseconds for a
+collective, 5 for a kernel). Nothing of ours is taken to overlap with anything.
+
+| model | GPUs | model, TFLOP | gathered and reduced, GB | AdamW2: moved, GB | its all-reduces | sigmaReparam: moved, GB | its all-reduces | step with AdamW, ms | AdamW2 | sigmaReparam |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""  # noqa: E501 - a row of a table cannot be broken
+
+READING = """\
+
+Flops, bytes moved and TFLOP are of one GPU; a collective's size is that of the whole tensor.
+
+- Under FSDP2 a power iteration costs one all-reduce for all matrices together, whatever their
+  number: rows stay where they are, only vectors travel. Under DDP nothing is exchanged at all, and
+  every GPU does the whole of the optimizer's work.
+- What does not shrink with more GPUs is the number of kernels: two per matrix and iteration. On
+  512 GPUs that, not bandwidth, is what AdamW2 costs. A CUDA graph or torch.compile around the
+  optimizer's step would take most of it away; neither is tried here.
+- Memory: AdamW2 holds two vectors per matrix beside AdamW's moments and, while it steps, one copy
+  of the shard.
+- The 7B model is a Llama. It is not registered: its layers are counted as a registration would
+  name them.
+
+## How far the model is right
+
+Rates of one machine are fitted at the sizes marked so and predict the others: one process, forward
+and backward, then each part alone, medians of alternated rounds (`hf-stable bench scale`).
+
+"""
+
+
+def row(plan: Plan) -> str:
+    """Return a plan as a row of the table."""
+
+    def exchanged(part: str) -> str:
+        return ", ".join(
+            f"{c.count} of {c.bytes / 1e6:.1f} MB" for c in plan.costs[part].collectives
+        )
+
+    moved = sum(each.bytes for each in plan.costs["model"].collectives)
+    cells = (
+        plan.model,
+        plan.num_processes,
+        f"{plan.costs['model'].flops / 1e12:.3g}",
+        f"{moved / 1e9:.3g}",
+        f"{plan.costs['AdamW2'].bytes / 1e9:.3g}",
+        exchanged("AdamW2"),
+        f"{plan.costs['sigmaReparam'].bytes / 1e9:.3g}",
+        exchanged("sigmaReparam"),
+        f"{1e3 * plan.plain:.0f}",
+        f"{plan.adamw2 / plan.plain:.3f} x",
+        f"{plan.sigma_reparam / plan.plain:.3f} x",
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def page() -> str:
+    """Return the page, from plans and from recipes/scale.json."""
+    plans = [
+        make_plan(model, num_processes=gpus, tokens=TOKENS) for model in MODELS for gpus in GPUS
+    ]
+    measured = json.loads((HERE / "scale.json").read_text())
+    machine, results = measured["machine"], measured["results"]
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{measured['rounds']} rounds:\n\n",
+        "| part | size | measured, ms | predicted, ms | error | |\n|---|---|---|---|---|---|\n",
+    ]
+    for each in results:
+        lines.append(
+            f"| {each['part']} | {each['size']} | {1e3 * each['measured']:.2f} | "
+            f"{1e3 * each['predicted']:.2f} | {each['error']:+.0%} | "
+            f"{'fitted' if each['fitted'] else ''} |\n"
+        )
+    worst = max((r for r in results if not r["fitted"]), key=lambda r: abs(r["error"]))
+    lines.append(
+        f"\nThe largest error at a size that was not fitted is {worst['error']:+.0%} "
+        f"({worst['part']}, {worst['size']}).\n"
+    )
+    return INTRODUCTION + "".join(map(row, plans)) + READING + "".join(lines)
+
+
+def main() -> None:
+    """Write the page."""
+    (HERE / "scale.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
