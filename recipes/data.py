@@ -32,6 +32,9 @@ class Task(NamedTuple):
         image_size: pixels on a side; 0 for text.
         num_channels: 1 or 3; 0 for text.
         reference: the loss of someone who knows only how frequent each label is, nats.
+        is_small: whether models of a toy's size are meant.
+        collate: what makes a batch of examples; None for the Trainer's own way.
+        loss: what makes a loss of outputs and labels; None for the model's own.
     """
 
     train: Any
@@ -41,6 +44,9 @@ class Task(NamedTuple):
     image_size: int = 0
     num_channels: int = 0
     reference: float = math.nan
+    is_small: bool = True
+    collate: Any = None
+    loss: Any = None
 
 
 class Examples(Dataset):
@@ -137,6 +143,9 @@ def which_module() -> Task:
     return Task(
         train, test, num_labels=NUM_MODULES, vocabulary=vocabulary, reference=math.log(NUM_MODULES)
     )
+
+
+EMBEDDED = ("digits", "stdlib")
 
 
 def load(name: str, *, model: str) -> Task:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_stable
 from recipes.data import CONTEXT, Task
+from recipes.linear_swin import LinearSwinConfig, LinearSwinForImageClassification
 from recipes.settings import Settings
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -20,6 +21,9 @@ SMALL: dict[str, dict[str, Any]] = {
         intermediate_size=256,
     ),
     "swin": dict(patch_size=2, embed_dim=32, depths=[2, 4], num_heads=[2, 4], window_size=7),
+    "linear_swin": dict(
+        patch_size=2, embed_dim=32, depths=[2, 4], num_heads=[2, 4], window_size=14
+    ),
     "gpt2": dict(
         n_positions=CONTEXT, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -31,9 +35,12 @@ SMALL: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
+INITS = ("default", "xavier", "truncated_xavier")
+
 CLASSES = {
     "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
     "swin": (transformers.SwinConfig, transformers.SwinForImageClassification),
+    "linear_swin": (LinearSwinConfig, LinearSwinForImageClassification),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
 }
@@ -49,14 +56,16 @@ def build(settings: Settings, task: Task) -> Any:
         raise ValueError(f"model {settings.model!r} is none of {', '.join(CLASSES)}")
     transformers.set_seed(settings.seed)
     config_class, model_class = CLASSES[settings.model]
-    sizes = SMALL[settings.model] | (settings.model_config or {})
+    if settings.model == "bert" and not task.is_small:
+        model_class = transformers.BertForMaskedLM
+    sizes = (SMALL[settings.model] if task.is_small else {}) | (settings.model_config or {})
     if task.image_size:
         sizes |= dict(
             image_size=task.image_size, num_channels=task.num_channels, num_labels=task.num_labels
         )
     else:
         sizes["vocab_size"] = task.vocabulary
-        if settings.model == "bert":
+        if settings.model == "bert" and task.is_small:
             sizes["num_labels"] = task.num_labels
     model = model_class(config_class(**sizes))
     initialise(model, settings.init, settings.init_scale)
@@ -67,6 +76,13 @@ def build(settings: Settings, task: Task) -> Any:
     if settings.patch:
         hf_stable.patch(model, [_method(name, settings) for name in settings.patch.split(",")])
     return model
+
+
+def build_empty(settings: Settings) -> Any:
+    """Return the plain model of a full-scale recipe without memory for its weights."""
+    config_class, model_class = CLASSES[settings.model]
+    with torch.device("meta"):
+        return model_class(config_class(**(settings.model_config or {})))
 
 
 def _method(name: str, settings: Settings) -> Any:
@@ -81,17 +97,23 @@ def _method(name: str, settings: Settings) -> Any:
 
 @torch.no_grad()
 def initialise(model: nn.Module, init: str, scale: float) -> None:
-    """Draw xavier_uniform matrices, or keep transformers' own; then scale them.
+    """Draw the matrices by Xavier's rule, or keep transformers' own; then scale them.
 
     Raises:
         ValueError: for another `init`.
     """
-    if init not in ("default", "xavier"):
-        raise ValueError(f"init {init!r} is neither default nor xavier")
+    if init not in INITS:
+        raise ValueError(f"init {init!r} is none of {', '.join(INITS)}")
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | Conv1D):
             if init == "xavier":
                 nn.init.xavier_uniform_(module.weight)
+            elif init == "truncated_xavier":
+                fans = module.weight.shape[0] + module.weight[0].numel()
+                deviation = (2 / fans) ** 0.5
+                nn.init.trunc_normal_(
+                    module.weight, std=deviation, a=-2 * deviation, b=2 * deviation
+                )
             module.weight.mul_(scale)
 
 

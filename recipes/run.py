@@ -1,6 +1,7 @@
 """Run a recipe: a YAML file of settings, any of which the command line overrides.
 
     python recipes/run.py recipes/small/vit_digits.yaml --learning_rate 0.03 --optim adamw2
+    python recipes/run.py recipes/full/vit_b.yaml --dry-run
     torchrun --nproc-per-node 2 recipes/run.py recipes/small/gpt2_stdlib.yaml --output out
 
 Results are written to OUTPUT/results.json. A run with `save_steps` that was interrupted goes on
@@ -39,20 +40,24 @@ OTHER = ("pytorch_optimizer:", "torch:")
 """In front of the name of an optimizer that this package has; its options are JSON then."""
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: Settings, *, dry_run: bool = False) -> dict[str, Any]:
     """Train and test as the settings say, and write OUTPUT/results.json.
+
+    Args:
+        settings: of the run.
+        dry_run: of a full-scale recipe, take two steps on local data with two blocks.
 
     Returns:
         Settings, test loss and accuracy, the training losses, what the monitor saw (per layer the
         worst head at each probe), its alarms, and the step at which the loss was lost, if it was.
 
     Raises:
-        ValueError: for settings that do not exist.
+        ValueError: for settings that do not exist, or a global batch that does not come about.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     output = Path(settings.output)
-    task = data.load(settings.data, model=settings.model)
+    settings, task = _task(settings, dry_run=dry_run)
     model = models.build(settings, task)
     monitor = None
     if settings.monitor_every:
@@ -63,8 +68,10 @@ def run(settings: Settings) -> dict[str, Any]:
         )
     trainer = Trainer(
         model,
-        training_arguments(settings, output),
+        training_arguments(settings, output, smooths=task.loss is None),
         train_dataset=task.train,
+        data_collator=task.collate,
+        compute_loss_func=task.loss,
         eval_dataset=task.test,
         callbacks=[monitor] if monitor else [],
         compute_metrics=functools.partial(data.accuracy, next_token=settings.model == "gpt2"),
@@ -88,7 +95,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "losses": [_finite(loss) for loss in losses],
         **_watched(output if monitor else None),
-        **(generalisation(model, task) if task.image_size else {}),
+        **(generalisation(model, task) if task.image_size and task.is_small else {}),
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(result) + "\n")
@@ -119,8 +126,34 @@ def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
     return {"calibration_error": _finite(error), "noisy_accuracy": float(right[1].mean())}
 
 
-def training_arguments(settings: Settings, output: Path, **options: Any) -> TrainingArguments:
-    """Return the Trainer's arguments for these settings."""
+def _task(settings: Settings, *, dry_run: bool) -> tuple[Settings, data.Task]:
+    if settings.data in data.EMBEDDED:
+        if dry_run:
+            raise ValueError(f"data {settings.data!r} is embedded: there is nothing to try dry")
+        return settings, data.load(settings.data, model=settings.model)
+    from recipes import full_scale
+
+    if dry_run:
+        settings = full_scale.shrink(settings)
+    return settings, full_scale.load(settings, dry_run=dry_run)
+
+
+def training_arguments(
+    settings: Settings, output: Path, *, smooths: bool = True, **options: Any
+) -> TrainingArguments:
+    """Return the Trainer's arguments for these settings.
+
+    Raises:
+        ValueError: if the batches of all processes do not make the global batch.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
+    if settings.global_batch and batch != settings.global_batch:
+        raise ValueError(
+            f"{processes} processes with {settings.gradient_accumulation_steps} batches of "
+            f"{settings.batch_size} make {batch} examples a step, but the recipe is for "
+            f"{settings.global_batch}; set --gradient_accumulation_steps or --batch_size"
+        )
     other = settings.optim.startswith(OTHER)
     return TrainingArguments(
         str(output),
@@ -136,7 +169,9 @@ def training_arguments(settings: Settings, output: Path, **options: Any) -> Trai
         optim_args=None if other else settings.optim_args,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        label_smoothing_factor=settings.label_smoothing,
+        # A task with a loss of its own smooths in it.
+        label_smoothing_factor=settings.label_smoothing if smooths else 0.0,
+        dataloader_num_workers=settings.workers,
         bf16=settings.bf16,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -221,11 +256,17 @@ def main() -> None:
     """Read the recipe and the overrides, and run."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("recipe", type=Path)
+    first.add_argument("--dry-run", "--dry_run", action="store_true")
     known, rest = first.parse_known_args()
     parser = HfArgumentParser(Settings, description=__doc__)
     parser.set_defaults(**read_yaml(known.recipe))
     (settings,) = parser.parse_args_into_dataclasses(rest)
-    result = run(settings)
+    if known.dry_run:
+        from recipes.full_scale import gpu_hours
+
+        hours = gpu_hours(models.build_empty(settings), settings)
+        print(f"{settings.output}: about {hours:.0f} GPU hours on H100s; now two steps of it")
+    result = run(settings, dry_run=known.dry_run)
     if int(os.environ.get("RANK", 0)) == 0:
         shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}
         print(json.dumps(shown, indent=1))

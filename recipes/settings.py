@@ -13,13 +13,26 @@ import yaml
 class Settings:
     """One training run; a YAML file sets any of these, the command line overrides them."""
 
-    model: str = field(default="vit", metadata={"help": "vit, swin, gpt2 or bert"})
+    model: str = field(default="vit", metadata={"help": "vit, swin, linear_swin, gpt2 or bert"})
     model_config: dict[str, Any] | None = field(
         default=None, metadata={"help": "fields of the model's config, over those of its size"}
     )
-    init: str = field(default="default", metadata={"help": "default (transformers') or xavier"})
+    init: str = field(
+        default="default", metadata={"help": "default (transformers'), xavier, truncated_xavier"}
+    )
     init_scale: float = field(default=1.0, metadata={"help": "factor on all initial matrices"})
-    data: str = field(default="digits", metadata={"help": "digits or stdlib"})
+    data: str = field(
+        default="digits", metadata={"help": "digits, stdlib, or a data set of the Hub"}
+    )
+    data_config: str | None = field(default=None, metadata={"help": "of the data set"})
+    image_column: str | None = field(default=None, metadata={"help": "of the data set"})
+    label_column: str | None = field(default=None, metadata={"help": "of the data set"})
+    text_column: str | None = field(default=None, metadata={"help": "of the data set"})
+    tokenizer: str | None = field(default=None, metadata={"help": "of a model on the Hub"})
+    randaugment: int = field(default=0, metadata={"help": "magnitude; 0: none"})
+    mixup: float = field(default=0.0, metadata={"help": "alpha; 0: none"})
+    cutmix: float = field(default=0.0, metadata={"help": "alpha; 0: none"})
+    workers: int = field(default=0, metadata={"help": "processes that load data"})
     patch: str = field(default="", metadata={"help": "methods, comma-separated"})
     patch_init: str = field(
         default="one", metadata={"help": "gamma of sigmaReparam: one, spectral"}
@@ -39,7 +52,10 @@ class Settings:
     adam_beta2: float = 0.99
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping"})
     steps: int = 250
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata={"help": "of one process"})
+    global_batch: int = field(
+        default=0, metadata={"help": "of all, checked where given: processes x batches x steps"}
+    )
     gradient_accumulation_steps: int = 1
     label_smoothing: float = 0.0
     bf16: bool = False

@@ -1,4 +1,4 @@
-"""Exported folders in an environment that has transformers and torch, and nothing else of ours."""
+"""An environment with transformers and torch alone: exported folders in it, then the wheel."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import pytest
 import torch
 import transformers
 from exported_cases import ALL, export_case, run_script
-from test_packaging import make_environment
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    """The interpreter of a new virtual environment."""
-    version = torch.__version__.split("+")[0]
-    path = tmp_path_factory.mktemp("fresh") / "venv"
-    return make_environment(path, f"torch=={version}", f"transformers=={transformers.__version__}")
+from test_packaging import check_wheel, make_environment
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_fresh_environment_loads_runs_and_saves_every_folder(python, tmp_path):
+def test_a_fresh_environment_loads_runs_and_saves_every_folder_and_takes_the_wheel(tmp_path):
+    version = torch.__version__.split("+")[0]
+    python = make_environment(
+        tmp_path / "venv", f"torch=={version}", f"transformers=={transformers.__version__}"
+    )
     shown = subprocess.run([python, "-m", "pip", "list"], capture_output=True, text=True).stdout
     assert "transformers" in shown
     for absent in ("hf-stable", "hf_stable", "accelerate", "peft"):
@@ -31,3 +27,4 @@ def test_a_fresh_environment_loads_runs_and_saves_every_folder(python, tmp_path)
     failed = {name: outcome["error"] for name, outcome in results.items() if outcome["error"]}
     assert not failed
     assert len(results) == len(ALL)
+    check_wheel(python, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -11,17 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from recipes import data  # noqa: E402
+from recipes import data, full_scale  # noqa: E402
 from recipes.evidence import run as evidence  # noqa: E402
 from recipes.evidence.claims import CLAIMS  # noqa: E402
 from recipes.evidence.from_the_papers import SIGMA_PAIRS  # noqa: E402
 from recipes.evidence.runs import Variant, do_runs  # noqa: E402
-from recipes.models import build  # noqa: E402
-from recipes.run import run  # noqa: E402
+from recipes.full_scale import gpu_hours  # noqa: E402
+from recipes.models import build, build_empty  # noqa: E402
+from recipes.run import run, training_arguments  # noqa: E402
 from recipes.settings import Settings, read_yaml  # noqa: E402
 
 SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
@@ -63,6 +66,59 @@ def test_every_small_recipe_builds_its_model(path):
     loss = build(settings, task)(**batch).loss
     # Before training nothing is known: about the logarithm of the number of labels, or worse.
     assert loss > 0.5 * math.log(task.num_labels)
+
+
+FULL = sorted((ROOT / "recipes" / "full").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_every_full_recipe_is_a_whole_setting(path):
+    settings = Settings(**read_yaml(path))
+    assert settings.data.count("/") == 1 and settings.output == f"recipe-output/{path.stem}"
+    assert settings.warmup == 0 and settings.bf16
+    processes = settings.global_batch / (settings.batch_size * settings.gradient_accumulation_steps)
+    assert processes in (8, 32)
+    assert 50 < gpu_hours(build_empty(settings), settings) < 50_000
+    with pytest.raises(ValueError, match="1 processes with .* but the recipe is for"):
+        training_arguments(settings, Path("out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_every_full_recipe_runs_dry(path, tmp_path):
+    settings = Settings(**read_yaml(path))
+    if settings.image_column:
+        pytest.importorskip("torchvision")
+    result = run(replace(settings, output=str(tmp_path / "out"), threads=1), dry_run=True)
+    assert len(result["losses"]) == 2 and all(math.isfinite(loss) for loss in result["losses"])
+    assert math.isfinite(result["test_loss"]) and result["probes"]
+
+
+def test_images_of_a_full_recipe_are_augmented_and_mixed():
+    pytest.importorskip("torchvision")
+    settings = Settings(**read_yaml(ROOT / "recipes" / "full" / "vit_b.yaml"))
+    task = full_scale.load(settings, dry_run=True)
+    first, again = (list(itertools.islice(task.train, 4)) for _ in range(2))
+    assert not torch.equal(first[0]["pixel_values"], again[0]["pixel_values"])
+    batch = task.collate(first)
+    assert batch["labels"].shape == (4, 1000) and batch["labels"].is_floating_point()
+    torch.testing.assert_close(batch["labels"].sum(1), torch.ones(4))
+    calm, calm_again = (list(itertools.islice(task.test, 4)) for _ in range(2))
+    assert torch.equal(calm[0]["pixel_values"], calm_again[0]["pixel_values"])
+    assert task.collate(calm)["labels"].shape == (4,)
+
+
+def test_windows_of_a_full_recipe_hold_every_token_once():
+    settings = Settings(**read_yaml(ROOT / "recipes" / "full" / "gpt2_small.yaml"))
+    task = full_scale.load(settings, dry_run=True)
+    windows = list(itertools.islice(task.train, 3))
+    assert all(len(window["input_ids"]) == 1024 for window in windows)
+    assert not torch.equal(windows[0]["input_ids"], windows[1]["input_ids"])
+    masked = full_scale.load(
+        Settings(**read_yaml(ROOT / "recipes" / "full" / "bert_base.yaml")), dry_run=True
+    )
+    labels = masked.collate(list(itertools.islice(masked.train, 4)))["labels"]
+    assert 0.1 < (labels != -100).float().mean() < 0.2
 
 
 def test_the_text_is_real_and_its_references_are_entropies():

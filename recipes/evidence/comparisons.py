@@ -143,10 +143,11 @@ def _judge_ablations(results: Results) -> Verdict:
         for tau in GRID_TAUS
     }
     grid = "; ".join(f"tau {tau:g}: {row}" for tau, row in rows.items())
+    rates = ", ".join(f"{rate:g}" for rate in GRID_RATES)
     return "measured", (
         f"test loss with norms / without / without and with sigmaReparam at 1e-3: {norms}. Power "
-        f"iterations of AdamW2: {iterations}; against depth see hf-stable bench adamw2. Grid at rates "
-        f"{', '.join(f'{rate:g}' for rate in GRID_RATES)}: {grid}"
+        f"iterations of AdamW2: {iterations}; against depth see hf-stable bench adamw2. Grid at "
+        f"rates {rates}: {grid}"
     )
 
 
