@@ -15,17 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from datasets import Dataset, load_dataset
 from torch import Tensor
 from torch.utils.data import IterableDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_stable.cost_model import MACHINES, measure_shape, step_costs
+from hf_stable.cost_model import MACHINES
 from recipes.data import Task
 from recipes.settings import Settings
 
-DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_EXAMPLES = 2, 4, 2, 16
+DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_EXAMPLES = 2, 2, 2, 16
 BUFFER = 10_000
 """Examples among which a stream is shuffled."""
 
@@ -41,7 +43,7 @@ def load(settings: Settings, *, dry_run: bool = False) -> Task:
         dry_run: take local digits, as image files, or the standard library's source instead.
 
     Raises:
-        ImportError: if there are images and no torchvision.
+        ImportError: if there are images and no kornia.
         ValueError: if it is not said which column has what.
     """
     if not settings.text_column and not (settings.image_column and settings.label_column):
@@ -70,10 +72,24 @@ def shrink(settings: Settings) -> Settings:
 
 
 def gpu_hours(model: Any, settings: Settings) -> float:
-    """Return the hours of one H100 that a recipe takes, at the rate that `bench --plan` assumes."""
-    tokens = settings.global_batch * _tokens_of(model.config)
-    cost = step_costs(measure_shape(model), num_processes=1, tokens=tokens)["model"]
-    return settings.steps * cost.flops / MACHINES["h100"].flops / 3600
+    """Return the hours of one H100 that a recipe takes, at the rate that `bench --plan` assumes.
+
+    Args:
+        model: on the device "meta"; the operations of a forward are counted there, and a backward
+            is twice a forward.
+        settings: of the recipe.
+    """
+    config = model.config
+    if settings.image_column:
+        pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+        inputs = {"pixel_values": pixels}
+    else:
+        ids = torch.zeros(1, _context(settings), dtype=torch.long, device="meta")
+        inputs = {"input_ids": ids}
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    flops = 3 * counter.get_total_flops() * settings.global_batch * settings.steps
+    return flops / MACHINES["h100"].flops / 3600
 
 
 def _stream(settings: Settings) -> Callable[[str], Any]:
@@ -84,64 +100,87 @@ def _stream(settings: Settings) -> Callable[[str], Any]:
     return stream
 
 
-def _tokens_of(config: Any) -> int:
-    if hasattr(config, "vocab_size"):
-        return int(config.max_position_embeddings)
-    return int((config.image_size // config.patch_size) ** 2)
-
-
 # Images
 
 
 def _images(settings: Settings, stream: Callable[[str], Any]) -> Task:
-    from torchvision.transforms import v2
+    import kornia.augmentation as augment
+    from kornia.augmentation.auto import RandAugment
 
     config = settings.model_config or {}
     size, num_labels = config.get("image_size", 224), config.get("num_labels", 1000)
     # Means and deviations of ImageNet, as timm and the original code of Swin use them.
-    finish = [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ]
-    augment = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    finish = augment.Normalize(
+        torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    )
+    changes = [augment.RandomResizedCrop((size, size)), augment.RandomHorizontalFlip()]
     if settings.randaugment:
-        augment.append(v2.RandAugment(magnitude=settings.randaugment))
-    train = v2.Compose([*augment, *finish])
-    test = v2.Compose([v2.Resize(size * 256 // 224), v2.CenterCrop(size), *finish])
+        changes.append(RandAugment(n=2, m=settings.randaugment))
+    train = torch.nn.Sequential(*changes, finish)
+    test = torch.nn.Sequential(
+        augment.Resize(size * 256 // 224, side="short"), augment.CenterCrop(size), finish
+    )
 
     def prepare(example: dict[str, Any], transform: Any) -> dict[str, Any]:
-        image = transform(example[settings.image_column].convert("RGB"))
+        pixels = numpy.array(example[settings.image_column].convert("RGB"))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
         label = int(example[settings.label_column])
-        return {"pixel_values": image, "labels": label, "mixed": transform is train}
+        return {"pixel_values": transform(image)[0], "labels": label, "mixed": transform is train}
 
-    mixes = [
-        kind(alpha=alpha, num_classes=num_labels)
-        for kind, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix))
-        if alpha
+    examples = [
+        _Mapped(functools.partial(stream, split), functools.partial(prepare, transform=transform))
+        for split, transform in (("train", train), ("validation", test))
     ]
     return Task(
-        _Mapped(functools.partial(stream, "train"), functools.partial(prepare, transform=train)),
-        _Mapped(
-            functools.partial(stream, "validation"), functools.partial(prepare, transform=test)
-        ),
+        *examples,
         num_labels=num_labels,
         image_size=size,
         num_channels=3,
         reference=math.log(num_labels),
         is_small=False,
-        collate=functools.partial(_collate, mix=v2.RandomChoice(mixes) if mixes else None),
+        collate=functools.partial(_collate, settings=settings, num_labels=num_labels),
         loss=functools.partial(_soft_loss, smoothing=settings.label_smoothing),
     )
 
 
-def _collate(examples: list[dict[str, Any]], mix: Any) -> dict[str, Tensor]:
+def _collate(
+    examples: list[dict[str, Any]], settings: Settings, num_labels: int
+) -> dict[str, Tensor]:
     """Batch images; mix those that are trained on, which makes labels (batch, classes)."""
     pixels = torch.stack([example["pixel_values"] for example in examples])
     labels = torch.tensor([example["labels"] for example in examples])
-    if mix is not None and examples[0]["mixed"]:
-        pixels, labels = mix(pixels, labels)
+    kinds = [
+        (mix, alpha)
+        for mix, alpha in ((mix_up, settings.mixup), (cut_mix, settings.cutmix))
+        if alpha
+    ]
+    if kinds and examples[0]["mixed"]:
+        mix, alpha = kinds[int(torch.randint(len(kinds), ()))]
+        share = float(torch.distributions.Beta(alpha, alpha).sample())
+        pixels, share = mix(pixels, share)
+        targets = torch.nn.functional.one_hot(labels, num_labels).float()
+        labels = share * targets + (1 - share) * targets.flip(0)
     return {"pixel_values": pixels, "labels": labels}
+
+
+def mix_up(images: Tensor, share: float) -> tuple[Tensor, float]:
+    """Blend each image with the one opposite in the batch (Zhang et al. 2018); return its share."""
+    return share * images + (1 - share) * images.flip(0), share
+
+
+def cut_mix(images: Tensor, share: float) -> tuple[Tensor, float]:
+    """Paste a box of the opposite image into each (Yun et al. 2019); return what is left of it."""
+    sides = images.shape[-2:]
+    middle = [int(torch.randint(side, ())) for side in sides]
+    reach = [side * math.sqrt(1 - share) / 2 for side in sides]
+    rows, columns = (
+        slice(max(0, round(m - r)), min(side, round(m + r)))
+        for m, r, side in zip(middle, reach, sides, strict=True)
+    )
+    mixed = images.clone()
+    mixed[..., rows, columns] = images.flip(0)[..., rows, columns]
+    pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return mixed, 1 - pasted / (sides[0] * sides[1])
 
 
 def _soft_loss(

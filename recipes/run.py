@@ -172,6 +172,7 @@ def training_arguments(
         # A task with a loss of its own smooths in it.
         label_smoothing_factor=settings.label_smoothing if smooths else 0.0,
         dataloader_num_workers=settings.workers,
+        remove_unused_columns=False,  # tasks hold what is needed, for the model or to collate
         bf16=settings.bf16,
         logging_steps=1,
         logging_nan_inf_filter=False,
