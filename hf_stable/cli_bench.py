@@ -49,7 +49,7 @@ def _bench(
         return
     if context.invoked_subcommand is not None:
         raise ValueError(f"--plan measures nothing: leave out {context.invoked_subcommand!r}")
-    from hf_stable.bench_scale import make_plan, print_plan
+    from hf_stable.planning import make_plan, print_plan
 
     made = make_plan(
         plan,

@@ -107,8 +107,13 @@ def standalone_form(model: Any) -> Iterator[None]:
 
 
 def register_auto_classes() -> None:
-    """Let the auto classes load models without norms in this process, without remote code."""
+    """Let the auto classes load models without norms in this process, without remote code.
+
+    An architecture that is a user's own has no class in transformers to derive one from.
+    """
     for model_type in supported_architectures():
+        if model_type not in transformers.CONFIG_MAPPING:
+            continue
         native_config = transformers.CONFIG_MAPPING[model_type]
         config_class = standalone_class(native_config)
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

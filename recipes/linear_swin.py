@@ -83,33 +83,36 @@ class LinearSwinForImageClassification(SwinForImageClassification):
         self.post_init()
 
 
-hf_stable.register_architecture(
-    Architecture(
-        model_type="linear_swin",
-        block=Block(
-            class_name="SwinLayer",
-            attentions=(
-                Attention(
-                    module="attention",
-                    query="attention.q_proj",
-                    key="attention.k_proj",
-                    value="attention.v_proj",
-                    output="attention.o_proj",
-                ),
+ARCHITECTURE = Architecture(
+    model_type="linear_swin",
+    block=Block(
+        class_name="SwinLayer",
+        attentions=(
+            Attention(
+                module="attention",
+                query="attention.q_proj",
+                key="attention.k_proj",
+                value="attention.v_proj",
+                output="attention.o_proj",
             ),
-            mlp_in=("mlp.fc1",),
-            mlp_out=("mlp.fc2",),
-            pre_norms=("layernorm_before", "layernorm_after"),
         ),
-        layers=(
-            Member("SwinPatchEmbeddings", "projection"),
-            Member("SwinPatchMerging", "reduction"),
-        ),
-        heads=(Member("LinearSwinForImageClassification", "classifier"),),
-        norms=(
-            Member("SwinEmbeddings", "norm"),
-            Member("SwinPatchMerging", "norm"),
-            Member("SwinModel", "layernorm"),
-        ),
-    )
+        mlp_in=("mlp.fc1",),
+        mlp_out=("mlp.fc2",),
+        pre_norms=("layernorm_before", "layernorm_after"),
+    ),
+    layers=(
+        Member("SwinPatchEmbeddings", "projection"),
+        Member("SwinPatchMerging", "reduction"),
+    ),
+    heads=(Member("LinearSwinForImageClassification", "classifier"),),
+    norms=(
+        Member("SwinEmbeddings", "norm"),
+        Member("SwinPatchMerging", "norm"),
+        Member("SwinModel", "layernorm"),
+    ),
 )
+
+
+def register() -> None:
+    """Make the architecture known to hf_stable; again, if it is already."""
+    hf_stable.register_architecture(ARCHITECTURE, overwrite=True)

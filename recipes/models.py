@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
+from recipes import linear_swin
 from recipes.data import CONTEXT, Task
-from recipes.linear_swin import LinearSwinConfig, LinearSwinForImageClassification
 from recipes.settings import Settings
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ INITS = ("default", "xavier", "truncated_xavier")
 CLASSES = {
     "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
     "swin": (transformers.SwinConfig, transformers.SwinForImageClassification),
-    "linear_swin": (LinearSwinConfig, LinearSwinForImageClassification),
+    "linear_swin": (linear_swin.LinearSwinConfig, linear_swin.LinearSwinForImageClassification),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
 }
@@ -54,6 +54,8 @@ def build(settings: Settings, task: Task) -> Any:
     """
     if settings.model not in CLASSES:
         raise ValueError(f"model {settings.model!r} is none of {', '.join(CLASSES)}")
+    if settings.model == "linear_swin":
+        linear_swin.register()
     transformers.set_seed(settings.seed)
     config_class, model_class = CLASSES[settings.model]
     if settings.model == "bert" and not task.is_small:

@@ -14,7 +14,10 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
+from packaging.version import Version
 from torch import nn
+
+from hf_stable.architectures import registry
 
 MODEL_TYPES = ("gpt2", "vit", "swin", "bert")
 
@@ -92,9 +95,24 @@ def sgd_steps(model: nn.Module, *, steps: int = 3, lr: float = 0.1) -> list[floa
     return losses
 
 
+def add_adapter(model, config) -> None:
+    """Add an adapter as transformers does it itself, where it takes the PEFT that is installed."""
+    peft = pytest.importorskip("peft")
+    needed = transformers.integrations.peft.MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(needed):
+        pytest.skip(f"transformers' add_adapter needs peft {needed}")
+    model.add_adapter(config)
+
+
 @pytest.fixture(params=MODEL_TYPES)
 def model_type(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Registrations that end with the test."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
 
 @pytest.fixture

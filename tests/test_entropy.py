@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import MODEL_TYPES, tiny_batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -24,7 +25,6 @@ from hf_stable.entropy import (
     rank_share,
     sample_queries,
 )
-from tests.conftest import MODEL_TYPES, tiny_batch, tiny_model
 
 NEG = -math.inf
 

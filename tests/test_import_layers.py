@@ -26,7 +26,7 @@ LEVELS = {
           checkpoints exporting monitoring rollbacks run_measures cost_model""",
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
-          bench_scale cli_bench
+          bench_scale planning cli_bench
           block_inspection
           checkpoint_findings checkpoint_comparison inspection folding consolidation diagnosis
           terminal run
@@ -159,7 +159,7 @@ def test_the_file_that_exports_carry_stands_alone():
     assert not [name for name in imports_of(source) if name.startswith("hf_stable")]
 
 
-MEASURES = ("alarms", "entropy", "spectral")
+MEASURES = ("alarms", "cost_model", "entropy", "planning", "spectral")
 """Modules of pure functions that are public beside the package's own names."""
 
 

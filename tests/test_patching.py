@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from conftest import add_adapter, sgd_steps, tiny_batch, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,6 @@ import hf_stable
 from hf_stable import SigmaReparamConfig, UnsupportedModelError
 from hf_stable.patching import patch_configs
 from hf_stable.sigma_layers import SigmaLayer, live_layers
-from tests.conftest import sgd_steps, tiny_batch, tiny_model
 
 NUM_LAYERS = {"gpt2": 8, "vit": 13, "swin": 26, "bert": 13}
 """Layers that the tiny models have, their heads not counted."""
@@ -507,7 +507,7 @@ def adapter_of_transformers(model, tmp_path):
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+        add_adapter(model, peft.LoraConfig(target_modules=["q_proj"]))
     return model
 
 

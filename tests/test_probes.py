@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import transformers
+from conftest import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from torch import nn
 
 from hf_stable.architectures import registry
@@ -23,7 +24,6 @@ from hf_stable.entropy import attention_entropy
 from hf_stable.patching import fold, patch, sigma_layers
 from hf_stable.probes import ATTENTION_TERMS, TERMS, probe
 from hf_stable.recording import MAP_SIZE
-from tests.conftest import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 
 FIFTEEN = (
     "sigma_wq", "sigma_wk", "sigma_wv", "sigma_wo", "sigma_w1", "sigma_w2", "sigma_qk", "sigma_ov",

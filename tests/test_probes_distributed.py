@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 import torch
+from conftest import tiny_batch, tiny_model
 
 from hf_stable.probes import probe
-from tests.conftest import tiny_batch, tiny_model
 
 SCRIPT = """
 import sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -21,18 +22,8 @@ def block(name: str) -> str:
     return found[1]
 
 
-@pytest.fixture
-def registry():
-    """Take back what a block registers."""
-    from hf_stable.architectures.registry import _registry
-
-    before = dict(_registry)
-    yield
-    _registry.clear()
-    _registry.update(before)
-
-
-def test_own_architecture_block_makes_a_llama_patchable(registry):
+@pytest.mark.usefixtures("own_registry")
+def test_own_architecture_block_makes_a_llama_patchable():
     config = transformers.LlamaConfig(
         vocab_size=11,
         hidden_size=16,
@@ -71,6 +62,18 @@ def test_every_command_in_the_readme_exists():
 def test_the_two_commands_install_torch_first():
     for name in ("main-job", "tests"):
         assert block(name).startswith("pip install torch==2.13.0 && pip install -e ")
+
+
+def test_rates_of_alarms_are_those_of_the_replayed_runs():
+    evidence = Path(__file__).resolve().parents[1] / "recipes" / "evidence" / "alarms.json"
+    rates = json.loads(evidence.read_text())["other seeds"]
+    said = " ".join(README.split())
+    for sentence in (
+        "{false_alarms} of {healthy} healthy runs raised an alarm",
+        "{missed} of {collapsed} collapsed ones did not",
+        "{alarms_before_loss_was_lost} alarms came before",
+    ):
+        assert sentence.format(**rates) in said
 
 
 @pytest.mark.parametrize("name", ["plain-loop", "accelerate-loop"])

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from conftest import sgd_steps, tiny_batch, tiny_model
+from gloo_ranks import run_ranks
+from reference import sigma_reparam_svd as reference
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -18,9 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 import hf_stable
 from hf_stable.refreshing import install_hooks, refresh
 from hf_stable.sigma_layers import SigmaLayer, live_layers
-from tests.conftest import sgd_steps, tiny_batch, tiny_model
-from tests.gloo_ranks import run_ranks
-from tests.reference import sigma_reparam_svd as reference
 
 
 def patched(model_type="vit", head=None, **overrides):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_stable
 from hf_stable.adamw2_groups import ModelAdamW2
-from hf_stable.bench_scale import PRESETS, Size, bench_scale, fit, make_plan
+from hf_stable.bench_scale import Size, bench_scale, fit
 from hf_stable.cli import main
 from hf_stable.cost_model import MACHINES, Cost, measure_shape, step_costs
+from hf_stable.planning import PRESETS, make_plan
 from hf_stable.sigma_reparam import sigma_layers
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_shapes_are_those_of_the_optimizer_and_the_patch(model_type):
@@ -210,3 +214,16 @@ def test_collectives_are_those_of_real_processes():
         (expected,) = costs["sigmaReparam"].collectives
         assert of_refresh == expected.bytes
         assert found["model"] == [c.count for c in costs["model"].collectives]
+
+
+def test_the_page_on_scale_is_that_of_its_command(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from recipes import scale
+
+    assert (ROOT / "recipes" / "scale.md").read_text() == scale.page()
+    errors = [
+        abs(row["error"])
+        for row in json.loads((ROOT / "recipes" / "scale.json").read_text())["results"]
+        if not row["fitted"]
+    ]
+    assert len(errors) == 20 and max(errors) <= 0.25

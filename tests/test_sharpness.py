@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import tiny_batch, tiny_model
 from torch import nn
 
 from hf_stable.patching import patch
 from hf_stable.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
-from tests.conftest import tiny_batch, tiny_model
 
 
 def quadratic(eigenvalues, seed=0):

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from conftest import tiny_batch, tiny_model
+from reference import sigma_reparam_svd as reference
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +16,6 @@ from transformers.pytorch_utils import Conv1D
 import hf_stable
 from hf_stable.sigma_function import effective_weight, scaled_linear, scales_in_product
 from hf_stable.sigma_layers import SigmaLayer, install, prepare
-from tests.conftest import tiny_batch, tiny_model
-from tests.reference import sigma_reparam_svd as reference
 
 CASES = {  # shape of the weight, number of blocks, dimension along which they lie
     "one block": ((5, 4), 1, 0),

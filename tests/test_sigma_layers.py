@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from reference import sigma_reparam_svd as reference
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,7 +24,6 @@ from hf_stable.sigma_layers import (
     live_layers,
     prepare,
 )
-from tests.reference import sigma_reparam_svd as reference
 
 LAYERS = {  # how to build the plain layer, number of blocks, shape of an input
     "Linear": (lambda: nn.Linear(12, 9), 1, (2, 20, 12)),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -21,7 +22,6 @@ from hf_stable.spectral import (
     spectral_dtype,
     split_blocks,
 )
-from tests.gloo_ranks import run_ranks
 
 LARGE = EXACT_SVD_MAX_DIM + 1
 

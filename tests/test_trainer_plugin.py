@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import tiny_batch, tiny_model
+from conftest import add_adapter, tiny_batch, tiny_model
 from tiny_training import dropout_model, make_trainer
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
@@ -188,7 +188,7 @@ def lora(**options):
     [
         lambda model: peft.get_peft_model(model, lora()),
         lambda model: peft.inject_adapter_in_model(lora(), model),
-        lambda model: model.add_adapter(lora()),
+        lambda model: add_adapter(model, lora()),
         lambda model: peft.get_peft_model(model, lora(use_dora=True)),
         lambda model: peft.get_peft_model(model, lora(), mixed=True),
     ],

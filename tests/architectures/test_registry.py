@@ -77,9 +77,7 @@ def deit_architecture():
 CASES = {"llama": (tiny_llama, lambda: LLAMA, 14), "deit": (tiny_deit, deit_architecture, 13)}
 
 
-@pytest.fixture(autouse=True)
-def registry_of_its_own(monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
