@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.method_config import CONFIGS_ATTRIBUTE
 from hf_stable.norm_removal import RemovalConfig
 from hf_stable.patching import STATE_FILE, patch_configs
+from hf_stable.provenance import restore_provenance
 from hf_stable.sidecar import WAY_OUT, SavedState, read_state
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SIGMA_CLASSES, SigmaLayer, SigmaState
@@ -36,9 +37,12 @@ __all__ = [
     "fold_state_dict",
     "is_complete",
     "load",
+    "mark_incomplete",
     "newest_complete",
     "restoring",
 ]
+
+_WRITTEN_LAST = "trainer_state.json"
 
 Folder = str | os.PathLike[str]
 
@@ -55,14 +59,15 @@ def fold_state_dict(
     Args:
         model: a patched model.
         state_dict: its state dict, or one of the same names (gathered from shards, averaged).
-            Parts of a layer that it lacks beside the weight are taken from the model.
+            sigma, u and v that it lacks are taken from the model.
 
     Returns:
         `(plain, raw)`: the state dict of the plain model, and the tensors of a sidecar, which is
         empty unless every patched layer is in the state dict.
 
     Raises:
-        ValueError: if the names are those of a wrapper around the model.
+        ValueError: if a layer's weight is there but not its gamma, or the names are those of a
+            wrapper around the model.
     """
     plain = {key: _whole(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
@@ -74,6 +79,12 @@ def fold_state_dict(
         if weight is None:
             continue
         num_found += 1
+        if parts["gamma"] is None:
+            raise ValueError(
+                f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "
+                "plain or folded model, the weights are scaled already and would be scaled twice. "
+                "Pass the whole state dict of the patched model, or save the folded model itself"
+            )
         for part, tensor in parts.items():
             if tensor is None:
                 parts[part] = _whole(getattr(layer, part)).detach().to(weight.device)
@@ -141,6 +152,7 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
         layers.append((module, SigmaState(gamma, sigma, u, v, block_dim, name)))
     SigmaReparamPlan(tuple(layers)).apply()
     setattr(model, CONFIGS_ATTRIBUTE, saved.configs)
+    restore_provenance(model, saved.provenance)
     return model
 
 
@@ -189,13 +201,19 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
         )
 
 
+def mark_incomplete(checkpoint: Folder) -> None:
+    """Take away what `is_complete` knows a whole checkpoint by, before it is written again."""
+    with suppress(FileNotFoundError):
+        os.remove(os.path.join(checkpoint, _WRITTEN_LAST))
+
+
 def is_complete(checkpoint: Folder) -> bool:
     """Say whether the Trainer finished writing a checkpoint.
 
     `trainer_state.json` is written last; every safetensors file has to be as long as it says.
     """
     try:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        with open(os.path.join(checkpoint, _WRITTEN_LAST), encoding="utf-8") as file:
             json.load(file)
         for name in os.listdir(checkpoint):
             if name.endswith(".safetensors"):

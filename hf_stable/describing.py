@@ -23,7 +23,7 @@ class LayerReport:
     Attributes:
         name: qualified name of the layer.
         kind: class of the layer.
-        shape: shape of its weight, as stored.
+        shape: shape of its weight, as stored; empty for a module without one.
         sigma: largest singular value of each block, as last refreshed; empty if not patched.
         gamma: learnable scale of each block; empty if not patched.
         skipped: why the layer is not patched, or None.
@@ -104,13 +104,14 @@ def describe(model: nn.Module) -> PatchReport:
     rows = []
     for layer in find_layers(model, lookup(model)):
         module: Any = layer.module
-        shape = tuple(module.weight.shape)
+        weight = getattr(module, "weight", None)  # a head may be replaced by anything
+        shape = () if weight is None else tuple(weight.shape)
         if isinstance(module, SigmaLayer):
             kind = type(module).__name__
             sigma, gamma = tuple(module.sigma.tolist()), tuple(module.gamma.tolist())
             rows.append(LayerReport(layer.name, kind, shape, sigma, gamma))
         else:
-            reason = reasons.get(layer.name, otherwise)
+            reason = reasons.get(layer.name, otherwise) if weight is not None else "has no weight"
             rows.append(LayerReport(layer.name, type(module).__name__, shape, skipped=reason))
     norms = find_norms(model, lookup(model))
     removed = tuple(norm.name for norm in norms if isinstance(norm.module, nn.Identity))

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "nearest"]
+__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "method_options", "nearest"]
 
 CONFIGS_ATTRIBUTE = "hf_stable_configs"
 """The attribute of a patched model that holds its configs."""
+
+Config = TypeVar("Config", bound="MethodConfig")
 
 
 @dataclass(frozen=True)
@@ -36,21 +49,44 @@ class MethodConfig:
         Raises:
             ValueError: for an unknown option, naming the nearest one.
         """
-        allowed = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in allowed:
-                raise ValueError(
-                    f"unknown option {name!r} of {cls.method}{nearest(name, allowed)}; its "
-                    f"options are {', '.join(allowed)}"
-                )
+        if problem := cls._problem_with(options):
+            raise ValueError(problem)
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain data."""
         return asdict(self)
 
+    @classmethod
+    def _problem_with(cls, names: Iterable[str]) -> str:
+        allowed = [field.name for field in fields(cls)]
+        for name in names:
+            if name not in allowed:
+                return (
+                    f"unknown option {name!r} of {cls.method}{nearest(name, allowed)}; its "
+                    f"options are {', '.join(allowed)}"
+                )
+        return ""
+
+
+@dataclass_transform(frozen_default=True)
+def method_options(cls: type[Config]) -> type[Config]:
+    """Make a frozen dataclass whose TypeError for an unknown option names the nearest one."""
+    made: Any = dataclass(frozen=True)(cls)
+    plain_init = made.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Config, *args: Any, **options: Any) -> None:
+        if problem := made._problem_with(options):
+            raise TypeError(problem)
+        plain_init(self, *args, **options)
+
+    made.__init__ = init
+    return made
+
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
     """Return " (did you mean 'x'?)" for the closest allowed value, or nothing."""
-    close = difflib.get_close_matches(str(given), [str(value) for value in allowed], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    names = {str(value).lower(): str(value) for value in allowed}
+    close = difflib.get_close_matches(str(given).lower(), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""

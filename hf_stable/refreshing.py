@@ -8,9 +8,10 @@ hook of torch does it, so any loop and any optimizer will do.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -25,10 +26,11 @@ from hf_stable.settling import mark_settled
 from hf_stable.sigma_layers import SigmaLayer, live_layers
 from hf_stable.spectral import RowShard, matrix_blocks, power_step
 
-__all__ = ["install_hooks", "refresh"]
+__all__ = ["hooks_are_installed", "install_hooks", "refresh"]
 
 _stepping: list[ref[Optimizer]] = []
-_checked_layers: set[int] = set()  # serial numbers: a layer folded and patched again is new
+# Serial numbers of layers: one that is folded and patched again is new.
+_checked: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
@@ -37,6 +39,11 @@ def install_hooks() -> None:
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
         _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def hooks_are_installed() -> bool:
+    """Say whether `install_hooks` has been called in this process."""
+    return bool(_hooks)
 
 
 @torch.no_grad()
@@ -61,9 +68,15 @@ def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
         sigmas += layer.sigma.unbind()
         us += layer.sigma_u.unbind()
         vs += layer.sigma_v.unbind()
-    triples = power_step(matrices, us, vs)
+    near_us, near_vs = us, vs
+    if any(layer.weight.device != layer.sigma.device for layer in layers):
+        # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
+        shards = [each.local if isinstance(each, RowShard) else each for each in matrices]
+        near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
+        near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
+    triples = power_step(matrices, near_us, near_vs)
     for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
-        new = list(moved)
+        new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
         if keep is not None:
             new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
@@ -86,10 +99,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     ]
     if not layers:
         return
-    unseen = [layer for layer in layers if layer.serial_number not in _checked_layers]
+    checked = _checked.setdefault(optimizer, set())
+    unseen = [layer for layer in layers if layer.serial_number not in checked]
     if unseen:
         _check_gammas_are_trained(unseen, owned)
-        _checked_layers.update(layer.serial_number for layer in unseen)
+        checked.update(layer.serial_number for layer in unseen)
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
     moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
@@ -111,19 +125,35 @@ def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
 
 
 def _check_gammas_are_trained(layers: Iterable[SigmaLayer], owned: set[int]) -> None:
-    """Raise if the weight of a layer moves but its gamma never will, or not in step with others."""
+    """Raise if the weight of a layer moves but its gamma never will, or not in step with others.
+
+    A frozen gamma is warned of: it may be meant, or left over from a weight that was frozen too.
+    """
+    frozen = [layer for layer in layers if not layer.gamma.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} reparametrised layers (first: {frozen[0].layer_name!r}) train their "
+            "weight under a frozen gamma, so their spectral norms stay as they are. gamma starts "
+            "frozen where its weight is when hf_stable.patch is called: unless this is meant, "
+            "unfreeze it too, before the optimizer is built",
+            UserWarning,
+            stacklevel=4,
+        )
     missing = [
         layer for layer in layers if layer.gamma.requires_grad and id(layer.gamma) not in owned
     ]
     if missing:
-        # Another optimizer may have them: matrices to one, everything else to another.
-        elsewhere = {
-            id(p)
+        # Another optimizer may have them: matrices to one, everything else to another. One that
+        # has the weight as well is an earlier one.
+        others = [
+            {id(p) for group in other.param_groups for p in group["params"]}
             for other in _live_instances(Optimizer)
-            for group in other.param_groups
-            for p in group["params"]
-        }
-        missing = [layer for layer in missing if id(layer.gamma) not in elsewhere]
+        ]
+        missing = [
+            layer
+            for layer in missing
+            if not any(id(layer.gamma) in o and id(layer.weight) not in o for o in others)
+        ]
     if missing:
         raise RuntimeError(
             f"{len(missing)} reparametrised layers (first: {missing[0].layer_name!r}) have their "

@@ -60,6 +60,7 @@ def settle(layer: SigmaLayer) -> None:
     """
     weight: Any = layer.weight
     whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    whole = whole.to(layer.sigma.device)  # an offloaded shard is on the CPU
     blocks: list[Any] = matrix_blocks(whole, layer.num_blocks, layer.block_dim)
     with torch.autocast(whole.device.type, enabled=False):
         now = torch.stack(

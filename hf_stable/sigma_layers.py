@@ -55,6 +55,8 @@ __all__ = [
     "prepare",
 ]
 
+_ALIGNMENT = 64  # bytes, of what torch allocates
+
 _serial_numbers = itertools.count()
 _live: WeakSet[SigmaLayer] = WeakSet()
 
@@ -288,7 +290,7 @@ def prepare(
             f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
             f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
             "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
-            "sigma would break)"
+            "sigma would break). To patch the others, exclude it"
         )
     weight: Any = layer.weight
     block_dim = 1 if type(layer) is Conv1D else 0
@@ -314,6 +316,10 @@ def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
     sigma_class: Any = SIGMA_CLASSES[type(layer)]
     layer.__class__ = sigma_class
     assert isinstance(layer, SigmaLayer)
+    if layer.weight.data_ptr() % _ALIGNMENT:
+        # It lies as safetensors found it in the file. Products with vectors round otherwise there,
+        # and a run would depend on whether its weights were just initialised or loaded.
+        layer.weight.data = layer.weight.data.clone()
     layer.gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
@@ -334,7 +340,8 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     settle_if_moved(layer)
     weight = layer.weight
     gamma = layer.gamma.full_tensor() if isinstance(layer.gamma, DTensor) else layer.gamma
-    scale = spread_over_blocks(gamma / layer.sigma, weight, layer.block_dim)
+    sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
+    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
     if isinstance(weight, DTensor):
         shard = matrix_blocks(weight)[0]
         if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:

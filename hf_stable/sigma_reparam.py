@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from hf_stable.architectures.registry import FoundLayer, find_layers, lookup
-from hf_stable.method_config import MethodConfig, nearest
+from hf_stable.architectures.registry import FoundLayer, find_layers, lookup, state_dict_name
+from hf_stable.method_config import MethodConfig, method_options, nearest
 from hf_stable.refreshing import install_hooks
 from hf_stable.settling import settle
 from hf_stable.sigma_layers import SigmaLayer, SigmaState, install, prepare
@@ -24,18 +24,16 @@ __all__ = [
     "sigma_layers",
 ]
 
-CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
-"""What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
-and takes out of state dicts."""
 
-
-@dataclass(frozen=True)
+@method_options
 class SigmaReparamConfig(MethodConfig):
     """sigmaReparam (Zhai et al. 2023): `W_hat = gamma / sigma(W) * W` in every linear layer.
 
     Attributes:
         init: `"spectral"` starts gamma at sigma(W), so that patching changes no output (for
-            pretrained weights); `"one"` starts it at 1, as the paper's text does.
+            pretrained weights): bit for bit in float32 on a CPU, elsewhere up to one more rounding
+            per layer where few tokens are evaluated. `"one"` starts it at 1, as the paper's text
+            does.
         fused_qkv: `"split"` gives each part of a fused projection a sigma and a gamma of its own;
             `"joint"` one for the whole matrix, as the authors' vision code does.
         heads: `"include"` also reparametrises untied heads.
@@ -56,9 +54,13 @@ class SigmaReparamConfig(MethodConfig):
         super().__post_init__()
         for name in ("include", "exclude"):
             given = getattr(self, name)
-            if isinstance(given, str):
+            if given is None:
+                continue
+            is_sequence = isinstance(given, Iterable) and not isinstance(given, str)
+            patterns = tuple(given) if is_sequence else (None,)
+            if not all(isinstance(pattern, str) for pattern in patterns):
                 raise TypeError(f"{name} takes a sequence of glob patterns, got {given!r}")
-            object.__setattr__(self, name, None if given is None else tuple(given))
+            object.__setattr__(self, name, patterns)
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
     """
     names = [layer.name for layer in find_layers(model, lookup(model))]
     _refuse_idle_patterns(config, names)
-    chosen, _ = choose_layers(model, config)
+    chosen, reasons = choose_layers(model, config)
     if not chosen:
+        asked = [name for name in reasons if _is_asked_for(name, config)]
+        why = "".join(f"; {name!r} is skipped, {reasons[name]}" for name in asked)
         raise ValueError(
             f"no layer left to patch with include={config.include}, exclude={config.exclude}, "
-            f"heads={config.heads!r}; the patterns are matched against names such as "
+            f"heads={config.heads!r}{why}; the patterns are matched against names such as "
             f"{', '.join(map(repr, names[:3]))}"
         )
     states = []
@@ -105,7 +109,7 @@ def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
     around blocks for activation checkpointing.
     """
     return [
-        (name.replace(CHECKPOINT_WRAPPER, ""), module)
+        (state_dict_name(name), module)
         for name, module in model.named_modules()
         if isinstance(module, SigmaLayer)
     ]
@@ -171,6 +175,11 @@ def _tied_to(model: nn.Module) -> dict[str, str]:
         if len(group) > 1
     }
     return dict(getattr(model, "all_tied_weights_keys", None) or {}) | shared
+
+
+def _is_asked_for(name: str, config: SigmaReparamConfig) -> bool:
+    included = config.include is None or _matches(name, config.include)
+    return included and not _matches(name, config.exclude or ())
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

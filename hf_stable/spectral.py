@@ -45,7 +45,8 @@ EXACT_SVD_MAX_DIM = 128
 """Matrices whose shorter side is at most this long get a full SVD; larger ones get Lanczos."""
 
 STACK_MAX_NUMEL = 1 << 15
-"""Matrices of up to so many entries are copied into one batch: cheaper than a call for each."""
+"""On a CPU, matrices of up to so many entries are copied into one batch: cheaper than a call for
+each. On a GPU, where a kernel's launch costs more than the copy, all are."""
 
 MAX_BANDS = 16
 """Parts of a matrix whose products with a vector the threads of a CPU share."""
@@ -151,17 +152,26 @@ def leading_triple(
                 f"a {tuple(matrix.shape)} matrix has NaN or infinite entries: its largest "
                 "singular value is undefined"
             )
-        if min(matrix.shape[-2:]) <= EXACT_SVD_MAX_DIM:
-            return _leading_by_svd(matrix)
-        if matrix.ndim == 2:
-            return _leading_by_lanczos(matrix, tolerance, max_iterations)
-        triples = [
-            _leading_by_lanczos(block, tolerance, max_iterations) for block in matrix.flatten(0, -3)
-        ]
-        batch = matrix.shape[:-2]
-        return SingularTriple(
-            *(torch.stack(part).unflatten(0, batch) for part in zip(*triples, strict=True))
+        # Squares of entries beyond 1e19, or below its inverse, leave the range of float32.
+        scale = matrix.abs().amax((-2, -1), keepdim=True)
+        sigma, u, v = _leading_of_scaled(
+            matrix / torch.where(scale > 0, scale, 1.0), tolerance, max_iterations
         )
+        return SingularTriple(sigma * scale[..., 0, 0], u, v)
+
+
+def _leading_of_scaled(matrix: Tensor, tolerance: float, max_iterations: int) -> SingularTriple:
+    if min(matrix.shape[-2:]) <= EXACT_SVD_MAX_DIM:
+        return _leading_by_svd(matrix)
+    if matrix.ndim == 2:
+        return _leading_by_lanczos(matrix, tolerance, max_iterations)
+    triples = [
+        _leading_by_lanczos(block, tolerance, max_iterations) for block in matrix.flatten(0, -3)
+    ]
+    batch = matrix.shape[:-2]
+    return SingularTriple(
+        *(torch.stack(part).unflatten(0, batch) for part in zip(*triples, strict=True))
+    )
 
 
 def _leading_by_svd(matrix: Tensor) -> SingularTriple:
@@ -277,7 +287,8 @@ def power_step(
     (Zhai et al. 2023, section 3.3; Qi et al. 2025, section 2). Warm-started from the vectors of
     the step before, one iteration tracks a weight that moves slowly. The estimate never exceeds
     the true sigma_1. Two passes over each matrix; equal shapes share their vector arithmetic; all
-    sharded matrices of a process group share one all-reduce. No host synchronisation.
+    sharded matrices of a process group share one all-reduce. No host synchronisation. In float32
+    sigma is right from about 1e-18 to 1e18, where its square has a place.
 
     Args:
         matrices: (m, n) tensors of any floating dtype and strides, or `RowShard`s of such.
@@ -312,15 +323,21 @@ def _step_together(
     indices: list[int],
     results: list[SingularTriple | None],
 ) -> None:
-    """Step the matrices at `indices`, all of one shape, as one batch where they are small."""
+    """Step the matrices at `indices`, all of one shape, as one batch where that is cheaper."""
     old_v = torch.stack([v[i] for i in indices])
+    own = [matrices[i] for i in indices]
     with torch.autocast(old_v.device.type, enabled=False):
-        casted: list[Tensor] | Tensor = [matrices[i].to(old_v.dtype) for i in indices]
-        if casted[0].numel() <= STACK_MAX_NUMEL:
-            casted = torch.stack(list(casted))
-        new_u = _times(casted, old_v)
+        together: list[Tensor] | Tensor
+        transposed: list[Tensor] | Tensor
+        if _is_batched(own[0]):
+            together = torch.stack(own).to(old_v.dtype)
+            transposed = together.mT
+        else:
+            together = [matrix.to(old_v.dtype) for matrix in own]
+            transposed = [matrix.T for matrix in together]
+        new_u = _times(together, old_v)
         new_u /= _norm(new_u)
-        new_v = _times([m.T for m in casted] if isinstance(casted, list) else casted.mT, new_u)
+        new_v = _times(transposed, new_u)
         sigma = torch.linalg.vector_norm(new_v, dim=1, keepdim=True)
         new_v /= _norm(new_v)
     old_u = None if u is None else torch.stack([u[i] for i in indices])
@@ -328,6 +345,11 @@ def _step_together(
     rows = zip(sigma[:, 0].unbind(), new_u.unbind(), new_v.unbind(), strict=True)
     for index, row in zip(indices, rows, strict=True):
         results[index] = SingularTriple(*row)
+
+
+def _is_batched(matrix: Tensor) -> bool:
+    """Say whether matrices of this shape go into one batch."""
+    return not matrix.is_cpu or matrix.numel() <= STACK_MAX_NUMEL
 
 
 def _times(matrices: list[Tensor] | Tensor, rows: Tensor) -> Tensor:

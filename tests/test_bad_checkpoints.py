@@ -81,6 +81,16 @@ def test_sidecar_of_another_save(folder, tmp_path):
         load(folder)
 
 
+def test_another_number_of_labels(tmp_path):
+    hf_stable.patch(tiny_model("vit"), "sigma_reparam", heads="include").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"holds 'classifier' with shape \(3, 16\), but the weights loaded have \(7, 16\): "
+        "num_labels",
+    ):
+        hf_stable.load(model_class(), tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+
+
 def test_sidecar_of_a_later_format(folder):
     rewrite(folder / STATE_FILE, lambda description: description.update(format_version=99))
     with pytest.raises(ValueError, match="has format 99.*Upgrade hf_stable"):

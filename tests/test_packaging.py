@@ -20,6 +20,9 @@ CORE_TESTS = [
     "tests/test_refreshing.py",
     "tests/test_patching.py",
     "tests/test_checkpoints.py",
+    "tests/test_bad_checkpoints.py",
+    "tests/test_trainer_plugin.py",
+    "tests/test_resume.py",
     "tests/test_adamw2.py",
 ]
 

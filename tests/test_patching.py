@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 
@@ -280,6 +281,14 @@ def test_ways_to_name_a_method():
     assert SigmaReparamConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_config_with_an_unknown_option_names_the_nearest():
+    with pytest.raises(TypeError, match=r"unknown option 'innit' .*\(did you mean 'init'\?\)"):
+        SigmaReparamConfig(innit="one")
+    with pytest.raises(TypeError, match=r"unknown option 'scop' .*\(did you mean 'scope'\?\)"):
+        hf_stable.RemovePreLayerNormConfig(scop="all")
+    assert list(inspect.signature(SigmaReparamConfig).parameters)[0] == "init"
+
+
 def test_is_patched():
     model = tiny_model("vit")
     assert not hf_stable.is_patched(model)
@@ -337,6 +346,22 @@ def test_the_report_of_a_plain_model_and_of_a_trained_one():
             assert row.sigma == tuple(module.sigma.tolist())
 
 
+@pytest.mark.parametrize(
+    "head", [nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3)), nn.Dropout()], ids=["mlp", "dropout"]
+)
+def test_a_head_that_was_replaced_is_reported_and_left_alone(head):
+    model = tiny_model("vit")
+    model.classifier = head
+    for report in (
+        hf_stable.describe(model),
+        hf_stable.describe(hf_stable.patch(model, "sigma_reparam")),
+    ):
+        row = report.layers[-1]
+        assert (row.name, row.kind, row.shape) == ("classifier", type(head).__name__, ())
+        assert row.skipped == "has no weight" and "skipped: has no weight" in str(report)
+    assert report.num_patched == 13 and model.classifier is head
+
+
 # Refusals. Each leaves the model exactly as it was
 
 
@@ -360,6 +385,11 @@ def subclassed(model):
         pass
 
     model.vit.layers[1].mlp.fc2.__class__ = MyLinear
+    return model
+
+
+def with_another_head(model):
+    model.classifier = nn.Sequential(nn.Linear(16, 3))
     return model
 
 
@@ -390,6 +420,18 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
         same, ("sigma_reparam",), {"include": "*.mlp.*"}, TypeError,
         "include takes a sequence of glob patterns, got '*.mlp.*'",
     ),
+    "number for patterns": (
+        same, ("sigma_reparam",), {"include": 3}, TypeError,
+        "include takes a sequence of glob patterns, got 3",
+    ),
+    "pattern that is a number": (
+        same, ("sigma_reparam",), {"exclude": ["*.mlp.*", 3]}, TypeError,
+        "exclude takes a sequence of glob patterns, got ['*.mlp.*', 3]",
+    ),
+    "no pattern": (
+        same, ("sigma_reparam",), {"include": []}, ValueError,
+        "no layer left to patch with include=(), exclude=None, heads='skip'; the patterns",
+    ),
     "options beside a config": (
         same, (SigmaReparamConfig(),), {"init": "one"}, TypeError,
         "options by keyword go with a method's name, not with a config",
@@ -414,7 +456,12 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
         "matched against names such as 'vit.embeddings.patch_embeddings.projection'",
     ),
     "only a head left": (
-        same, ("sigma_reparam",), {"include": ["classifier"]}, ValueError, "heads='skip'",
+        same, ("sigma_reparam",), {"include": ["classifier"]}, ValueError,
+        "heads='skip'; 'classifier' is skipped, a head (heads='include' patches it); the patterns",
+    ),
+    "head that was replaced": (
+        with_another_head, ("sigma_reparam",), {"heads": "include"}, TypeError,
+        "cannot reparametrise classifier of type torch.nn.modules.container.Sequential; allowed",
     ),
     "zero matrix": (
         zeroed, ("sigma_reparam",), {}, ValueError,
@@ -430,7 +477,9 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
     ),
     "subclass of Linear": (
         subclassed, ("sigma_reparam",), {}, TypeError,
-        "MyLinear; allowed are exactly Linear, Conv1D and Conv2d",
+        "MyLinear; allowed are exactly Linear, Conv1D and Conv2d (a subclass, a quantised layer or "
+        "an adapter may use its weight in ways that gamma / sigma would break). To patch the "
+        "others, exclude it",
     ),
     "sigma_reparam with another that fails": (
         same, (["sigma_reparam", "remove_layernorm"],), {}, UnsupportedModelError,
@@ -449,14 +498,21 @@ def test_error_table(spoil, args, options, kind, text):
     assert_untouched(before, everything(model))
 
 
+def test_a_tied_head_alone_leaves_nothing_and_says_why():
+    with pytest.raises(
+        ValueError, match=r"; 'lm_head' is skipped, tied to transformer\.wte\.weight; the patterns"
+    ):
+        hf_stable.patch(tiny_model("gpt2"), "sigma_reparam", include=["lm_head"], heads="include")
+
+
 def test_another_config_is_refused_and_names_both():
     model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
     sgd_steps(model)
     before = everything(model)
     with pytest.raises(
         ValueError,
-        match=r"patched already, with SigmaReparamConfig\(init='spectral'.*undo that first "
-        r"\(hf_stable.fold\) to patch it with SigmaReparamConfig\(init='one'",
+        match=r"patched already, with SigmaReparamConfig\(init='spectral'.*to patch it with "
+        r"SigmaReparamConfig\(init='one'.*, undo that first \(hf_stable\.fold\)",
     ):
         hf_stable.patch(model, "sigma_reparam", init="one")
     assert_untouched(before, everything(model))

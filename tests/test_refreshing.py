@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -438,6 +439,49 @@ def test_patching_again_under_an_old_optimizer_is_an_error_too():
         optimizer.step()
 
 
+def weights_only(model):
+    return [p for name, p in model.named_parameters() if not name.endswith("gamma")]
+
+
+@pytest.mark.parametrize("first_lives", [True, False])
+def test_a_later_optimizer_is_checked_as_the_first_was(first_lives):
+    model = patched()
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model)
+    first.step()
+    if not first_lives:
+        del first
+        gc.collect()
+    later = torch.optim.SGD(weights_only(model), lr=0.1)
+    backward(model)
+    with pytest.raises(RuntimeError, match="13 reparametrised layers .* but not their gamma"):
+        later.step()
+
+
+def test_a_group_that_joins_later_is_checked():
+    model = patched()
+    optimizer = torch.optim.SGD(model.vit.layers[0].parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    optimizer.add_param_group({"params": weights_only(model.vit.layers[1])})
+    with pytest.raises(RuntimeError, match=r"\(first: 'vit.layers.1.*but not their gamma"):
+        optimizer.step()
+
+
+def test_a_gamma_left_frozen_by_its_weight_is_warned_of_once():
+    model = tiny_model("vit").requires_grad_(False)
+    hf_stable.patch(model, "sigma_reparam")
+    for weight in weights_only(model):
+        weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    backward(model)
+    with pytest.warns(UserWarning, match="13 reparametrised layers .* frozen gamma.*unfreeze it"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
 def test_a_gamma_frozen_on_purpose_is_no_error():
     model = patched()
     for layer in layers_of(model):
@@ -445,7 +489,8 @@ def test_a_gamma_frozen_on_purpose_is_no_error():
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     backward(model)
     before = triples_of(model)
-    optimizer.step()
+    with pytest.warns(UserWarning, match="unless this is meant"):
+        optimizer.step()
     assert set(refreshes_of(model, before)) == {1}
 
 

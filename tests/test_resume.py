@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer
 
 import hf_stable
+from hf_stable.checkpoints import is_complete
 from hf_stable.patching import STATE_FILE
 
 PATCHED = {"plain": False, "patched": True}
@@ -131,6 +132,17 @@ def test_model_that_was_loaded_from_a_folder_resumes_exactly(tmp_path):
     resumed = start(tmp_path / "resumed", save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert same_state(resumed.model, whole.model)
+
+
+def test_model_that_was_loaded_patched_resumes_exactly(model_type, tmp_path):
+    whole = run(tmp_path / "run", model_type)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    model = hf_stable.load(type(whole.model), checkpoint).train()
+    resumed = make_trainer(model, tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == losses(whole)
+    assert same_state(resumed.model, whole.model)
+    assert not same_state(resumed.model, hf_stable.load(type(whole.model), checkpoint))
 
 
 def test_checkpoint_loads_by_name(tmp_path):
@@ -251,6 +263,24 @@ def test_no_complete_checkpoint(tmp_path):
         run(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("patched", PATCHED.values(), ids=PATCHED)
+def test_checkpoint_that_is_saved_again_is_not_picked_until_it_is_whole(patched, tmp_path):
+    run(tmp_path, patched=patched, max_steps=2)
+    again = tmp_path / "checkpoint-2"
+    assert is_complete(again)
+    (again / "optimizer.pt").unlink()
+    (again / "optimizer.pt").mkdir()  # so that saving fails after the weights are written
+    first, options = str(tmp_path / "checkpoint-1"), dict(patched=patched, learning_rate=1e-3)
+    with pytest.raises(RuntimeError, match=r"optimizer\.pt|directory"):
+        run(tmp_path, resume=first, **options)
+    (again / "optimizer.pt").rmdir()
+    with pytest.warns(UserWarning, match="checkpoint-2 was not saved.*checkpoint-1 instead"):
+        resumed = run(tmp_path, resume=True, **options)
+    assert is_complete(again)
+    expected = run(tmp_path / "other", resume=first, save_strategy="no", **options)
+    assert same_state(resumed.model, expected.model)
+
+
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
@@ -281,15 +311,22 @@ if sys.argv[3] == "optimizer":
     )
 else:
     setattr(target, function, dying(getattr(target, function), position))
-run(sys.argv[2], save_steps=2, optim="adamw2")
+run(sys.argv[2], save_steps=2, optim="adamw2", resume=sys.argv[4] or None)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("existing", [False, True], ids=["new folder", "existing folder"])
 @pytest.mark.parametrize("point", ["weights", "sidecar", "optimizer", "trainer state"])
-def test_killed_while_saving(point, tmp_path):
+def test_killed_while_saving(point, existing, tmp_path):
+    again = ""
+    if existing:
+        run(tmp_path / "run", save_steps=2, optim="adamw2")
+        shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+        again = str(tmp_path / "run" / "checkpoint-2")
+    arguments = [str(Path(__file__).parent), str(tmp_path / "run"), point, again]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "run"), point],
+        [sys.executable, "-c", KILLED, *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from gloo_ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_stable import spectral
 from hf_stable.spectral import (
     EXACT_SVD_MAX_DIM,
     STACK_MAX_NUMEL,
@@ -276,6 +278,42 @@ def test_without_left_vectors_the_rest_is_the_same():
     matrix, u, v = randn(9, 6), unit(9), unit(6)
     (with_u,), (without,) = power_step([matrix], [u], [v]), power_step([matrix], None, [v])
     assert all(torch.equal(a, b) for a, b in zip(with_u, without, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("shape", [(20, 20), (200, 150)], ids=["svd", "lanczos"])
+def test_entries_whose_squares_leave_float32(size, shape):
+    matrix = randn(*shape)
+    usual, extreme = leading_triple(matrix), leading_triple(matrix * size)
+    assert extreme.sigma.item() == pytest.approx(size * usual.sigma.item(), rel=1e-5)
+    torch.testing.assert_close(extreme.v, usual.v, rtol=0, atol=1e-4)
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_launches_count_their_number_does_not_grow_with_that_of_matrices(monkeypatch):
+    matrices, v = [randn(256, 192, seed=i) for i in range(12)], [unit(192)] * 12
+    one_by_one = power_step(matrices, None, v)
+
+    def products(matrices):
+        with _Calls() as calls:
+            triples = power_step(matrices, None, v[: len(matrices)])
+        return triples, [name for name in calls.names if name.split(".")[0] in ("mv", "bmm")]
+
+    assert len(products(matrices)[1]) == 6 * len(products(matrices[:2])[1])
+    monkeypatch.setattr(spectral, "STACK_MAX_NUMEL", math.inf)  # as on a GPU
+    together, calls = products(matrices)
+    assert len(calls) == len(products(matrices[:2])[1]) == 2
+    for mine, its in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [8, 256])

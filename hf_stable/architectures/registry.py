@@ -7,12 +7,14 @@ architecture is covered by the same entry.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from hf_stable.method_config import nearest
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 
 __all__ = [
@@ -28,8 +30,13 @@ __all__ = [
     "find_norms",
     "lookup",
     "register_architecture",
+    "state_dict_name",
     "supported_architectures",
 ]
+
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
+"""What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
+and takes out of state dicts."""
 
 Role = Literal["query", "key", "value", "output", "mlp_in", "mlp_out", "other", "head"]
 Placement = Literal["pre", "post", "other"]
@@ -143,8 +150,14 @@ def register_architecture(architecture: Architecture, *, overwrite: bool = False
         overwrite: replace an entry of the same model_type instead of refusing.
 
     Raises:
+        TypeError: if it is no `Architecture`.
         ValueError: if the model_type is registered and `overwrite` is False.
     """
+    if not isinstance(architecture, Architecture):
+        raise TypeError(
+            f"register_architecture takes an hf_stable.Architecture, got {architecture!r}: name "
+            "the model_type in it, and the block's class with its attention and MLP"
+        )
     if architecture.model_type in _registry and not overwrite:
         raise ValueError(
             f"model_type {architecture.model_type!r} is registered already; pass overwrite=True "
@@ -183,17 +196,39 @@ def lookup(model: nn.Module) -> Architecture:
     return _registry[model_type]
 
 
+def state_dict_name(name: str) -> str:
+    """Return what a state dict calls a module or parameter, for its name in the model.
+
+    The two differ where torch has put a wrapper around a block for activation checkpointing.
+    """
+    return ".".join(part for part in name.split(".") if part != CHECKPOINT_WRAPPER)
+
+
 def find_blocks(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
-    """Return (name, module) of every block, in the order of the model."""
-    return list(_of_class(model, architecture.block.class_name))
+    """Return (name, module) of every block, in the order of the model; it may have none.
+
+    Raises:
+        UnsupportedModelError: if the model has no block and knows no class of that name.
+    """
+    class_name = architecture.block.class_name
+    blocks = list(_of_class(model, class_name))
+    if not blocks and not _is_defined_beside(model, class_name):
+        names = sorted({type(module).__name__ for module in model.modules()})
+        raise UnsupportedModelError(
+            f"the entry for {architecture.model_type!r} names the block class {class_name!r}, "
+            f"which this {type(model).__name__} does not have{nearest(class_name, names)}; its "
+            f"modules are of {', '.join(names)}. Register an entry that fits with "
+            "hf_stable.register_architecture(..., overwrite=True)"
+        )
+    return blocks
 
 
 def find_layers(model: nn.Module, architecture: Architecture) -> list[FoundLayer]:
     """Return every weight matrix that the architecture names, in the order of the model.
 
     Raises:
-        UnsupportedModelError: if a module lacks a layer that its architecture names: the entry
-            does not fit this version of transformers.
+        UnsupportedModelError: if a module lacks a layer that its architecture names, or there is
+            no such block: the entry does not fit this version of transformers.
     """
     found: dict[str, list[Role]] = {}
     block = architecture.block
@@ -208,7 +243,8 @@ def find_layers(model: nn.Module, architecture: Architecture) -> list[FoundLayer
         for member in members:
             for name, _ in _of_class(model, member.class_name):
                 found.setdefault(_join(name, member.path), []).append(role)
-    missing = found.keys() - dict(model.named_modules()).keys()
+    modules = _named_modules(model)
+    missing = found.keys() - modules.keys()
     if missing:
         raise UnsupportedModelError(
             f"the entry for {architecture.model_type!r} names {sorted(missing)[0]!r}, which this "
@@ -217,7 +253,7 @@ def find_layers(model: nn.Module, architecture: Architecture) -> list[FoundLayer
         )
     return [
         FoundLayer(name, module, tuple(found[name]))
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if name in found and not isinstance(module, nn.Identity)  # a head with num_labels=0
     ]
 
@@ -234,7 +270,7 @@ def find_norms(model: nn.Module, architecture: Architecture) -> list[FoundNorm]:
             found[_join(name, member.path)] = "other"
     return [
         FoundNorm(name, module, found[name])
-        for name, module in model.named_modules()
+        for name, module in _named_modules(model).items()
         if name in found
     ]
 
@@ -252,11 +288,22 @@ def _block_matrices(block: Block, module: nn.Module) -> Iterator[tuple[str, Role
         yield path, "mlp_out"
 
 
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by the names of the state dict, of which a wrapper's is its block's."""
+    return {state_dict_name(name): module for name, module in model.named_modules()}
+
+
 def _of_class(model: nn.Module, class_name: str) -> Iterator[tuple[str, nn.Module]]:
     # By the whole line of ancestors: sharding and compilation swap in subclasses.
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model).items():
         if any(cls.__name__ == class_name for cls in type(module).__mro__):
             yield name, module
+
+
+def _is_defined_beside(model: nn.Module, class_name: str) -> bool:
+    """Say whether a file that makes up the model's class has a class, used in it or not."""
+    files = (sys.modules.get(cls.__module__) for cls in type(model).__mro__)
+    return any(hasattr(file, class_name) for file in files)
 
 
 def _has(module: nn.Module, path: str) -> bool:

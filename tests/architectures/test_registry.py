@@ -172,6 +172,37 @@ def test_an_entry_that_does_not_fit_the_model_is_refused():
     assert dict(model.named_modules()) == before
 
 
+def test_a_block_class_that_the_model_does_not_have_is_refused():
+    misspelt = dataclasses.replace(LLAMA.block, class_name="LlamaDecodrLayer")
+    hf_stable.register_architecture(dataclasses.replace(LLAMA, block=misspelt))
+    model, _ = tiny_llama()
+    before = dict(model.named_modules())
+    for call in (
+        lambda: hf_stable.patch(model, "sigma_reparam"),
+        lambda: hf_stable.describe(model),
+    ):
+        with pytest.raises(
+            hf_stable.UnsupportedModelError,
+            match=r"the entry for 'llama' names the block class 'LlamaDecodrLayer', which this "
+            r"LlamaForCausalLM does not have \(did you mean 'LlamaDecoderLayer'\?\).*overwrite=",
+        ):
+            call()
+    assert dict(model.named_modules()) == before
+
+
+def test_a_model_without_blocks_keeps_its_other_layers():
+    config = transformers.ViTConfig(num_hidden_layers=0, image_size=8, patch_size=4)
+    model = hf_stable.patch(transformers.ViTForImageClassification(config), "sigma_reparam")
+    assert registry.find_blocks(model, registry.lookup(model)) == []
+    assert hf_stable.describe(model).num_patched == 1
+
+
+def test_what_is_registered_has_to_be_an_architecture():
+    with pytest.raises(TypeError, match=r"takes an hf_stable\.Architecture, got 'llama'"):
+        hf_stable.register_architecture("llama")
+    assert "llama" not in hf_stable.supported_architectures()
+
+
 def test_entries_are_frozen_data():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LLAMA.model_type = "mine"
