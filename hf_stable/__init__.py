@@ -2,7 +2,7 @@
 
 from hf_stable import trainer_plugin
 from hf_stable.adamw2 import AdamW2
-from hf_stable.adamw2_groups import lora_groups
+from hf_stable.adamw2_groups import lora_groups, parameter_groups
 from hf_stable.architectures import (
     Architecture,
     Attention,
@@ -44,6 +44,7 @@ __all__ = [
     "is_patched",
     "load",
     "lora_groups",
+    "parameter_groups",
     "patch",
     "probe",
     "push_to_hub",

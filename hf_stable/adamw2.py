@@ -7,27 +7,19 @@ The optimizer's options, state and bad input; the maths is in `adamw2_update`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_stable.adamw2_lora import Adapter, check_factors, pair_factors, update_adapters
-from hf_stable.adamw2_update import (
-    MOMENTS,
-    RULE_STATE,
-    Weight,
-    adam_step,
-    prepare_state,
-    update,
-)
-from hf_stable.spectral import spectral_dtype
+from hf_stable.adamw2_lora import Adapter, pair_factors, update_adapters
+from hf_stable.adamw2_options import check_group, check_options, refuse_flattened
+from hf_stable.adamw2_state import Entries, prepare_loaded, restore_state
+from hf_stable.adamw2_update import Weight, adam_step, prepare_state, update
 
 __all__ = ["AdamW2"]
-
-_ADAMW_ONLY_OPTIONS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
 
 
 class AdamW2(Optimizer):
@@ -43,8 +35,9 @@ class AdamW2(Optimizer):
     iteration, warm-started from the vectors of the step before.
 
     A weight that is all zero when it is first stepped (a bias, LoRA's B) would stay zero under
-    this rule for ever. It is exempt, which is decided once and kept in the state. Exempt a whole
-    group, such as token embeddings, with `tau=inf`.
+    this rule for ever. It is exempt, which is decided once and kept in the state. What has left
+    zero before that is a weight like any other: `hf_stable.parameter_groups` knows biases, LoRA's
+    B and embeddings by the model instead, and exempts them as any group can be, with `tau=inf`.
 
     Args:
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
@@ -99,7 +92,7 @@ class AdamW2(Optimizer):
             maximize=maximize,
             capturable=capturable,
         )
-        _check_options(defaults)
+        check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,15 +105,10 @@ class AdamW2(Optimizer):
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
-            options = self.defaults | param_group
-            _check_options(options)
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
-            for param in params:
-                _check_param(param, options)
-            if options["lora_scale"] is not None:
-                check_factors(params, options)
+            check_group(params, self.defaults | param_group)
         super().add_param_group(param_group)
-        self._group_sizes = [len(group["params"]) for group in self.param_groups]
+        self._shapes = _shapes(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -139,46 +127,57 @@ class AdamW2(Optimizer):
         Raises:
             RuntimeError: for a sparse gradient.
             ValueError: if the parameters were replaced by flattened ones (DeepSpeed ZeRO, FSDP1),
-                or those of a group with `lora_scale` cannot be stepped together.
+                or those of a group with `lora_scale` cannot be stepped together. Either is raised
+                before anything has moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        everything: list[Weight] = []
+        plain: list[list[Weight]] = []
         ruled: list[Weight] = []
         adapters: list[Adapter] = []
-        for group, size in zip(self.param_groups, self._group_sizes, strict=True):
-            weights = [
-                self._weight(param, group, replaced=len(group["params"]) != size)
-                for param in group["params"]
-                if param.grad is not None
-            ]
+        for group, shapes in zip(self.param_groups, self._shapes, strict=True):
+            weights = self._weights(group, shapes)
+            everything += weights
             if not math.isinf(group["tau"]) and group["lora_scale"] is not None:
                 adapters += pair_factors(group, weights)
             elif not math.isinf(group["tau"]):
                 ruled += weights
             elif weights:
-                params = [weight.param for weight in weights]
-                adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
+                plain.append(weights)
+        for group in self.param_groups:
+            lr = group["lr"]
+            group["last_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+        for weight in everything:
+            prepare_state(weight)
+        for weights in plain:
+            params, group = [weight.param for weight in weights], weights[0].group
+            adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
         update(ruled)
         update_adapters(adapters)
         return loss
 
-    def _weight(self, param: Tensor, group: dict[str, Any], *, replaced: bool) -> Weight:
-        grad, state = param.grad, self.state[param]
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
-        if not state:
-            _refuse_flattened(param, replaced=replaced)
-        weight = Weight(param, grad, state, group)
-        prepare_state(weight)
-        return weight
+    def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
+        """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
+        params, weights = group["params"], []
+        for index, param in enumerate(params):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
+            same = len(params) == len(shapes) and param.shape == shapes[index]
+            refuse_flattened(param, replaced=not same)
+            weights.append(Weight(param, grad, self.state[param], group))
+        return weights
 
     def effective_lr(self) -> dict[Any, float | list[float]]:
         """Return the rate that each weight really got in its last step (Figure 15 of the paper).
 
-        Reads values back to the host: call it when you log, not in each step.
+        Reads values back to the host: call it when you log, not in each step. A scheduler that has
+        moved on since the step changes nothing here.
 
         Returns:
             Parameter name (or the parameter, where none were given) -> rate; a list of rates,
@@ -193,8 +192,8 @@ class AdamW2(Optimizer):
                 if "effective_lr" in state and not math.isinf(group["tau"]):
                     values = state["effective_lr"].tolist()
                     rates[name] = values if len(values) > 1 else values[0]
-                elif state:
-                    rates[name] = float(group["lr"])
+                elif state and math.isinf(group["tau"]) and "last_lr" in group:
+                    rates[name] = float(group["last_lr"])
         return rates
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -202,113 +201,47 @@ class AdamW2(Optimizer):
 
         Power vectors stay float32 (float64 for float64 weights) whatever the weights are. From
         torch's AdamW the moments and options are taken, `tau` and the like stay as they are here,
-        and the spectra start anew at the next step.
+        and the spectra start anew at the next step, as they do where only `lora_scale` differs.
+        What started at zero is not known then: a weight that one step at `lr` would outweigh is
+        exempt as well. Nothing has changed where this raises.
 
         Raises:
-            ValueError: if shapes or groups do not fit, or for a state with `amsgrad`.
+            ValueError: if shapes or groups do not fit, for options out of range, and for a state
+                of another optimizer, of Adam with weight decay in the gradient, or with `amsgrad`.
         """
-        saved_groups, entries = state_dict["param_groups"], state_dict["state"]
-        if any(group.get("amsgrad") for group in saved_groups):
-            raise ValueError(
-                "cannot load the state of an AdamW with amsgrad=True: AdamW2 keeps no maximum of "
-                "the second moments"
+        entries: Entries = []
+
+        def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            prepared, entries[:] = prepare_loaded(
+                self._as_parted(given), self.param_groups, tuple(self.defaults)
             )
-        known = [
-            {key: group[key] for key in self.defaults if key in group}
-            | {key: value for key, value in saved.items() if key not in _ADAMW_ONLY_OPTIONS}
-            for group, saved in zip(self.param_groups, saved_groups, strict=False)
-        ]
-        indices = [index for group in saved_groups for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(indices, params, strict=False):
-            _check_moments(entries.get(index, {}), param)
-        # Optimizer.load_state_dict casts all that it sees to the dtype of the weight.
-        super().load_state_dict(
-            {
-                **state_dict,
-                "param_groups": known + list(saved_groups[len(known) :]),
-                "state": {
-                    index: {key: value for key, value in entry.items() if key not in RULE_STATE}
-                    for index, entry in entries.items()
-                },
-            }
+            return prepared
+
+        def after(_: Optimizer) -> None:
+            for param, entry in entries:
+                restore_state(self.state[param], entry, param)
+
+        # The last of the pre-hooks and the first of the post-hooks, so that a caller's hooks work.
+        handles = (
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
         )
-        for index, param in zip(indices, params, strict=True):
-            if index in entries:
-                _restore_state(self.state[param], entries[index], param)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _as_parted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a loaded state with groups like those of this optimizer."""
+        return state_dict
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
         super().__setstate__(state)
-        self._group_sizes = [len(group["params"]) for group in self.param_groups]
+        # torch comes here after loading too, when the parameters may have been replaced.
+        self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
 
 
-def _check_options(options: dict[str, Any]) -> None:
-    """Raise for an option that no AdamW2 group can have."""
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError(f"a tensor lr needs one element, got shape {tuple(options['lr'].shape)}")
-    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "lr": ("a finite number >= 0", lambda lr: 0 <= lr < math.inf),
-        "betas": ("two numbers in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas)),
-        "eps": ("a number >= 0", lambda eps: eps >= 0),
-        "weight_decay": ("a number >= 0", lambda decay: decay >= 0),
-        "tau": ("a number > 0; inf switches Rule 1 off", lambda tau: tau > 0),
-        "power_iterations": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
-        "blocks": ("an integer >= 1", lambda n: isinstance(n, int) and n >= 1),
-        "block_dim": ("0 or 1", lambda dim: dim in (0, 1)),
-        "lora_scale": ("None or a finite number > 0", lambda s: s is None or 0 < s < math.inf),
-        "lora_transposed": ("True or False", lambda transposed: transposed in (True, False)),
-    }
-    for name, (allowed, holds) in checks.items():
-        if not holds(options[name]):
-            raise ValueError(f"AdamW2 cannot use {name}={options[name]!r}: give {allowed}")
-
-
-def _check_param(param: Any, options: dict[str, Any]) -> None:
-    """Raise for a parameter that AdamW2 cannot step, or that the blocks of its group do not fit."""
-    if not isinstance(param, Tensor):
-        return  # torch's own message follows
-    if not param.is_floating_point():
-        raise TypeError(
-            f"AdamW2 cannot optimize a {param.dtype} parameter of shape {tuple(param.shape)}: "
-            "give real floating-point parameters"
-        )
-    _refuse_flattened(param)
-    blocks, dim = options["blocks"], options["block_dim"]
-    if blocks > 1 and (param.ndim != 2 or param.shape[dim] % blocks):
-        raise ValueError(
-            f"blocks={blocks} along block_dim={dim} do not fit a parameter of shape "
-            f"{tuple(param.shape)}: give such weights a group of their own"
-        )
-
-
-def _refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
-    """Raise for a parameter that another library has flattened, so that it has no spectrum."""
-    if replaced or hasattr(param, "ds_id") or getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            "AdamW2 needs whole weight matrices, and these parameters were flattened or replaced "
-            "(DeepSpeed ZeRO and FSDP1 do that): use DDP, ZeroRedundancyOptimizer or FSDP2's "
-            "fully_shard"
-        )
-
-
-def _check_moments(entry: dict[str, Any], param: Tensor) -> None:
-    for key in MOMENTS:
-        if key in entry and entry[key].shape != param.shape:
-            raise ValueError(
-                f"the loaded {key} has shape {tuple(entry[key].shape)}, its parameter "
-                f"{tuple(param.shape)}: the state belongs to another model or another order of "
-                "parameters"
-            )
-
-
-def _restore_state(state: dict[str, Any], entry: dict[str, Any], param: Tensor) -> None:
-    """Finish a loaded state, of which torch has cast the moments to the dtype of the weight."""
-    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
-    for key in MOMENTS:
-        if state[key].stride() != param.stride():
-            state[key] = torch.empty_like(param).copy_(state[key])
-    for key in RULE_STATE:
-        if key in entry:
-            dtype = torch.bool if key == "exempt" else spectral_dtype(param.dtype)
-            state[key] = entry[key].to(device=param.device, dtype=dtype, copy=True)
+def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:
+    return [[param.shape for param in group["params"]] for group in groups]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2 import AdamW2
@@ -17,13 +18,16 @@ from hf_stable.method_config import nearest
 __all__ = [
     "ModelAdamW2",
     "lora_groups",
+    "parameter_groups",
     "parameter_rules",
     "parse_options",
+    "part_schedule",
     "refuse_deepspeed",
 ]
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
 _LORA = ("factors", "merged")
+_FREE_FACTORS = {"lora_B", "lora_embedding_A", "lora_embedding_B"}
 _TRAINER_FIELDS = {
     "lr": "learning_rate",
     "betas": "adam_beta1 and adam_beta2",
@@ -35,15 +39,16 @@ _TRAINER_FIELDS = {
 class ModelAdamW2(AdamW2):
     """AdamW2 over given groups, each parted further by what the model's structure asks for.
 
-    Token and position embeddings, and heads tied to them, are exempt from the rule; each part of
-    a fused projection of a registered architecture has a rate of its own. Everything else that
-    the groups say stays: weight decay, the order, and which parameters are stepped together.
+    Embeddings, biases and LoRA's B are exempt from the rule, and each part of a fused projection
+    has a rate of its own; `parameter_rules` says which parameters these are. Everything else that
+    the groups say stays: weight decay, the order, and which parameters are stepped together. A
+    state of torch's AdamW over the groups as they were given can be loaded.
 
     Args:
         params: groups, as dicts.
         structure: the model whose parameters they are.
-        lora: `"factors"` bounds LoRA's A and B each by its own norm, `"merged"` both by the weight
-            that they change; see `lora_groups`.
+        lora: `"factors"` bounds LoRA's A by its own norm, `"merged"` A and B by the weight that
+            they change; see `lora_groups`.
         **options: for AdamW2.
 
     Raises:
@@ -65,7 +70,94 @@ class ModelAdamW2(AdamW2):
                 f"lora={lora!r} is not allowed{nearest(lora, _LORA)}; choose one of "
                 f"{', '.join(map(repr, _LORA))}"
             )
-        super().__init__(_part(params, structure, merged=lora == "merged"), **options)
+        given = [{**group, "params": list(group["params"])} for group in params]
+        super().__init__(_part(given, structure, merged=lora == "merged"), **options)
+        places = {
+            id(param): (index, place)
+            for index, group in enumerate(given)
+            for place, param in enumerate(group["params"])
+        }
+        self._given = _Given(
+            [len(group["params"]) for group in given],
+            [[places.get(id(param)) for param in group["params"]] for group in self.param_groups],
+        )
+
+    def per_group(self, values: Sequence[Any]) -> list[Any]:
+        """Return one value for each group of this optimizer.
+
+        Args:
+            values: one for each group, or one for each that was given.
+
+        Raises:
+            ValueError: if they are neither.
+        """
+        if len(values) == len(self.param_groups):
+            return list(values)
+        if len(values) != len(self._given.sizes):
+            raise ValueError(
+                f"{len(values)} values are neither one for each of the {len(self._given.sizes)} "
+                f"given groups nor one for each of the {len(self.param_groups)} made of them"
+            )
+        return [values[index] for index in self._given.indices()]
+
+    def _as_parted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = state_dict.get("param_groups", ())
+        if any("tau" in group for group in groups):
+            return state_dict
+        if [len(group["params"]) for group in groups] != self._given.sizes:
+            return state_dict
+        # Names would be those of the whole group. A frozen weight under LoRA has no label.
+        parted = [
+            {key: value for key, value in groups[index].items() if key != "param_names"}
+            | {"params": [None if at is None else groups[at[0]]["params"][at[1]] for at in places]}
+            for index, places in zip(self._given.indices(), self._given.places, strict=True)
+        ]
+        return {**state_dict, "param_groups": parted}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickles and copies keep."""
+        return {**super().__getstate__(), "_given": self._given}
+
+
+class _Given(NamedTuple):
+    """How the groups of an optimizer come from those that it was given.
+
+    Attributes:
+        sizes: number of parameters in each given group.
+        places: for each group, for each of its parameters: index of the given group and place in
+            it; None for a frozen weight under LoRA, which no given group has.
+    """
+
+    sizes: list[int]
+    places: list[list[tuple[int, int] | None]]
+
+    def indices(self) -> list[int]:
+        """Return the index of the given group that each group is a part of."""
+        return [next(at[0] for at in group if at is not None) for group in self.places]
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float = 1e-2) -> list[dict[str, Any]]:
+    """Return groups of all that a model trains, for a loop without the Trainer.
+
+    `AdamW2(parameter_groups(model), lr=..., tau=...)` treats them as `optim="adamw2"` does:
+    embeddings, biases and LoRA's B are exempt from Rule 1, each part of a fused projection has a
+    rate of its own, and `effective_lr` names them.
+
+    Args:
+        model: any; fused projections are known of registered architectures.
+        weight_decay: decay of matrices, embeddings and convolution kernels. Biases, norm gains,
+            gamma and other vectors get none.
+    """
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (decayed if param.ndim > 1 and not _is_bias(name) else rest).append(param)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return _part(groups, model, merged=False)
 
 
 def lora_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -96,10 +188,21 @@ def lora_groups(model: nn.Module) -> list[dict[str, Any]]:
 def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     """Return the group options of AdamW2 that a model asks for, by id of the parameter.
 
-    Embeddings (any `nn.Embedding`) get `tau=inf`. Fused projections that the model's architecture
-    names get `blocks` and `block_dim`; of an unregistered architecture, matrices are taken whole.
+    `tau=inf` for the weight of every `nn.Embedding`, and so for a head tied to it; for what has
+    "bias" in its own name (biases of layers, beta of norms, Swin's tables of relative position
+    biases) and LoRA's B, which start at zero, so that their size is no scale for their step, now
+    or later; and for LoRA on embeddings. Embeddings that are bare parameters (ViT's `cls_token`
+    and `position_embeddings`) are under the rule, by their l2 norm.
+
+    Fused projections that the model's architecture names get `blocks` and `block_dim`; of an
+    unregistered architecture, matrices are taken whole.
     """
     rules: dict[int, dict[str, Any]] = {
+        id(param): {"tau": math.inf}
+        for name, param in model.named_parameters()
+        if _is_bias(name) or not _FREE_FACTORS.isdisjoint(name.split("."))
+    }
+    rules |= {
         id(module.weight): {"tau": math.inf}
         for module in model.modules()
         if isinstance(module, nn.Embedding)
@@ -126,6 +229,24 @@ def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
     return {key: _parse(key, text) for key, text in texts.items()}
 
 
+def part_schedule(scheduler: Any, optimizer: Optimizer) -> None:
+    """Give a schedule that was loaded a rate for each group of a ModelAdamW2.
+
+    A schedule saved with torch's AdamW has one for each group that the Trainer made, which
+    ModelAdamW2 has parted further.
+
+    Args:
+        scheduler: of the optimizer, with its state loaded.
+        optimizer: any; nothing is done for others.
+    """
+    if not isinstance(optimizer, ModelAdamW2):
+        return
+    for name in ("base_lrs", "min_lrs", "_init_lrs", "_last_lr"):
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list):
+            setattr(scheduler, name, optimizer.per_group(values))
+
+
 def refuse_deepspeed(args: Any) -> None:
     """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
     if getattr(args, "deepspeed_plugin", None) is not None:
@@ -133,6 +254,10 @@ def refuse_deepspeed(args: Any) -> None:
             'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
             "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
         )
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
 
 
 def _parse(key: str, text: str) -> Any:

@@ -21,6 +21,7 @@ from hf_stable.adamw2_update import (
     RULE_STATE,
     Weight,
     adam_step,
+    at_most,
     move,
     target_scale,
 )
@@ -244,8 +245,7 @@ def _clip(adapters: list[Adapter], sigma: Tensor, linear: Tensor, quadratic: Ten
     allowed = group["tau"] * sigma / group["lora_scale"]
     slope = linear + (linear.square() + 4 * quadratic * allowed).sqrt()
     bound = torch.where(exempt | (slope == 0), math.inf, 2 * allowed / slope)
-    lr = group["lr"]
-    rates = bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
+    rates = at_most(bound, group["lr"])
     stored = [f.state["effective_lr"] for adapter in adapters for f in (adapter.down, adapter.up)]
     torch._foreach_copy_(stored, list(rates.unsqueeze(1).repeat_interleave(2, 0).unbind()))
     return rates

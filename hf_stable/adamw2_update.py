@@ -30,6 +30,7 @@ __all__ = [
     "RULE_STATE",
     "Weight",
     "adam_step",
+    "at_most",
     "move",
     "prepare_state",
     "target_scale",
@@ -56,6 +57,9 @@ CPU_BATCH_NUMEL = 1 << 18
 Small weights share the cost of each call; a large one is alone, so that its update is still in
 the cache when it is applied.
 """
+
+GPU_BATCH_NUMEL = 1 << 26
+"""The same elsewhere, where launches count: 256 MB of float32 working memory a batch."""
 
 
 @dataclass(slots=True)
@@ -90,6 +94,8 @@ def prepare_state(weight: Weight) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for key in MOMENTS:
             state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    elif state["step"].device != param.device:
+        state["step"] = state["step"].to(param.device)  # ZeroRedundancyOptimizer loads it so
     if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
         return
     if "weight_v" in state and len(state["weight_v"]) == blocks:
@@ -136,7 +142,7 @@ def adam_step(
         params, grads, firsts, seconds, steps = map(list, zip(*call, strict=True))
         torch._fused_adamw_(
             params, grads, firsts, seconds, [], steps,
-            lr=lr.to(device) if isinstance(lr, Tensor) else lr,
+            lr=_rate_beside(lr, device),
             beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=weight_decay, amsgrad=False, maximize=group["maximize"],
         )  # fmt: skip
@@ -144,11 +150,28 @@ def adam_step(
         entries.copy_(copy)
 
 
+def _rate_beside(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a rate that kernels on a device can take, without waiting for it.
+
+    A tensor on the CPU becomes a number for any other device, as in torch's own fused kernels: a
+    copy would wait, and cannot be captured in a CUDA graph.
+    """
+    if not isinstance(lr, Tensor):
+        return lr
+    return float(lr) if lr.is_cpu and device.type != "cpu" else lr.to(device)
+
+
+def at_most(bound: Tensor, lr: float | Tensor) -> Tensor:
+    """Return `min(lr, bound)`, a NaN where the bound is one."""
+    lr = _rate_beside(lr, bound.device)
+    return bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
+
+
 def update(weights: list[Weight]) -> None:
     """Step weights under Rule 1, in place.
 
-    Working memory: a copy of the largest batch, which is one weight or many small ones of one
-    shape on a CPU, all weights of a shape elsewhere, and the local rows of all sharded ones.
+    Working memory: a copy of the largest batch (three on a GPU, whose power iterations stack
+    weights and updates), and of the local rows of all sharded weights.
     """
     work = list(_batches(weights))
     sizes: defaultdict[Any, int] = defaultdict(int)
@@ -165,7 +188,7 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
     """Yield the weights that take their steps together, apart by group.
 
     Sharded weights of a process group go together whatever their group, so that they share their
-    collectives. Others go by shape, on a CPU up to `CPU_BATCH_NUMEL` entries.
+    collectives. Others go by shape, up to `CPU_BATCH_NUMEL` or `GPU_BATCH_NUMEL` entries.
     """
     sharded: defaultdict[Any, dict[Any, list[Weight]]] = defaultdict(dict)
     whole: dict[Any, list[Weight]] = {}
@@ -178,7 +201,8 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
         key = (id(weight.group), type(param), param.shape, param.dtype, param.device)
         together = whole.setdefault(key, [])
         together.append(weight)
-        if param.device.type == "cpu" and (len(together) + 1) * param.numel() > CPU_BATCH_NUMEL:
+        most = CPU_BATCH_NUMEL if param.device.type == "cpu" else GPU_BATCH_NUMEL
+        if (len(together) + 1) * param.numel() > most:
             yield [whole.pop(key)]
     for together in whole.values():
         yield [together]
@@ -262,20 +286,38 @@ def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> 
     """
     group = weights[0].group
     by_weight = (len(weights), group["blocks"])
-    for weight, sigma in zip(weights, sigma_weight.unflatten(0, by_weight), strict=True):
-        if "exempt" not in weight.state:
-            weight.state["exempt"] = sigma == 0
-            weight.state["effective_lr"] = torch.zeros_like(sigma)
+    if any("exempt" not in weight.state for weight in weights):
+        highest = at_most(torch.full_like(sigma_update, math.inf), group["lr"])
+        _decide_exempt(weights, sigma_weight, highest * sigma_update)
     exempt = torch.cat([weight.state["exempt"] for weight in weights])
     bound = group["tau"] * sigma_weight / sigma_update
     bound = torch.where(exempt | (sigma_update == 0), math.inf, bound)
-    lr = group["lr"]
-    rates = bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
+    rates = at_most(bound, group["lr"])
     torch._foreach_copy_(
         [weight.state["effective_lr"] for weight in weights],
         list(rates.unflatten(0, by_weight).unbind()),
     )
     return rates
+
+
+def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tensor) -> None:
+    """Decide for weights that are new to the rule whether it leaves them alone, for good.
+
+    Args:
+        weights: of one group.
+        sigma_weight: sigma1 of every block of theirs.
+        sigma_step: the same of what AdamW would add.
+    """
+    by_weight = (len(weights), weights[0].group["blocks"])
+    sizes, steps = (sigma.unflatten(0, by_weight) for sigma in (sigma_weight, sigma_step))
+    for weight, size, step in zip(weights, sizes, steps, strict=True):
+        if "exempt" in weight.state:
+            continue
+        # Moments that are older than the rule come from AdamW and do not say what started at
+        # zero: what one step would outweigh has only begun.
+        begun = (weight.state["step"] > 1) & (size <= step)
+        weight.state["exempt"] = (size == 0) | begun
+        weight.state["effective_lr"] = torch.zeros_like(size)
 
 
 def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:

@@ -206,6 +206,29 @@ def test_two_nearly_equal_singular_values_cost_no_more_than_their_gap(gap):
     assert ratio == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("case", ["gaussian", "orthogonal", "two in turn"])
+def test_crowded_spectra_of_weight_and_update_cost_a_sixth_at_most(case, size):
+    """All singular values of W equal, or nearly; U of noise, or of two directions in turn."""
+    torch.manual_seed(0)
+    weight = torch.randn(size, size) * 0.02
+    if case != "gaussian":
+        weight = torch.linalg.qr(torch.randn(size, size))[0]
+    param = nn.Parameter(weight.clone())
+    optimizer = AdamW2([param], lr=1.0, tau=0.004, weight_decay=0)
+    in_turn = [torch.outer(torch.randn(size), torch.randn(size)) for _ in range(2)]
+    ratios = []
+    for step in range(12):
+        param.grad = in_turn[step % 2] if case == "two in turn" else torch.randn(size, size)
+        before = param.detach().clone()
+        optimizer.step()
+        rate = optimizer.state[param]["effective_lr"].item()
+        moved = rate * paper.sigma1(update_of(optimizer, param))
+        ratios.append(moved / (0.004 * paper.sigma1(before)))
+    assert 1.0 < max(ratios) < 1.17
+    assert min(ratios) > 0.9
+
+
 @pytest.mark.parametrize("size, allowed", [(3.0, 1.3), (100.0, 2.4), (1e4, 1.05)])
 def test_a_gradient_spike_in_a_new_direction_is_mostly_seen(size, allowed):
     """The worst case of warm starts, as measured: up to 2.3 x the bound, in one step only."""
@@ -280,19 +303,78 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_step_reads_nothing_back_to_the_host():
-    params = make_params(dtype=torch.float32)
-    optimizer = AdamW2(params)
-    set_grads(params, 0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(lr=torch.tensor(1e-2)),
+        dict(weight_decay=0.0),
+        dict(maximize=True),
+        dict(power_iterations=3),
+        dict(dtype=torch.bfloat16),
+        dict(dtype=torch.float64),
+        dict(tau=INF),
+        dict(blocks=3),
+        dict(blocks=3, block_dim=1),
+        dict(lora_scale=2.0),
+        dict(lora_scale=2.0, lr=torch.tensor(1e-2)),
+    ],
+    ids=str,
+)
+def test_step_reads_nothing_back_to_the_host(options):
+    options = dict(options)
+    dtype, lr = options.pop("dtype", torch.float32), options.pop("lr", 1e-2)
+    shapes = SHAPES
+    if "blocks" in options:
+        shapes = {"a": (12, 6), "b": (6, 12)}
+    elif "lora_scale" in options:
+        shapes = {"A": (2, 6), "B": (8, 2), "W0": (8, 6)}
+    params = make_params(shapes, dtype=dtype)
+    stepped = params[:2] if "lora_scale" in options else params
+    for param in params[len(stepped) :]:
+        param.requires_grad_(False)
+    optimizer = AdamW2([dict(params=params, **options)], lr=lr)
+    set_grads(stepped, 0)
     with _Calls() as calls:
         optimizer.step()
         optimizer.step()
     read = torch.ops.aten._local_scalar_dense.default
     assert calls.counts[read] == 0
-    assert sum(calls.counts.values()) > 100
+    assert largest_difference(stepped, make_params(shapes, dtype=dtype)[: len(stepped)]) > 0
     with _Calls() as calls:
         params[0].sum().item()
     assert calls.counts[read] == 1
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "vit"])
+def test_a_step_grows_linearly_with_depth(model_type):
+    field = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
+    counts = []
+    for depth in (2, 4, 8):
+        model = tiny_model(model_type, **{field: depth})
+        optimizer = AdamW2(model.parameters(), lr=1e-2)
+        model(**tiny_batch(model)).loss.backward()
+        optimizer.step()
+        with _Calls() as calls:
+            optimizer.step()
+        counts.append(sum(calls.counts.values()))
+    first, second = counts[1] - counts[0], counts[2] - counts[1]
+    assert 0 < second <= 2 * first
+
+
+def test_effective_rates_are_those_of_the_step_whatever_the_scheduler_does():
+    free, zero, ruled = make_params({str(i): (4, 4) for i in range(3)})
+    with torch.no_grad():
+        zero.zero_()
+    for lr in (1e-2, torch.tensor(1e-2)):
+        groups = [dict(params=[free], tau=INF), dict(params=[zero, ruled], tau=1e9)]
+        optimizer = AdamW2(groups, lr=lr)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+        train(optimizer, [free, zero, ruled], 1)
+        scheduler.step()
+        assert list(optimizer.effective_lr().values()) == pytest.approx([1e-2] * 3)
+        train(optimizer, [free, zero, ruled], 1)
+        assert list(optimizer.effective_lr().values()) == pytest.approx([1e-3] * 3)
 
 
 def test_effective_lr_by_name():
@@ -521,12 +603,22 @@ def test_a_large_weight_is_stepped_by_the_same_rule():
         (dict(tau=0.0), "tau=0.0.*inf switches"),
         (dict(tau=-0.1), "tau=-0.1"),
         (dict(tau=float("nan")), "tau=nan"),
+        (dict(tau="0.004"), "tau='0.004'"),
+        (dict(tau=None), "tau=None"),
+        (dict(lr="0.1"), "lr='0.1'"),
+        (dict(lr=INF), "lr=inf"),
         (dict(betas=(1.0, 0.9)), "betas"),
         (dict(betas=(0.9, -0.1)), "betas"),
+        (dict(betas=(0.9,)), r"betas=\(0.9,\): give two"),
+        (dict(betas=(0.9, 0.99, 0.999)), r"betas=\(0.9, 0.99, 0.999\): give two"),
+        (dict(betas=0.9), "betas=0.9: give two"),
         (dict(eps=-1e-8), "eps"),
+        (dict(eps=INF), "eps=inf"),
         (dict(weight_decay=-1), "weight_decay"),
+        (dict(weight_decay=INF), "weight_decay=inf"),
         (dict(power_iterations=0), "power_iterations=0"),
         (dict(power_iterations=1.5), "power_iterations=1.5"),
+        (dict(power_iterations=True), "power_iterations=True"),
     ],
 )
 def test_refuses_options_out_of_range(options, message):
@@ -549,11 +641,23 @@ def test_refuses_parameters_it_cannot_step():
         AdamW2([dict(params=[nn.Parameter(torch.zeros(6, 8))], blocks=3, block_dim=1)])
     with pytest.raises(ValueError, match="block_dim=2"):
         AdamW2([dict(params=[nn.Parameter(torch.zeros(6, 8))], blocks=2, block_dim=2)])
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = AdamW2(embedding.parameters())
+
+
+@pytest.mark.parametrize("tau", [0.01, INF])
+def test_a_sparse_gradient_is_refused_before_anything_moves(tau):
+    first, embedding = make_params({"a": (4, 4)})[0], nn.Embedding(5, 3, sparse=True)
+    groups = [dict(params=[first], tau=tau), dict(params=embedding.parameters())]
+    optimizer = AdamW2(groups, lr=1e-2)
+    set_grads([first], 0)
     embedding(torch.tensor([1])).sum().backward()
+    before = first.detach().clone()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.step()
+    assert torch.equal(first, before)
+    embedding.weight.grad = embedding.weight.grad.to_dense()
+    optimizer.step()
+    assert not torch.equal(first, before)
+    assert optimizer.state[first]["step"] == 1
 
 
 def test_refuses_flattened_parameters():
@@ -564,10 +668,32 @@ def test_refuses_flattened_parameters():
     optimizer.param_groups[0]["params"] = [flat]  # what DeepSpeed ZeRO 1 and 2 do
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
         optimizer.step()
+    # One into one, as well; and after some steps.
+    for steps in (0, 1):
+        alone = make_params({"a": (4, 6)})
+        optimizer = AdamW2(alone)
+        train(optimizer, alone, steps)
+        flat = nn.Parameter(alone[0].detach().flatten())
+        flat.grad = torch.ones_like(flat)
+        optimizer.param_groups[0]["params"] = [flat]
+        with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
+            optimizer.step()
+        assert torch.equal(flat, alone[0].flatten())
     partitioned = nn.Parameter(torch.zeros(0))
     partitioned.ds_id = 0  # what ZeRO 3 marks its parameters with
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
         AdamW2([partitioned])
+
+
+def test_a_parameter_replaced_by_one_of_its_shape_is_stepped():
+    """What accelerate does for FSDP2: a placeholder, then the sharded parameter."""
+    old, new = make_params({"a": (4, 6)}, seed=0), make_params({"a": (4, 6)}, seed=1)
+    optimizer = AdamW2(old)
+    optimizer.param_groups[0]["params"][0] = torch.empty(1)
+    optimizer.param_groups[0]["params"] = new
+    train(optimizer, new, 2)
+    assert optimizer.state[new[0]]["step"] == 2
+    assert largest_difference(old, make_params({"a": (4, 6)}, seed=0)) == 0
 
 
 def test_refuses_states_that_do_not_fit():

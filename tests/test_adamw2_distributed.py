@@ -151,6 +151,49 @@ def worker_zero(rank, world, folder):
     dist.barrier()
 
 
+def worker_zero_again(rank, world, folder):
+    model = DistributedDataParallel(Net())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW2, **OPTIONS)
+    losses = run_steps(model, optimizer, range(STEPS // 2), rank, world)
+    optimizer.consolidate_state_dict(0)
+    state = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(state, 0)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW2, lr=1.0)
+    optimizer.load_state_dict(state[0])
+    for entry in optimizer.optim.state.values():
+        assert entry["weight_v"].dtype == torch.float32 and entry["exempt"].dtype == torch.bool
+    losses += run_steps(model, optimizer, range(STEPS // 2, STEPS), rank, world)
+    if rank == 0:
+        weights = [whole(param) for param in model.parameters()]
+        torch.save((losses, weights, None), folder / "zero_again.pt")
+    dist.barrier()
+
+
+def worker_nan(rank, world, folder):
+    """A gradient that is NaN on one rank alone: all ranks keep the same finite vectors."""
+    model = shard(Net())
+    optimizer = AdamW2(make_groups(model), **OPTIONS)
+    run_steps(model, optimizer, range(2), rank, world)
+    kept = [state["weight_v"].clone() for state in optimizer.state.values()]
+    x, y = batch(2, rank, world)
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    if rank == 0:
+        for param in model.parameters():
+            param.grad.to_local().fill_(float("nan"))
+    optimizer.step()
+    assert whole(model.fused.weight).isnan().any()
+    for state in optimizer.state.values():
+        assert state["weight_v"].isfinite().all() and state["update_v"].isfinite().all()
+    run_steps(model, optimizer, range(3, 4), rank, world)  # what is NaN now keeps its vectors
+    vectors = [state["weight_v"] for state in optimizer.state.values()]
+    assert all(vector.isfinite().all() for vector in vectors)
+    assert any(not torch.equal(a, b) for a, b in zip(vectors, kept, strict=True))
+    gathered = [None] * world
+    dist.all_gather_object(gathered, vectors)
+    assert all(all(map(torch.equal, other, vectors)) for other in gathered)
+
+
 def worker_save(rank, world, folder):
     model = shard(Net())
     optimizer = AdamW2(make_groups(model), **OPTIONS)
@@ -226,6 +269,15 @@ def test_many_processes_train_as_one(way, world, tmp_path):
     expected = run_alone(blocks=way != "zero")
     check(saved, expected)
     assert min(min(rates) for rates in expected[2]) < 0.5 * OPTIONS["lr"]  # the rule did bind
+
+
+def test_a_consolidated_state_of_zero_redundancy_continues(tmp_path):
+    launch("worker_zero_again", 2, tmp_path)
+    check(torch.load(tmp_path / "zero_again.pt", weights_only=True), run_alone(blocks=False))
+
+
+def test_a_gradient_that_is_not_finite_spares_the_vectors_of_all_ranks(tmp_path):
+    launch("worker_nan", 2, tmp_path)
 
 
 def test_a_state_saved_on_two_processes_continues_on_one_and_on_three(tmp_path):

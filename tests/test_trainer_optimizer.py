@@ -15,9 +15,16 @@ import peft
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
+from conftest import MODEL_TYPES, tiny_batch, tiny_model
 from tiny_training import dropout_model, losses, make_trainer, same_state
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SchedulerType,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_stable
 from hf_stable.adamw2_groups import ModelAdamW2
@@ -78,11 +85,19 @@ def test_arguments_survive_every_copy(tmp_path):
         assert other.optim_args == "tau=0.004"
     assert json.loads(args.to_json_string())["optim"] == "adamw2"
     assert args.to_sanitized_dict()["optim"] == "adamw2"
-    script = (
-        "import sys, torch; args = torch.load(sys.argv[1], weights_only=False); "
-        "from transformers import Trainer; "
-        "print(args.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[1]['tau'])"
-    )
+    script = """
+import sys, torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+before = HfArgumentParser(TrainingArguments)  # keeps the choices of its time
+args = torch.load(sys.argv[1], weights_only=False)  # imports hf_stable
+print(args.optim.value, Trainer.get_optimizer_cls_and_kwargs(args)[1]['tau'])
+flags = ['--output_dir', 'out', '--optim', 'adamw2']
+print(HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(flags)[0].optim.value)
+try:
+    before.parse_args_into_dataclasses(flags)
+except SystemExit:
+    print('refused')
+"""
     result = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "training_args.bin"],
         capture_output=True,
@@ -90,7 +105,8 @@ def test_arguments_survive_every_copy(tmp_path):
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert result.stdout.split() == ["adamw2", "0.004"], result.stderr[-2000:]
+    said = [word for word in result.stdout.split() if word in ("adamw2", "0.004", "refused")]
+    assert said == ["adamw2", "0.004", "adamw2", "refused"], result.stderr[-2000:]
 
 
 # What it builds
@@ -106,7 +122,8 @@ def test_options_reach_the_optimizer(tmp_path):
         assert group["lr"] == 0.3
         assert group["betas"] == (0.8, 0.95)
         assert group["eps"] == 1e-6
-        assert (group["tau"], group["power_iterations"]) == (0.02, 3)
+        assert group["power_iterations"] == 3
+    assert {group["tau"] for group in optimizer.param_groups} == {0.02, math.inf}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.2, 0.0}
 
 
@@ -120,6 +137,54 @@ def test_embeddings_and_heads_tied_to_them_are_exempt(tmp_path):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
         list(model.parameters())
     )
+
+
+def test_biases_and_what_starts_at_zero_beside_them_are_exempt(model_type, tmp_path):
+    model = hf_stable.patch(tiny_model(model_type), "sigma_reparam")
+    optimizer = built(model, tmp_path)
+    for name, param in model.named_parameters():
+        is_embedding = "embeddings." in name and name.endswith("embeddings.weight")
+        free = "bias" in name or is_embedding or name.endswith(("wte.weight", "wpe.weight"))
+        assert math.isinf(group_of(optimizer, param)["tau"]) == free, name
+    if model_type == "vit":  # bare parameters, under the rule
+        assert group_of(optimizer, model.vit.embeddings.cls_token)["tau"] == 0.01
+    if model_type == "swin":
+        assert any("relative_position_bias_table" in name for name, _ in model.named_parameters())
+
+
+def test_a_bias_that_left_zero_trains_on():
+    """A new optimizer on a young model: what its biases are is no scale for their steps."""
+    model = tiny_model("gpt2")
+    bias = model.transformer.h[0].mlp.c_fc.bias
+    with torch.no_grad():
+        bias.fill_(1e-4)
+    model(**tiny_batch(model)).loss.backward()
+    optimizer = hf_stable.AdamW2(hf_stable.parameter_groups(model), lr=1e-2)
+    optimizer.step()
+    assert (bias - 1e-4).abs().max().item() == pytest.approx(1e-2, rel=1e-3)
+    assert optimizer.effective_lr()["transformer.h.0.mlp.c_fc.weight"] < 0.9e-2
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_groups_for_a_loop_are_those_of_the_trainer(model_type, patched, tmp_path):
+    model = tiny_model(model_type)
+    if patched:
+        hf_stable.patch(model, "sigma_reparam")
+    frozen = next(model.parameters()).requires_grad_(False)
+    theirs = built(model, tmp_path, weight_decay=0.2)
+    ours = hf_stable.AdamW2(hf_stable.parameter_groups(model, weight_decay=0.2))
+    for name, param in model.named_parameters():
+        if param is frozen:
+            continue
+        mine, other = group_of(ours, param), group_of(theirs, param)
+        for option in ("tau", "blocks", "block_dim", "weight_decay"):
+            if not (option == "weight_decay" and param.ndim > 2):
+                assert mine[option] == other[option], (name, option)
+    assert sum(len(group["params"]) for group in ours.param_groups) == (
+        len(list(model.parameters())) - 1
+    )
+    default = hf_stable.parameter_groups(model)
+    assert {group["weight_decay"] for group in default} == {0.0, 0.01}
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
@@ -194,20 +259,108 @@ def test_without_a_bound_it_is_adamw(tmp_path):
     assert not same_state(results["adamw"].model, results["bounded"].model)
 
 
-@pytest.mark.parametrize(
-    "scheduler", ["linear", "cosine", "polynomial", "inverse_sqrt", "constant"]
-)
+SCHEDULES = {
+    "cosine_with_min_lr": dict(lr_scheduler_kwargs={"min_lr": 1e-5}),
+    "cosine_warmup_with_min_lr": dict(lr_scheduler_kwargs={"min_lr": 1e-5}),
+    "warmup_stable_decay": dict(lr_scheduler_kwargs={"num_decay_steps": 1}),
+    "reduce_lr_on_plateau": dict(eval_strategy="steps", eval_steps=1),
+    "greedy": dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="eval_loss"),
+}
+
+
+@pytest.mark.parametrize("scheduler", [kind.value for kind in SchedulerType])
 def test_schedules_act_on_every_group(scheduler, tmp_path):
     def rates(optim):
         trainer = make_trainer(
             tiny_model("gpt2"), tmp_path, optim=optim, lr_scheduler_type=scheduler, max_steps=3,
-            save_strategy="no",
+            save_strategy="no", **SCHEDULES.get(scheduler, {}),
         )  # fmt: skip
         trainer.train()
         assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
         return [r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r]
 
     assert rates("adamw2") == rates("adamw_torch")
+
+
+# A checkpoint that AdamW wrote
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [*((kind, "linear") for kind in MODEL_TYPES), ("gpt2", "greedy")],
+)
+def test_continues_what_adamw_began(kind, scheduler, tmp_path):
+    """Without a bound it is AdamW bit for bit, so that any moment in a wrong place would show."""
+
+    def trained(folder, optim, resume=None, **options):
+        trainer = make_trainer(
+            dropout_model(kind), tmp_path / folder, optim=optim, max_steps=4, save_steps=2,
+            lr_scheduler_type=scheduler, weight_decay=0.1, **SCHEDULES.get(scheduler, {}),
+            **options,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained("whole", "adamw_torch_fused")
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    same = trained("same", "adamw2", checkpoint, optim_args="tau=inf")
+    bounded = trained("bounded", "adamw2", checkpoint)
+    assert len(bounded.optimizer.param_groups) > 2
+    for trainer in (same, bounded):
+        steps = {int(state["step"]) for state in trainer.optimizer.optimizer.state.values()}
+        assert steps == {4}
+    assert same_state(same.model, whole.model)
+    assert losses(same) == losses(whole)
+    assert not same_state(bounded.model, whole.model)
+    assert losses(bounded)[3] == losses(whole)[3]  # before the first bounded step
+    assert {group["tau"] for group in bounded.optimizer.param_groups} >= {0.01, math.inf}
+    assert len({group["lr"] for group in bounded.optimizer.param_groups}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("way", ["new", "deepcopy", "pickle"])
+@pytest.mark.parametrize("lora", ["factors", "merged"])
+def test_a_state_over_the_given_groups_is_parted_like_them(lora, way):
+    model = peft.get_peft_model(tiny_model("gpt2"), peft.LoraConfig(r=2, target_modules=["c_fc"]))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    given = [{"params": trained[1:]}, {"params": []}, {"params": trained[:1]}]
+    if lora == "merged":
+        given = [{"params": []}, {"params": trained[::-1]}]
+    theirs = torch.optim.AdamW([dict(group) for group in given], lr=0.3)
+    for param in trained:
+        param.grad = torch.randn_like(param)
+    theirs.step()
+    optimizer = ModelAdamW2(given, structure=model, lora=lora, lr=0.1)
+    if way == "deepcopy":
+        optimizer, trained = copy.deepcopy((optimizer, trained))
+    elif way == "pickle":
+        optimizer, trained = pickle.loads(pickle.dumps((optimizer, trained)))
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    originals = [param for param in model.parameters() if param.requires_grad]
+    for mine, original in zip(trained, originals, strict=True):
+        moments = optimizer.state[mine]["exp_avg"], theirs.state[original]["exp_avg"]
+        assert torch.equal(*moments) and moments[0].any()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.3}
+    assert len(optimizer.state) == len(trained)  # none for frozen weights
+    short = copy.deepcopy(theirs.state_dict())
+    short["param_groups"].pop()
+    with pytest.raises(ValueError, match="loaded state dict"):
+        optimizer.load_state_dict(short)
+
+
+def test_values_per_group_are_those_of_the_given_group():
+    model = tiny_model("gpt2")
+    weights = list(model.parameters())
+    optimizer = ModelAdamW2(
+        [{"params": weights[:4]}, {"params": weights[4:]}], structure=model, lr=0.1
+    )
+    own = len(optimizer.param_groups)
+    assert own > 2
+    spread = optimizer.per_group(["a", "b"])
+    assert len(spread) == own and spread == sorted(spread) and set(spread) == {"a", "b"}
+    assert optimizer.per_group(range(own)) == list(range(own))
+    with pytest.raises(ValueError, match="7 values are neither one for each of the 2 given"):
+        optimizer.per_group(range(7))
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
@@ -285,6 +438,7 @@ def test_lora_trains_as_under_adamw(tmp_path):
         ("tau=", r"tau='', which is no float"),
         ("power_iterations=1.5", r"power_iterations='1\.5', which is no int"),
         ("taus=0.1", r"'taus', which adamw2 does not take \(did you mean 'tau'\?\)"),
+        ("TAU=0.1", r"'TAU', which adamw2 does not take \(did you mean 'tau'\?\)"),
         ("lr=0.1", r"'lr', which adamw2 does not take \(set TrainingArguments\.learning_rate\)"),
         ("tau=0", r"tau"),
         ("tau=-1", r"tau"),
