@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,17 +18,23 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
+from hf_stable.architectures.registry import state_dict_name
 from hf_stable.saved_models import empty_model
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 from hf_stable.weight_files import block_dim_of
 
-__all__ = ["find_distributed", "read_distributed", "save_folded"]
+__all__ = [
+    "find_distributed",
+    "lost_norms",
+    "lost_norms_error",
+    "read_distributed",
+    "save_folded",
+]
 
 _METADATA = ".metadata"
 _MODEL_FOLDER = "pytorch_model_fsdp_0"
 _MODEL_PREFIX = "model."
-_WRAPPER = "_checkpoint_wrapped_module."
 
 Folder = str | os.PathLike[str]
 
@@ -78,7 +84,7 @@ def read_distributed(path: Folder) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no tensors; give the folder of the model's weights")
     if all(name.startswith(_MODEL_PREFIX) for name in wanted):
         wanted = {name.removeprefix(_MODEL_PREFIX): tensor for name, tensor in wanted.items()}
-    return {name.replace(_WRAPPER, ""): tensor for name, tensor in wanted.items()}
+    return {state_dict_name(name): tensor for name, tensor in wanted.items()}
 
 
 def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> int:
@@ -113,17 +119,29 @@ def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> i
     return len(layers)
 
 
+def lost_norms(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return the parameters of a model's norms that are not among the names of its weights."""
+    lacking = sorted(set(model.state_dict()) - set(names))
+    owners = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in lacking}
+    return [name for name, owner in owners.items() if "Norm" in owner.__name__]
+
+
+def lost_norms_error(model: PreTrainedModel, lost: list[str]) -> ValueError:
+    """Return the error for weights that a plain folder would give fresh norms."""
+    return ValueError(
+        f"the checkpoint lacks {len(lost)} vectors of a {type(model).__name__} (first: "
+        f"{lost[0]!r}): its LayerNorms seem to be removed, which a plain config cannot say. "
+        "Resume it with the Trainer and call hf_stable.export, which writes what loads it"
+    )
+
+
 def _check(model: PreTrainedModel, plain: Mapping[str, Tensor], config: str) -> None:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
     lacking = sorted(set(shapes) - set(plain) - tied)
     surplus = sorted(set(plain) - set(shapes))
-    if lacking and not surplus and all(model.get_parameter(n).dim() == 1 for n in lacking):
-        raise ValueError(
-            f"the checkpoint lacks {len(lacking)} vectors of a {type(model).__name__} (first: "
-            f"{lacking[0]!r}): its LayerNorms seem to be removed, which a plain config cannot say. "
-            "Resume it with the Trainer and call hf_stable.export, which writes what loads it"
-        )
+    if lacking and not surplus and lost_norms(model, plain) == lacking:
+        raise lost_norms_error(model, lacking)
     if lacking or surplus:
         what = f"the checkpoint has no {lacking[0]!r}" if lacking else f"it has no {surplus[0]!r}"
         raise ValueError(

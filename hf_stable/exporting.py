@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.card_pictures import draw_curves
 from hf_stable.method_config import CONFIGS_ATTRIBUTE
-from hf_stable.model_cards import TrainingRecord, amend_card, read_training
+from hf_stable.model_cards import amend_card, read_card
+from hf_stable.provenance import TrainingRecord, read_training, record_of
 from hf_stable.sigma_layers import fold_layer
 from hf_stable.sigma_reparam import sigma_layers
 from hf_stable.spectral import spectral_dtype
+from hf_stable.weight_files import WEIGHT_PATTERNS, remove_stale_weights
 
 __all__ = ["CARD_FILE", "export", "plain_copy", "push_to_hub"]
 
@@ -43,8 +45,9 @@ def export(
     Weights are folded. Without removed LayerNorms the folder is a plain one of the model's own
     architecture; with them it has a model_type of its own and `modeling_hf_stable.py`, loads with
     `trust_remote_code=True`, and is refused by the classes of transformers themselves. The card in
-    `README.md` is amended if there is one; it shows loss and attention entropy as a picture where
-    both a record of the training and matplotlib are there. The model stays as it is.
+    `README.md` is amended if there is one; it quotes the settings and final metrics of the last
+    training by a Trainer in this process, and shows loss and attention entropy as a picture where
+    matplotlib is installed. The model stays as it is.
 
     Args:
         model: a model of transformers, patched or not.
@@ -53,17 +56,20 @@ def export(
             `gamma / sigma * W` is taken in float32 and cast once.
         max_shard_size: as for `save_pretrained`.
         processing_class: tokenizer or processor to save along.
-        checkpoint: a folder with the `trainer_state.json` that the card is to quote; by default
-            the one that the model was loaded from.
+        checkpoint: a folder of the Trainer whose training the card is to quote instead; a model
+            that was loaded, or trained without a Trainer, has none of its own.
 
     Raises:
         TypeError: for a wrapper around a model, or a model with adapters.
         UnsupportedModelError: if the model is sharded, or could not be saved without its norms.
+        FileNotFoundError: if `checkpoint` has no `trainer_state.json`.
+        ValueError: if the card in the folder, or a file of `checkpoint`, is damaged.
         OSError: if the folder cannot be written.
     """
-    _export(
-        model, folder, _name_of(folder), None, dtype, max_shard_size, processing_class, checkpoint
-    )
+    plain, training = plain_copy(model, dtype), _training_of(model, checkpoint)
+    card = _card_in(folder)
+    _save(plain, folder, max_shard_size, processing_class)
+    _write_card(card or _card_in(folder), model, folder, _name_of(folder), training)
 
 
 def push_to_hub(
@@ -82,13 +88,15 @@ def push_to_hub(
 ) -> str:
     """Upload to the Hub what `export` writes, in one commit; the repository's card is amended.
 
+    Weights that the repository has already are replaced, also where their files were others.
+
     Args:
         model: a model of transformers, patched or not.
         repo_id: `"name"` or `"owner/name"`; made if it is not there.
         private: whether a new repository is private; by default as the owner has set it.
         token: of a user who may write there; by default the one that is stored.
         commit_message: of the commit.
-        revision: branch to commit to.
+        revision: branch to commit to, whose card it is that is amended; made if it is not there.
         create_pr: open a pull request instead of committing.
         dtype: as for `export`.
         max_shard_size: as for `export`.
@@ -101,22 +109,27 @@ def push_to_hub(
     Raises:
         TypeError: as for `export`.
         UnsupportedModelError: as for `export`.
+        FileNotFoundError: as for `export`.
+        ValueError: as for `export`, of the repository's card.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    try:
-        card = ModelCard.load(repo_id, token=token)
-    except EntryNotFoundError:
-        card = None
+    api, training = HfApi(token=token), _training_of(model, checkpoint)
     with tempfile.TemporaryDirectory() as folder:
-        _export(model, folder, repo_id, card, dtype, max_shard_size, processing_class, checkpoint)
+        # Whatever can be refused is refused before anything is made on the Hub.
+        _save(plain_copy(model, dtype), folder, max_shard_size, processing_class)
+        card = _card_in(folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not (create_pr or revision.startswith("refs/")):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = _card_on_hub(repo_id, revision, token) or card
+        _write_card(card, model, folder, repo_id, training)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
+            delete_patterns=list(WEIGHT_PATTERNS),
         )
     return commit.pr_url or commit.commit_url
 
@@ -146,27 +159,38 @@ def plain_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     return copied if dtype is None else copied.to(dtype)
 
 
-def _export(
-    model: PreTrainedModel,
-    folder: Folder,
-    name: str,
-    card: ModelCard | None,
-    dtype: torch.dtype | None,
-    max_shard_size: int | str,
-    processing_class: Any,
-    checkpoint: Folder | None,
+def _save(
+    plain: PreTrainedModel, folder: Folder, max_shard_size: int | str, processing_class: Any
 ) -> None:
-    plain = plain_copy(model, dtype)
     plain.save_pretrained(folder, max_shard_size=max_shard_size)
+    remove_stale_weights(folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
-    path = os.path.join(folder, CARD_FILE)
-    if card is None and os.path.isfile(path):
-        card = ModelCard.load(path)
-    source = checkpoint or model.name_or_path
-    training = read_training(source) if source else TrainingRecord()
+
+
+def _write_card(
+    card: ModelCard | None, model: Any, folder: Folder, name: str, training: TrainingRecord
+) -> None:
     picture = draw_curves(training.history, folder)
-    amend_card(card, model, name=name, training=training, picture=picture).save(path)
+    card = amend_card(card, model, name=name, training=training, picture=picture)
+    card.save(os.path.join(folder, CARD_FILE))
+
+
+def _training_of(model: Any, checkpoint: Folder | None) -> TrainingRecord:
+    return record_of(model) if checkpoint is None else read_training(checkpoint)
+
+
+def _card_in(folder: Folder) -> ModelCard | None:
+    path = os.path.join(folder, CARD_FILE)
+    return read_card(path) if os.path.isfile(path) else None
+
+
+def _card_on_hub(repo_id: str, revision: str | None, token: str | None) -> ModelCard | None:
+    try:
+        path = hf_hub_download(repo_id, CARD_FILE, revision=revision, token=token)
+    except EntryNotFoundError:
+        return None
+    return read_card(path, f"{CARD_FILE} of {repo_id} on the Hub")
 
 
 def _name_of(folder: Folder) -> str:

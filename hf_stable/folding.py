@@ -9,11 +9,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from hf_stable.checkpoints import check_writable
-from hf_stable.consolidation import find_distributed, read_distributed, save_folded
+from hf_stable.consolidation import (
+    find_distributed,
+    lost_norms,
+    lost_norms_error,
+    read_distributed,
+    save_folded,
+)
 from hf_stable.inspection import pair_layers
+from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 from hf_stable.patching import STATE_FILE
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
 
@@ -32,12 +41,14 @@ class FoldReport:
         source: the folder that was read.
         output: the folder that was written.
         num_layers: patched layers that are plain in it.
+        lacks_norms: whether LayerNorms were removed from the model, which stay removed.
         files: names of its files.
     """
 
     source: str
     output: str
     num_layers: int
+    lacks_norms: bool
     files: tuple[str, ...]
 
 
@@ -46,12 +57,14 @@ def fold_checkpoint(
     output: str | os.PathLike[str],
     config: str | None = None,
 ) -> FoldReport:
-    """Write the plain model of a folder to another one, without building the model.
+    """Write the plain model of a folder to another one, without memory for the whole model.
 
     A folder that `save_pretrained` wrote holds folded weights already: they are checked against
     its sidecar and copied. Where the weights are the raw state dict of a patched model (saved by
     accelerate or by hand), each becomes `gamma / sigma * W`, one file in memory at a time. Config,
     tokenizer and the like are copied; the sidecar, pickles and the Trainer's own state are not.
+    Removed LayerNorms stay removed: raw weights without them are refused, for the config beside
+    them would bring them back.
 
     What FSDP saved in shards (SHARDED_STATE_DICT) is put together, patched or not, in the memory
     that one copy of the weights takes. It has no config of its own, and torch reads its list of
@@ -66,8 +79,8 @@ def fold_checkpoint(
     Raises:
         FileNotFoundError: if `source` or one of its shards is missing.
         ValueError: if there is nothing to fold, a file is damaged, the sidecar belongs to another
-            save, `output` is not empty, or `config` is missing, superfluous or of another model.
-            Nothing is written then.
+            save, raw weights lack LayerNorms, `output` is not empty, or `config` is missing,
+            superfluous or of another model. Nothing is written then.
         OSError: if `output` cannot be written.
     """
     source, output = Path(source), Path(output)
@@ -96,13 +109,15 @@ def fold_checkpoint(
             _copy_others(source, partial)
         partial.replace(output)
     files = tuple(sorted(file.name for file in output.iterdir()))
-    return FoldReport(str(source), str(output), num_layers, files)
+    lacks_norms = _model_type(output).startswith(MODEL_TYPE_PREFIX)
+    return FoldReport(str(source), str(output), num_layers, lacks_norms, files)
 
 
 def _fold_files(source: Path, target: Path) -> int:
     """Fold safetensors file by file, or copy those that are folded; return how many layers."""
     weights, sidecar = open_weights(source), open_sidecar(source)
     if weights.raw_layers:
+        _refuse_lost_norms(source, weights)
         _write_folded(weights, target)
         return len(weights.raw_layers)
     if sidecar is None:
@@ -113,6 +128,23 @@ def _fold_files(source: Path, target: Path) -> int:
     num_layers = _check(weights, sidecar)
     _copy_weights(weights, target)
     return num_layers
+
+
+def _refuse_lost_norms(source: Path, weights: WeightFiles) -> None:
+    """Raise ValueError for weights that the config beside them would give fresh norms."""
+    if _model_type(source) not in CONFIG_MAPPING:  # norms are removed from transformers' models
+        return
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    prefix = f"{model.base_model_prefix}."
+    if lost := lost_norms(model, [name.removeprefix(prefix) for name in weights.file_of]):
+        raise lost_norms_error(model, lost)
+
+
+def _model_type(folder: Path) -> str:
+    """Return the model_type of the config in a folder, "" where there is none."""
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("model_type", "") if path.is_file() else ""
 
 
 def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:

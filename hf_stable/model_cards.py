@@ -5,12 +5,11 @@ A card that is there already is kept. Only the section between two comments is o
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,13 @@ from torch import nn
 from transformers.modelcard import METRIC_TAGS, make_markdown_table
 
 from hf_stable.modeling_hf_stable import PREFIX
+from hf_stable.norm_removal import needs_standalone_form
 from hf_stable.patching import patch_configs
+from hf_stable.provenance import TrainingRecord, base_model_of
 from hf_stable.sigma_reparam import sigma_layers
-from hf_stable.standalone import (
-    AUTO_CLASSES,
-    is_standalone,
-    needs_standalone_form,
-    removed_by_class,
-)
+from hf_stable.standalone import AUTO_CLASSES, is_standalone, removed_by_class
 
-__all__ = ["TrainingRecord", "amend_card", "read_training"]
+__all__ = ["amend_card", "read_card"]
 
 START, END = "<!-- hf_stable: start -->", "<!-- hf_stable: end -->"
 
@@ -49,49 +45,29 @@ https://arxiv.org/abs/2303.06296), 2023: sigmaReparam, training without LayerNor
 - Qi et al., [Taming Transformer Without Using Learning Rate Warmup](\
 https://arxiv.org/abs/2505.21910), 2025: AdamW2"""
 
-_NO_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
+def read_card(path: str | os.PathLike[str], name: str | None = None) -> ModelCard:
+    """Read a card that is to be amended.
 
-@dataclass(frozen=True)
-class TrainingRecord:
-    """What the Trainer left about a training.
+    Args:
+        path: the file.
+        name: what to call it in an error, where it is a copy.
 
-    Attributes:
-        settings: steps, epochs, batch size and peak learning rate, as far as they were logged.
-        metrics: the last value of everything that was evaluated, without the prefix `eval_`.
-        history: everything that was logged, in order.
+    Raises:
+        ValueError: if it is no card in the Hub's format.
+        OSError: if it cannot be read.
     """
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_training(folder: str | os.PathLike[str]) -> TrainingRecord:
-    """Read the `trainer_state.json` of a checkpoint; where there is none, the record is empty."""
-    path = os.path.join(folder, "trainer_state.json")
-    if not os.path.isfile(path):
-        return TrainingRecord()
-    with open(path, encoding="utf-8") as file:
-        state = json.load(file)
-    history = state["log_history"]
-    rates = [record["learning_rate"] for record in history if "learning_rate" in record]
-    settings = {
-        "optimizer steps": state["global_step"],
-        "epochs": state.get("epoch"),
-        "batch size per device": state.get("train_batch_size"),
-        "peak learning rate": max(rates, default=None),
-    }
-    last: dict[str, Any] = {}
-    for record in history:
-        last |= record
-    metrics = {
-        name.removeprefix("eval_"): value
-        for name, value in last.items()
-        if name.startswith("eval_") and not name.endswith(_NO_METRICS)
-    }
-    known = {key: value for key, value in settings.items() if value is not None}
-    return TrainingRecord(known, metrics, history)
+    try:
+        return ModelCard.load(Path(path))
+    except OSError:
+        raise
+    except Exception as error:  # of YAML, of its encoding, or of what stands in it
+        reason, path = " ".join(str(error).split()), name or os.fspath(path)
+        raise ValueError(
+            f"{path} is there already and is no model card that could be amended "
+            f"({reason}). Give it a header of 'key: value' lines between two lines of '---', in "
+            "UTF-8, or remove it"
+        ) from error
 
 
 def amend_card(
@@ -111,7 +87,7 @@ def amend_card(
         card: the card that is there already.
         model: a model of transformers, patched or not.
         name: what the model is loaded by: the repository's id, or the name of a folder.
-        training: from `read_training`.
+        training: what is known of its training.
         picture: name of a file beside the card that shows the training's curves.
 
     Returns:
@@ -138,9 +114,7 @@ def _amend_header(data: Any, model: Any, training: TrainingRecord) -> None:
         data.metrics = _joined(data.metrics, metrics)
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or PIPELINES.get(_auto_class(model) or "")
-    base_model = model.config.name_or_path
-    if base_model and not os.path.isdir(base_model):
-        data.base_model = data.base_model or base_model
+    data.base_model = data.base_model or base_model_of(model)
 
 
 def _joined(given: str | list[str] | None, new: Iterable[str]) -> list[str]:

@@ -20,8 +20,9 @@ from hf_stable.architectures.registry import (
     find_norms,
     lookup,
 )
-from hf_stable.method_config import CONFIGS_ATTRIBUTE, MethodConfig
+from hf_stable.method_config import CONFIGS_ATTRIBUTE, MethodConfig, method_options
 from hf_stable.modeling_hf_stable import PREFIX, epsilon_field
+from hf_stable.standalone import is_standalone
 
 __all__ = [
     "RemovalConfig",
@@ -29,13 +30,14 @@ __all__ = [
     "RemoveLayerNormConfig",
     "RemovePreLayerNormConfig",
     "RemovedNorm",
+    "needs_standalone_form",
     "plan_removal",
     "removed_norms",
     "restore_layernorms",
 ]
 
 
-@dataclass(frozen=True)
+@method_options
 class RemovePreLayerNormConfig(MethodConfig):
     """Take out the norms in front of attention and MLP (GPT-2, ViT, Swin).
 
@@ -52,7 +54,7 @@ class RemovePreLayerNormConfig(MethodConfig):
     placement: ClassVar[Placement] = "pre"
 
 
-@dataclass(frozen=True)
+@method_options
 class RemoveLayerNormConfig(MethodConfig):
     """Take out the norms behind the residual additions of post-LN blocks (BERT).
 
@@ -134,19 +136,26 @@ def removed_norms(model: nn.Module) -> list[tuple[str, RemovedNorm]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, RemovedNorm)]
 
 
+def needs_standalone_form(model: nn.Module) -> bool:
+    """Say whether a plain folder of this model would bring norms back that it does not have."""
+    return bool(removed_norms(model))
+
+
 def restore_layernorms(model: nn.Module) -> nn.Module:
     """Put every norm that was removed in this process back, the same object, in place.
 
     An optimizer that was built meanwhile does not know their parameters. A model with all its
-    norms comes back unchanged.
+    norms comes back unchanged; one that was loaded without some gets those back that were removed
+    since.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: if the model was loaded without its norms: no file has them.
+        UnsupportedModelError: if the model was loaded without its norms, which no file has, and
+            none was removed since.
     """
-    if type(model).__name__.startswith(PREFIX):
+    if any(map(is_standalone, model.modules())) and not removed_norms(model):
         raise UnsupportedModelError(
             f"this {type(model).__name__} was loaded without its norms, and no file has them; "
             "restore_layernorms undoes a removal that was made in this process"
@@ -179,7 +188,14 @@ def _refuse_placement(model: nn.Module, config: RemovalConfig, norms: list[Found
 
 
 def _check_can_be_saved(model: nn.Module) -> None:
-    """Raise now what would be raised at the first checkpoint."""
+    """Raise now what would be raised at the first checkpoint, or when that is loaded."""
+    name = type(model).__name__
+    if not is_standalone(model) and getattr(transformers, name, None) is not type(model):
+        raise UnsupportedModelError(
+            f"a {name} without norms could be saved but not loaded: {name} is no model class of "
+            "transformers, and of those alone are classes without norms derived. Remove them from "
+            "a model of transformers, or keep them"
+        )
     config_class = type(cast(Any, model).config)
     name = config_class.__name__.removeprefix(PREFIX)
     try:

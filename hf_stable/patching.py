@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from hf_stable.architectures.registry import UnsupportedModelError, lookup
 from hf_stable.method_config import CONFIGS_ATTRIBUTE, MethodConfig, nearest
 from hf_stable.norm_removal import (
+    RemovalConfig,
     RemoveLayerNormConfig,
     RemovePreLayerNormConfig,
     plan_removal,
@@ -24,6 +25,7 @@ from hf_stable.norm_removal import (
 )
 from hf_stable.sigma_layers import fold_layer
 from hf_stable.sigma_reparam import SigmaReparamConfig, plan_sigma_reparam, sigma_layers
+from hf_stable.standalone import is_standalone
 
 __all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_configs"]
 
@@ -76,8 +78,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     for config in configs:
         if present.get(config.method, config) != config:
             raise ValueError(
-                f"the model is patched already, with {present[config.method]}; undo that first "
-                f"(hf_stable.fold) to patch it with {config}"
+                f"the model is patched already, with {present[config.method]}; to patch it with "
+                f"{config}, {_way_to_undo(model, config)}"
             )
     missing = [config for config in configs if config.method not in present]
     plans = [METHODS[config.method][1](model, config) for config in missing]
@@ -105,10 +107,17 @@ def fold(model: nn.Module) -> nn.Module:
     """
     for _, layer in sigma_layers(model):
         fold_layer(layer)
-    if removed_norms(model):
+    if removed := removed_norms(model):
         warnings.warn(
-            f"fold keeps the {len(removed_norms(model))} removed LayerNorms removed: the model is "
-            "no plain one yet. hf_stable.restore_layernorms brings them back, untrained since",
+            f"fold keeps the {len(removed)} removed LayerNorms removed: the model is no plain one "
+            "yet. hf_stable.restore_layernorms brings them back, untrained since",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif any(map(is_standalone, model.modules())):
+        warnings.warn(
+            "fold keeps the LayerNorms removed that this model was loaded without: it is no plain "
+            "one, and hf_stable.export writes what loads it",
             UserWarning,
             stacklevel=2,
         )
@@ -158,6 +167,15 @@ def _resolve(method: Method | Sequence[Method], options: dict[str, Any]) -> list
     return configs
 
 
+def _way_to_undo(model: nn.Module, config: MethodConfig) -> str:
+    """Say how to get rid of the config of a method that is in force."""
+    if not isinstance(config, RemovalConfig):
+        return "undo that first (hf_stable.fold)"
+    if removed_norms(model):
+        return "undo that first (hf_stable.restore_layernorms)"
+    return "start from a model with its norms: no file has those of this one"
+
+
 def _refuse_unpatchable(model: nn.Module) -> None:
     """Raise for every state of a model in which a patch would be lost or wrong."""
     wrapper = _wrapper_of(model)
@@ -181,7 +199,7 @@ def _refuse_unpatchable(model: nn.Module) -> None:
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{name} is on the meta device and has no values to take a spectrum of; load the "
-                "weights first"
+                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False)"
             )
         if isinstance(parameter, DTensor):
             raise UnsupportedModelError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from hf_stable.exporting import CARD_FILE, export, push_to_hub
 from hf_stable.method_config import nearest
 from hf_stable.modeling_hf_stable import PREFIX
 from hf_stable.patching import STATE_FILE
+from hf_stable.provenance import has_training
+from hf_stable.weight_files import open_weights
 
 __all__ = ["DTYPES", "empty_model", "export_saved", "load_saved", "push_saved"]
 
@@ -39,7 +42,8 @@ def load_saved(folder: Folder) -> PreTrainedModel:
 
     Raises:
         FileNotFoundError: if there is no config.json.
-        ValueError: if config.json names no class of transformers.
+        ValueError: if config.json names no class of transformers, or the weights are a patched
+            model's raw ones.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
@@ -54,7 +58,11 @@ def load_saved(folder: Folder) -> PreTrainedModel:
         )
     if os.path.isfile(os.path.join(folder, STATE_FILE)):
         return load(model_class, folder)
-    return model_class.from_pretrained(folder)
+    if any(Path(folder).glob("*.safetensors")):
+        _refuse_raw(folder, open_weights(folder).shapes)
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    _refuse_raw(folder, info["unexpected_keys"])  # of a pickle, whose names only loading tells
+    return model
 
 
 def empty_model(source: Folder) -> PreTrainedModel:
@@ -112,6 +120,7 @@ def export_saved(
         dtype=wanted,
         max_shard_size=max_shard_size,
         processing_class=_FilesBeside(source),
+        checkpoint=source if has_training(source) else None,
     )
     return tuple(sorted(os.listdir(output)))
 
@@ -144,6 +153,7 @@ def push_saved(
         dtype=wanted,
         max_shard_size=max_shard_size,
         processing_class=_FilesBeside(source),
+        checkpoint=source if has_training(source) else None,
     )
 
 
@@ -160,6 +170,18 @@ class _FilesBeside:
         card = self.folder / CARD_FILE
         if card.is_file() and not (Path(target) / CARD_FILE).exists():
             shutil.copy(card, target)
+
+
+def _refuse_raw(folder: Folder, names: Iterable[str]) -> None:
+    """Raise for raw weights, whose gamma and sigma from_pretrained leaves out."""
+    if raw := sorted(name for name in names if name.endswith(".sigma_u")):
+        layer = raw[0].removesuffix(".sigma_u")
+        raise ValueError(
+            f"{os.fspath(folder)} holds the raw weights of a patched model (first: {layer!r}) "
+            f"without the {STATE_FILE} that save_pretrained writes: they would be taken for folded "
+            f"ones. Run hf-stable fold {os.fspath(folder)} OUT first, and go on with OUT (it reads "
+            "safetensors)"
+        )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -27,7 +27,15 @@ from hf_stable.patching import METHODS, STATE_FILE
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 
-__all__ = ["FORMAT_VERSION", "WAY_OUT", "SavedState", "read_state", "remove_state", "write_state"]
+__all__ = [
+    "FORMAT_VERSION",
+    "WAY_OUT",
+    "SavedState",
+    "read_provenance",
+    "read_state",
+    "remove_state",
+    "write_state",
+]
 
 FORMAT_VERSION = 1
 
@@ -54,12 +62,14 @@ class SavedState:
         tensors: `<layer>.weight` (raw), `.gamma`, `.sigma`, `.sigma_u` and `.sigma_v` of each
             layer, named as in the model in memory.
         hf_stable_version: the version that wrote it.
+        provenance: what the model started from and how it was trained, as plain data.
     """
 
     path: str
     configs: tuple[MethodConfig, ...]
     tensors: dict[str, Tensor]
     hf_stable_version: str
+    provenance: dict[str, Any]
 
     @property
     def layers(self) -> list[str]:
@@ -78,9 +88,13 @@ class SavedState:
         parts = self.layer(name)
         folded = scale_blocks(parts["weight"], parts["gamma"] / parts["sigma"], block_dim)
         given = weight.detach().cpu()
-        if given.shape != folded.shape or not torch.allclose(
-            given, folded.to(given.dtype), rtol=0, atol=0, equal_nan=True
-        ):
+        if given.shape != folded.shape:
+            raise ValueError(
+                f"{self.path} holds {name!r} with shape {tuple(folded.shape)}, but the weights "
+                f"loaded have {tuple(given.shape)}: num_labels, or another size in the config, is "
+                f"not what it was at the save. {WAY_OUT}"
+            )
+        if not torch.allclose(given, folded.to(given.dtype), rtol=0, atol=0, equal_nan=True):
             raise ValueError(
                 f"{self.path} belongs to another save than the weights beside it: its {name!r} "
                 f"does not fold to theirs. {WAY_OUT}"
@@ -92,6 +106,7 @@ def write_state(
     configs: Sequence[MethodConfig],
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "50GB",
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the sidecar of a folder, whole or not at all.
 
@@ -103,6 +118,7 @@ def write_state(
         configs: what the model was patched with.
         tensors: as in `SavedState`.
         max_shard_size: as for `save_pretrained`.
+        provenance: as in `SavedState`.
 
     Raises:
         OSError: if it cannot be written.
@@ -116,6 +132,7 @@ def write_state(
         "hf_stable_version": version("hf-stable"),
         "configs": [{"method": config.method, **config.to_dict()} for config in configs],
         "checksum": _checksum(tensors),
+        "provenance": dict(provenance or {}),
     }
     files = {
         file: {key: tensors[key] for key in keys}
@@ -166,7 +183,27 @@ def read_state(folder: Folder) -> SavedState:
     configs = tuple(
         METHODS[options.pop("method")][0].from_dict(options) for options in description["configs"]
     )
-    return SavedState(path, configs, tensors, description["hf_stable_version"])
+    provenance = description.get("provenance", {})
+    return SavedState(path, configs, tensors, description["hf_stable_version"], provenance)
+
+
+def read_provenance(folder: Folder) -> dict[str, Any]:
+    """Read what the sidecar of a folder says of the model's provenance, and no tensor.
+
+    Returns:
+        As in `SavedState`; empty where there is no sidecar.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = os.path.join(folder, STATE_FILE)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _describe(file).get("provenance", {})
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -195,5 +232,8 @@ def _replace_file(path: str, tensors: dict[str, Tensor], description: dict[str, 
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        return json.loads(metadata[_METADATA_KEY]), {k: file.get_tensor(k) for k in file.keys()}
+        return _describe(file), {k: file.get_tensor(k) for k in file.keys()}
+
+
+def _describe(file: Any) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})[_METADATA_KEY])

@@ -22,12 +22,10 @@ from hf_stable.architectures.registry import (
     supported_architectures,
 )
 from hf_stable.modeling_hf_stable import PREFIX, find_norms
-from hf_stable.norm_removal import removed_norms
 
 __all__ = [
     "AUTO_CLASSES",
     "is_standalone",
-    "needs_standalone_form",
     "register_auto_classes",
     "removed_by_class",
     "standalone_class",
@@ -51,11 +49,6 @@ AUTO_CLASSES = {
     "AutoBackbone": "MODEL_FOR_BACKBONE_MAPPING",
 }
 """The auto classes of transformers for text and images, and the table each of them looks in."""
-
-
-def needs_standalone_form(model: nn.Module) -> bool:
-    """Say whether a plain folder of this model would bring norms back that it does not have."""
-    return bool(removed_norms(model))
 
 
 def is_standalone(model: nn.Module) -> bool:

@@ -20,10 +20,20 @@ from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
 
-__all__ = ["WeightFiles", "block_dim_of", "open_sidecar", "open_weights"]
+__all__ = [
+    "WEIGHT_PATTERNS",
+    "WeightFiles",
+    "block_dim_of",
+    "open_sidecar",
+    "open_weights",
+    "remove_stale_weights",
+]
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+WEIGHT_PATTERNS = (_WEIGHTS, "model-?????-of-?????.safetensors", _INDEX)
+"""Names of the files that transformers writes of a model's weights."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,23 @@ def open_sidecar(folder: Path) -> WeightFiles | None:
     """
     files = _sidecar_files(folder)
     return _read_headers(folder / STATE_FILE, files) if folder / STATE_FILE in files else None
+
+
+def remove_stale_weights(folder: str | os.PathLike[str]) -> None:
+    """Remove what an earlier save with another number of files left beside a folder's weights.
+
+    transformers removes the shards that a save does not replace, but neither their index nor the
+    one file, which it would load instead of newer shards.
+    """
+    single, index = Path(folder) / _WEIGHTS, Path(folder) / _INDEX
+    if not (single.is_file() and index.is_file()):
+        return
+    try:
+        _files_of(index)
+    except (FileNotFoundError, ValueError):  # its shards have been removed: the one file is new
+        index.unlink()
+    else:
+        single.unlink()
 
 
 def _sidecar_files(folder: Path) -> list[Path]:

@@ -25,11 +25,19 @@ USER = "me"
 
 @dataclass
 class Repo:
-    """A repository: files by path, as of the last commit, and what was said of the commits."""
+    """A repository: files by path at the head of each branch, and what was said of the commits."""
 
     visibility: str | None
-    files: dict[str, bytes] = field(default_factory=dict)
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     commits: list[dict] = field(default_factory=list)
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.branches["main"]
+
+    def at(self, revision: str) -> dict[str, bytes]:
+        """The files of a branch; a commit, which the client asks for too, is the last of main."""
+        return self.branches.get(revision, self.files)
 
     @property
     def sha(self) -> str:
@@ -95,7 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)["files"]
             modes = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
             return self.answer({"files": [{"path": file["path"], **modes} for file in asked]})
-        return self.commit("/".join(parts[2:4]), repo, body)
+        if parts[4] == "branch":
+            known = parts[5] in repo.branches
+            repo.branches.setdefault(parts[5], dict(repo.files))
+            return self.answer(status=409 if known else 200)
+        return self.commit("/".join(parts[2:4]), repo, repo.branches[parts[5]], body)
 
     def create(self, asked):
         name = f"{asked.get('organization') or USER}/{asked['name']}"
@@ -103,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.repos.setdefault(name, Repo(asked.get("visibility")))
         self.answer({"url": f"{self.endpoint}/{name}"}, status)
 
-    def commit(self, name, repo, body):
+    def commit(self, name, repo, content, body):
         lines = [json.loads(line) for line in body.splitlines()]
         header = next(line["value"] for line in lines if line["key"] == "header")
         added = {
@@ -111,7 +123,10 @@ class _Handler(BaseHTTPRequestHandler):
             for line in lines
             if line["key"] == "file"
         }
-        repo.files |= added
+        for line in lines:
+            if line["key"] == "deletedFile":
+                del content[line["value"]["path"]]
+        content |= added
         repo.commits.append({"summary": header["summary"], "files": sorted(added)})
         self.answer(
             {
@@ -130,7 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return self.refuse(404, "RepoNotFound", "Repository not found")
         if is_api and parts[4:5] == ["tree"]:
-            return self.answer([{"type": "file", "path": p, "size": 1} for p in repo.files])
+            listed = repo.at(parts[5])
+            return self.answer(
+                [{"type": "file", "path": p, "size": 1, "oid": "0" * 40} for p in listed]
+            )
         if is_api:
             siblings = [{"rfilename": path} for path in repo.files]
             name = "/".join(parts[2:4])
@@ -138,10 +156,11 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": name, "sha": repo.sha, "siblings": siblings, "tags": [], "private": False}
             )
         path = "/".join(parts[4:])
-        if path not in repo.files:
+        content = repo.at(parts[3])
+        if path not in content:
             return self.refuse(404, "EntryNotFound", "Entry not found")
-        etag = hashlib.sha1(repo.files[path]).hexdigest()
-        self.answer(repo.files[path], ETag=f'"{etag}"', X_Repo_Commit=repo.sha)
+        etag = hashlib.sha1(content[path]).hexdigest()
+        self.answer(content[path], ETag=f'"{etag}"', X_Repo_Commit=repo.sha)
 
     do_HEAD = do_GET
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import json
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel
 
 import hf_stable
 from hf_stable import modeling_hf_stable
@@ -252,6 +254,25 @@ def test_shards_are_those_of_transformers(tmp_path):
         )
 
 
+@pytest.mark.parametrize("write", [hf_stable.export, PreTrainedModel.save_pretrained])
+@pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
+@pytest.mark.parametrize("sizes", [("50GB", "5KB"), ("5KB", "50GB")], ids=["split", "joined"])
+def test_weights_of_an_earlier_save_in_other_files_do_not_stay(write, method, sizes, tmp_path):
+    earlier = patched("vit", "ViTForImageClassification", method)
+    write(earlier, tmp_path, max_shard_size=sizes[0])
+    model = copy.deepcopy(earlier)
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+    write(model, tmp_path, max_shard_size=sizes[1])
+    names = {file.name for file in tmp_path.glob("model*")} - {"modeling_hf_stable.py"}
+    assert ("model.safetensors" in names) == (sizes[1] == "50GB")
+    assert (len(names) == 1) == (sizes[1] == "50GB")
+    # Found by transformers as it finds weights, which prefers the one file.
+    state = load_saved(tmp_path).state_dict()
+    torch.testing.assert_close(state["classifier.weight"], model.classifier.weight.detach())
+    assert not torch.equal(state["classifier.weight"], earlier.classifier.weight)
+
+
 def test_a_sidecar_of_an_earlier_save_does_not_stay(tmp_path):
     model = patched("vit", "ViTForImageClassification", "sigma_no_norms")
     model.save_pretrained(tmp_path)
@@ -275,3 +296,14 @@ def test_adapters_are_refused(tmp_path):
     )
     with pytest.raises(TypeError, match="merge_and_unload"):
         hf_stable.export(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"---\nlicense: [mit\n---\n", b"---\n- mit\n---\n", "---\n---\nß".encode("latin-1")]
+)
+def test_a_broken_card_in_the_folder_is_refused_before_anything_is_written(content, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"README\.md is there already and is no model card"):
+        hf_stable.export(patched("vit", "ViTForImageClassification", "sigma"), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_bytes() == content

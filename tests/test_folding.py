@@ -9,8 +9,10 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from conftest import DEFAULT_HEADS, sgd_steps, tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
+from test_norm_removal import METHOD
 
 import hf_stable
+from hf_stable.cli import main
 from hf_stable.folding import fold_checkpoint
 
 
@@ -70,6 +72,32 @@ def test_raw_weights_are_folded(model, tmp_path, num_files):
                for key in raw if key in plain.state_dict())  # fmt: skip
     expected = hf_stable.fold(model).state_dict()
     assert all(torch.equal(expected[key], value) for key, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("names_class", [True, False])
+def test_raw_weights_without_layernorms_are_refused(model_type, names_class, tmp_path):
+    """A plain config beside them would bring the norms back."""
+    source, output = tmp_path / "raw", tmp_path / "plain"
+    model = hf_stable.patch(tiny_model(model_type), ["sigma_reparam", METHOD[model_type]])
+    if names_class:
+        model.config.architectures = [DEFAULT_HEADS[model_type]]
+    model.config.save_pretrained(source)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if k not in tied}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="LayerNorms seem to be removed.*hf_stable.export"):
+        fold_checkpoint(source, output)
+    assert not output.exists()
+
+
+def test_it_says_that_removed_layernorms_stay_removed(tmp_path, capsys):
+    said = "Removed LayerNorms stay removed"
+    for name, methods in {"with": [], "without": ["remove_pre_layernorm"]}.items():
+        hf_stable.patch(tiny_model("vit"), ["sigma_reparam", *methods]).save_pretrained(
+            tmp_path / name
+        )
+        assert main(["fold", str(tmp_path / name), str(tmp_path / f"{name}-folded")]) == 0
+        assert (said in capsys.readouterr().out) == (name == "without")
 
 
 def test_nothing_is_written_when_it_cannot_be_done(tmp_path):

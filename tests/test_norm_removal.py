@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
+import transformers
+from conftest import MODEL_TYPES, sgd_steps, tiny_batch, tiny_config, tiny_model
 from tiny_training import make_trainer
 from torch import nn
 
@@ -148,6 +150,31 @@ def test_again_with_the_same_config_is_nothing_and_with_another_an_error():
         hf_stable.patch(model, "remove_pre_layernorm", scope="all")
 
 
+def test_the_way_out_of_another_config_is_the_one_that_helps(tmp_path):
+    model = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm")
+    with pytest.raises(ValueError, match=r"undo that first \(hf_stable\.restore_layernorms\)"):
+        hf_stable.patch(model, "remove_pre_layernorm", scope="all")
+    hf_stable.patch(hf_stable.restore_layernorms(model), "remove_pre_layernorm", scope="all")
+    model.save_pretrained(tmp_path)
+    loaded = hf_stable.load(transformers.GPT2LMHeadModel, tmp_path)
+    with pytest.raises(ValueError, match="no file has those of this one"):
+        hf_stable.patch(loaded, "remove_pre_layernorm")
+    sigma = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    with pytest.raises(ValueError, match=r"undo that first \(hf_stable\.fold\)"):
+        hf_stable.patch(sigma, "sigma_reparam", init="one")
+
+
+def test_a_class_of_a_users_own_is_refused_while_the_norms_are_there():
+    class Mine(transformers.GPT2LMHeadModel):
+        pass
+
+    model = Mine(tiny_config("gpt2"))
+    with pytest.raises(UnsupportedModelError, match="Mine is no model class of transformers"):
+        hf_stable.patch(model, ["sigma_reparam", "remove_pre_layernorm"])
+    assert layernorms(model) and not hf_stable.is_patched(model)
+    hf_stable.patch(model, "sigma_reparam")
+
+
 def test_a_model_that_could_not_be_saved_is_refused():
     model = tiny_model("gpt2")
 
@@ -180,6 +207,23 @@ def test_restoring_leaves_sigma_reparam_in_force():
     assert [config.method for config in patch_configs(model)] == ["sigma_reparam"]
     assert not removed_norms(model)
     assert hf_stable.is_patched(model)
+
+
+def test_a_model_that_was_loaded_without_norms_gets_back_what_was_removed_since(tmp_path):
+    hf_stable.export(hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm"), tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="loaded without its norms"):
+        hf_stable.restore_layernorms(model)
+    before = outputs(model)
+    hf_stable.patch(model, "remove_pre_layernorm", scope="all")
+    assert [name for name, _ in removed_norms(model)] == ["transformer.ln_f"]
+    assert not torch.equal(outputs(model), before)
+    hf_stable.restore_layernorms(model)
+    assert layernorms(model) == OUTSIDE["gpt2"] and not hf_stable.is_patched(model)
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(outputs(again), before, rtol=0, atol=0)
 
 
 def test_restoring_a_plain_model_changes_nothing():
@@ -229,6 +273,18 @@ def test_fold_keeps_them_removed_and_says_so():
     torch.testing.assert_close(outputs(model), before, rtol=1e-5, atol=1e-6)
 
 
+def test_folding_a_model_that_was_loaded_without_norms_says_so_too(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), ["sigma_reparam", "remove_pre_layernorm"])
+    model.save_pretrained(tmp_path)
+    loaded = hf_stable.load(transformers.ViTForImageClassification, tmp_path)
+    with pytest.warns(UserWarning, match="was loaded without.*hf_stable.export") as caught:
+        hf_stable.fold(loaded)
+    assert not any("restore_layernorms" in str(warning.message) for warning in caught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf_stable.fold(hf_stable.patch(tiny_model("vit"), "sigma_reparam"))
+
+
 def test_the_report_lists_layers_and_removed_norms_together(model_type):
     model = hf_stable.patch(tiny_model(model_type), METHOD[model_type])
     report = hf_stable.describe(model)
@@ -245,12 +301,12 @@ def test_the_report_lists_layers_and_removed_norms_together(model_type):
 
 
 @pytest.mark.parametrize("scope", ["blocks", "all"])
-def test_terms_of_removed_norms_are_absent_from_the_monitor_not_zero(scope, tmp_path):
+def test_terms_of_removed_norms_are_absent_from_the_monitor_not_zero(model_type, scope, tmp_path):
     recorded = {}
     for kind in ("with", "without"):
-        model = tiny_model("vit")
+        model = tiny_model(model_type)
         if kind == "without":
-            hf_stable.patch(model, "remove_pre_layernorm", scope=scope)
+            hf_stable.patch(model, METHOD[model_type], scope=scope)
         monitor = hf_stable.StabilityCallback(every=1, terms="all")
         trainer = make_trainer(
             model, tmp_path / kind, callbacks=[monitor], max_steps=1, save_strategy="no"

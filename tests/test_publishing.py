@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -20,8 +22,10 @@ from tiny_training import make_trainer
 
 import hf_stable
 from hf_stable.card_pictures import PICTURE_FILE, draw_curves
-from hf_stable.model_cards import END, START, amend_card, read_training
+from hf_stable.model_cards import END, START, amend_card
 from hf_stable.patching import STATE_FILE
+from hf_stable.provenance import read_training, record_of
+from hf_stable.saved_models import export_saved
 
 METHODS = pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
 
@@ -63,6 +67,52 @@ def test_a_second_push_keeps_what_the_owner_wrote_in_the_card(hub):
     assert card.text.count(START) == card.text.count(END) == 1
     assert card.data.license == "mit"
     assert card.data.tags == ["hf_stable", "sigma_reparam", "remove_pre_layernorm"]
+
+
+@pytest.mark.parametrize("sizes", [("50GB", "5KB"), ("5KB", "50GB")], ids=["split", "joined"])
+def test_a_push_in_other_files_replaces_the_weights(hub, sizes):
+    model = patched("vit", "ViTForImageClassification", "sigma_no_norms")
+    hf_stable.push_to_hub(model, "me/vit", max_shard_size=sizes[0])
+    hub.repos["me/vit"].files["model.fp16.safetensors"] = b"the owner's own"
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+    hf_stable.push_to_hub(model, "me/vit", max_shard_size=sizes[1])
+    weights = {name for name in files(hub, "me/vit") if "safetensors" in name}
+    assert weights > {"model.fp16.safetensors"}
+    assert ("model.safetensors" in weights) == (sizes[1] == "50GB") == (len(weights) == 2)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained("me/vit")
+    torch.testing.assert_close(loaded.classifier.weight, model.classifier.weight)
+
+
+def test_a_push_to_a_branch_amends_the_card_of_the_branch(hub):
+    model = patched("vit", "ViTForImageClassification", "sigma")
+    hf_stable.push_to_hub(model, "me/vit")
+    hf_stable.push_to_hub(model, "me/vit", revision="dev")
+    repo = hub.repos["me/vit"]
+    for branch, text in (("main", "On main."), ("dev", "On dev.")):
+        card = repo.branches[branch]["README.md"].decode()
+        repo.branches[branch]["README.md"] = f"{card}\n{text}\n".encode()
+    main = dict(repo.files)
+    hf_stable.push_to_hub(model, "me/vit", revision="dev")
+    card = repo.branches["dev"]["README.md"].decode()
+    assert "On dev." in card and "On main." not in card
+    assert repo.files == main
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_what_cannot_be_pushed_leaves_nothing_on_the_hub(hub):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        hf_stable.push_to_hub(peft.get_peft_model(tiny_model("gpt2"), config), "me/adapter")
+    assert not hub.repos
+    model = patched("vit", "ViTForImageClassification", "sigma")
+    hf_stable.push_to_hub(model, "me/vit")
+    hub.repos["me/vit"].files["README.md"] = b"---\n- a list\n---\n"
+    hub.repos["me/vit"].commits.append({})
+    with pytest.raises(ValueError, match="README.md of me/vit on the Hub is .* no model card"):
+        hf_stable.push_to_hub(model, "me/vit")
+    assert len(hub.repos["me/vit"].commits) == 2
 
 
 @METHODS
@@ -203,10 +253,117 @@ def test_the_card_quotes_what_the_trainer_left(tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.metrics == ["accuracy"]
     assert f"{last['eval_loss']:.4g}" in card.text and "optimizer steps: 2" in card.text
-    # A model that was loaded from the checkpoint knows where to look.
+    # Of a folder, it is what lies in the folder.
+    export_saved(checkpoint, tmp_path / "saved")
+    assert settings_in(tmp_path / "saved") == settings_in(tmp_path / "out") != []
+    with pytest.raises(FileNotFoundError, match="no training to quote"):
+        hf_stable.export(trainer.model, tmp_path / "typo", checkpoint=tmp_path / "checkpoint-3")
+    assert not (tmp_path / "typo").exists()
+
+
+def settings_in(folder):
+    """The lines below "Training" of a folder's card."""
+    text = (folder / "README.md").read_text().partition("### Training\n")[2]
+    return [line for line in text.partition("###")[0].splitlines() if line]
+
+
+def test_a_trained_model_knows_its_own_training(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    trainer = make_trainer(
+        model,
+        tmp_path / "run",
+        max_steps=4,
+        optim="adamw2",
+        optim_args="tau=0.02",
+        weight_decay=0.1,
+        warmup_steps=2,
+        lr_scheduler_type="cosine",
+        gradient_accumulation_steps=2,
+        callbacks=[hf_stable.StabilityCallback(every=1)],
+    )
+    trainer.train()
+    metrics = trainer.evaluate()  # joins the record, as it joins the Trainer's log
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for each, name in ((model, "out"), (copied, "copied")):
+        hf_stable.export(each, tmp_path / name)
+        assert settings_in(tmp_path / name) == [
+            "- optimizer: adamw2",
+            "- optimizer options: tau=0.02",
+            "- betas, epsilon: 0.9, 0.999, 1e-08",
+            "- learning rate: 0.01",
+            "- weight decay: 0.1",
+            "- learning rate schedule: cosine over 4 steps",
+            "- warmup steps: 2",
+            "- batch size: 8 x 2 accumulated x 1 process",
+            "- gradients clipped at norm: 1",
+            "- precision: float32",
+            "- seed: 3",
+            "- optimizer steps: 4",
+            f"- epochs: {trainer.state.epoch:.4g}",
+            "- peak learning rate: 0.01",
+        ]
+        text = (tmp_path / name / "README.md").read_text()
+        assert f"{metrics['eval_loss']:.4g}" in text and f"]({PICTURE_FILE})" in text
+    export_saved(tmp_path / "run" / "checkpoint-4", tmp_path / "saved")
+    assert settings_in(tmp_path / "saved") == settings_in(tmp_path / "out")
+    model.save_pretrained(tmp_path / "by hand")
+    found = {file.name: file.read_bytes() for file in (tmp_path / "by hand").iterdir()}
+    sidecar = found.pop(STATE_FILE)
+    assert b"tau=0.02" in sidecar and not any(b"tau=0.02" in content for content in found.values())
+
+
+def test_no_card_quotes_the_training_of_another_model(tmp_path):
+    """A model that goes on from a checkpoint is not what the checkpoint's Trainer trained."""
+    _, checkpoint = trained_checkpoint(tmp_path / "first")
     loaded = hf_stable.load(transformers.ViTForImageClassification, checkpoint)
-    hf_stable.export(loaded, tmp_path / "again")
-    assert "optimizer steps: 2" in (tmp_path / "again" / "README.md").read_text()
+    hf_stable.export(loaded, tmp_path / "loaded")
+    assert settings_in(tmp_path / "loaded") == []
+    make_trainer(
+        loaded.train(), tmp_path / "second", max_steps=3, save_strategy="no", learning_rate=0.5
+    ).train()
+    hf_stable.export(loaded, tmp_path / "out")
+    lines = settings_in(tmp_path / "out")
+    assert "- optimizer steps: 3" in lines and "- learning rate: 0.5" in lines
+    # Trained again when it is plain, and cut short: that is what is quoted then.
+    plain = hf_stable.fold(loaded)
+    trainer = make_trainer(plain, tmp_path / "third", max_steps=4, save_strategy="no")
+    trainer.compute_loss = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert record_of(plain).settings["optimizer steps"] == 0
+    untouched = tiny_model("vit")
+    make_trainer(untouched, tmp_path / "plain", max_steps=1, save_strategy="no").train()
+    assert record_of(untouched).settings == {}
+
+
+def test_an_optimizer_that_was_handed_over_is_not_described_by_the_arguments(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    trainer = make_trainer(model, tmp_path, max_steps=1, save_strategy="no")
+    trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    trainer.train()
+    settings = record_of(model).settings
+    assert settings["optimizer"] == "SGD, handed to the Trainer"
+    assert not {"learning rate", "weight decay", "betas, epsilon"} & settings.keys()
+
+
+@pytest.mark.parametrize("methods", [["sigma_reparam"], ["remove_pre_layernorm"]])
+def test_the_base_model_comes_through_checkpoints_and_is_never_a_folder(methods, tmp_path):
+    def base_of(folder):
+        return ModelCard.load(folder / "README.md").data.base_model
+
+    for base in ("google/vit-base-patch16-224", "vit", str(tmp_path), "no id/at all"):
+        model = hf_stable.patch(tiny_model("vit"), methods)
+        model.config._name_or_path = base
+        model.save_pretrained(tmp_path / "saved")
+        loaded = hf_stable.load(transformers.ViTForImageClassification, tmp_path / "saved")
+        assert loaded.name_or_path == str(
+            tmp_path / "saved"
+        )  # what PEFT takes for an adapter's base
+        loaded.save_pretrained(tmp_path / "again")
+        export_saved(tmp_path / "again", tmp_path / "out")
+        expected = base if base in ("google/vit-base-patch16-224", "vit") else None
+        assert base_of(tmp_path / "out") == expected
+        (tmp_path / "out" / "README.md").unlink()
 
 
 def png_size(path):
@@ -227,7 +384,8 @@ def test_the_card_shows_loss_and_entropy(tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().count(shown) == 1
     width, height = png_size(tmp_path / "out" / PICTURE_FILE)
     # Exported again without a record of the training, the card shows no picture of it.
-    hf_stable.export(model, tmp_path / "out")
+    loaded = hf_stable.load(type(model), tmp_path / "run" / "checkpoint-2")
+    hf_stable.export(loaded, tmp_path / "out")
     assert shown not in (tmp_path / "out" / "README.md").read_text()
     # Without the monitor there is one panel: the loss.
     history = [

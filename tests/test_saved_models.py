@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import tiny_batch, tiny_model
+from conftest import sgd_steps, tiny_batch, tiny_model
 from exported_cases import patched
 from hub_stand_in import assert_published, card_of, files
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_exporting import tiny_tokenizer
 
 import hf_stable
@@ -55,6 +55,31 @@ def test_a_folder_that_names_no_class_of_transformers_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MyViT"]}))
     with pytest.raises(ValueError, match="'MyViT' under 'architectures'"):
         load_saved(tmp_path)
+
+
+def test_raw_weights_in_a_pickle_are_refused(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam", init="one")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds the raw weights of a patched model"):
+        load_saved(tmp_path)
+    torch.save(hf_stable.fold(model).state_dict(), tmp_path / "pytorch_model.bin")
+    assert_computes(load_saved(tmp_path), model, rtol=0, atol=0)
+
+
+def test_raw_weights_are_refused_until_they_are_folded(tmp_path, capsys):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam", init="one")
+    sgd_steps(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "raw")
+    save_file(model.state_dict(), tmp_path / "raw" / "model.safetensors", metadata={"format": "pt"})
+    raw, folded, out = (str(tmp_path / name) for name in ("raw", "folded", "out"))
+    assert main(["export", raw, out]) == BAD_INPUT
+    assert f"Run hf-stable fold {raw} OUT first" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["fold", raw, folded]) == main(["export", folded, out]) == SUCCESS
+    assert_computes(load_saved(out), model)
 
 
 def test_export_takes_tokenizer_and_card_along_and_nothing_else(checkpoint, tmp_path, capsys):
