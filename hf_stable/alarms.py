@@ -6,17 +6,18 @@ the loss does after a sign appears:
 
 1. A *sign* is seen on a head at a probe: `malignant` (low entropy and low rank), `drop` (its
    entropy fell by a large share of log T within the last probes), `growth` (sigma_1(Wq^T Wk) grew
-   by a large factor within them) or `concentration` (SEC above 99 % and some growth).
-2. A sign is *acquitted* once the loss improves on its level at the onset, and if it was there at
-   the first probe: a pretrained model's sinks are no collapse.
-3. Collapse: signs that are not acquitted on enough heads while the smoothed loss rises, or on
-   most heads while the last loss is high; or a `malignant` one that the loss has not improved on
-   for a long stretch in a run that has learnt little since it began.
-4. Spike: the smoothed loss rises far beyond its noise, signs or not.
+   by a large factor within them) or `concentration` (SEC above 99 % and some growth). What was
+   there at the first probe is none: a pretrained model's sinks are no collapse.
+2. Collapse: signs on enough heads while the smoothed loss rises, or on most heads while the last
+   loss is high. A sign is acquitted of this once the loss improves on its level at the onset.
+3. Collapse too: `malignant` signs on enough heads for a long stretch in which the loss came down
+   by nothing, in a run that has learnt little since it began. What the loss did before does not
+   acquit: that a model learns how frequent its labels are needs no attention.
+4. Spike: a loss far beyond those of the window before (median and median absolute deviation).
 5. Nonfinite: a NaN or infinite loss or gradient.
 
-A run is *lost* where its smoothed loss never again comes within 10 % of the best before
-(`lost_step`).
+How often it is right, `recipes/evidence/alarms.py` measures. A run is *lost* as
+`hf_stable.loss_curves.lost_step` says.
 """
 
 from __future__ import annotations
@@ -27,22 +28,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-__all__ = ["Alarm", "AlarmRules", "Thresholds", "lost_step", "smooth"]
+from hf_stable.loss_curves import FEWEST, SMOOTHING, WINDOW, noise
 
-SMOOTHING = 5
-"""Losses in the running median: two wild batches do not move it."""
-
-LOSS_WINDOW = 50
-"""Losses that the noise is estimated from."""
+__all__ = ["Alarm", "AlarmRules", "Thresholds"]
 
 PROBE_WINDOW = 8
 """Probes over which drop and growth are taken."""
-
-LOST_MARGIN = 0.1
-"""A run is lost where it never again comes within this share of its best loss before."""
-
-ROBUST_SIGMA = 1.4826
-"""A normal distribution's standard deviation over its median absolute deviation."""
 
 Values = Mapping[str, Sequence[float | None]]
 """Per layer one value per head; None where it is not defined."""
@@ -70,14 +61,16 @@ class Thresholds:
         heads: share of all heads that must show a sign (one head at least).
         most_heads: share of all heads whose signs make one bad loss enough.
         rise: share of the best smoothed loss by which it has to rise.
-        rise_score: the same in units of the loss's noise from step to step.
+        rise_score: the same in units of the noise of the losses before.
         quick_rise: rise of the last loss, not smoothed, where most heads show a sign.
         quick_score: the same in units of the noise.
-        spike: rise that is an alarm without any sign.
-        spike_score: the same in units of the noise.
-        improvement: share by which the loss has to improve to acquit a sign.
-        stall_steps: fewest steps without improvement that convict; half as many as the run had
-            at the onset if that is more.
+        spike: rise over the window's median that is an alarm without any sign.
+        spike_score: the same in units of the noise. At 10, losses that go nowhere raise none in
+            50,000 steps where they are lognormal with sigma 1, three where sigma is 1.5.
+        improvement: share by which the loss has to come down: its smoothed level to acquit a sign,
+            the median of half a window to be no stall.
+        stall_steps: fewest steps with signs and without improvement that convict; half as many as
+            the run had when they began if that is more.
         learnt: a run is past stalling once its loss is below this share of its first level.
     """
 
@@ -93,7 +86,7 @@ class Thresholds:
     quick_rise: float = 0.05
     quick_score: float = 3.0
     spike: float = 0.5
-    spike_score: float = 8.0
+    spike_score: float = 10.0
     improvement: float = 0.01
     stall_steps: int = 50
     learnt: float = 0.7
@@ -166,9 +159,12 @@ class AlarmRules:
         """Start with nothing seen."""
         self.thresholds = thresholds or Thresholds()
         self._losses: list[float] = []
+        self._noise = 0.0
         self._first = math.nan
         self._best = math.inf
+        self._lowest, self._improved_at = math.inf, 0
         self._signs: dict[str, _Sign] = {}
+        self._initial: set[str] = set()
         self._history: dict[str, list[Values]] = {"sigma_qk": [], "entropy_normalised": []}
         self._num_heads = 0
         self._strongest: dict[str, tuple[float, float]] = {}
@@ -182,18 +178,21 @@ class AlarmRules:
             reason = f"the {what} is not finite"
             return self._raise("nonfinite", step, what, value, math.inf, reason)
         self._open.discard("nonfinite")
-        self._losses = [*self._losses[-LOSS_WINDOW + 1 :], loss]
+        self._losses = [*self._losses[-WINDOW - SMOOTHING + 1 :], loss]
+        self._noise = noise(self._losses[:-SMOOTHING])
         level = self.level
         if len(self._losses) <= SMOOTHING:
             self._first = level
         self._best = min(self._best, level)
         for sign in self._signs.values():
-            gain = self.thresholds.improvement * abs(sign.level)
-            sign.acquitted = sign.acquitted or level < sign.level - gain
+            sign.acquitted = sign.acquitted or self._improves(level, sign.level)
+        slow = median(self._losses[-WINDOW // 2 :])
+        if self._lowest == math.inf or self._improves(slow, self._lowest):
+            self._lowest, self._improved_at = slow, step
         alarms = self._judge(step)
         if not self.is_rising:
             self._open.discard("spike")
-            if not self._is_stalled(step) and not self._is_widespread:
+            if not self._stalled(step) and not self._is_widespread:
                 self._open.discard("collapse")
         return alarms
 
@@ -205,9 +204,12 @@ class AlarmRules:
         is_first = not self._num_heads
         self._num_heads = sum(map(len, quantities.get("entropy_normalised", {}).values()))
         found = self._find_signs(quantities)
+        if is_first:
+            self._initial = set(found)
         self._signs = {
-            key: self._signs.get(key) or _Sign(step, self.level, acquitted=is_first)
+            key: self._signs.get(key) or _Sign(step, self.level, acquitted=False)
             for key in found
+            if key not in self._initial
         }
         self._strongest = found
         for name, history in self._history.items():
@@ -219,15 +221,6 @@ class AlarmRules:
     def level(self) -> float:
         """The smoothed loss: the median of the last few."""
         return median(self._losses[-SMOOTHING:]) if self._losses else math.inf
-
-    @property
-    def noise(self) -> float:
-        """The loss's noise from step to step, robust against trend and spikes."""
-        steps = [b - a for a, b in zip(self._losses, self._losses[1:], strict=False)]
-        if len(steps) < SMOOTHING:
-            return 0.0
-        middle = median(steps)
-        return ROBUST_SIGMA * median(abs(s - middle) for s in steps) / math.sqrt(2)
 
     @property
     def is_rising(self) -> bool:
@@ -245,9 +238,12 @@ class AlarmRules:
             "losses": self._losses,
             "first": str(self._first),  # as text: JSON has no NaN and no infinity
             "best": str(self._best),
+            "lowest": str(self._lowest),
+            "improved_at": self._improved_at,
             "signs": {
                 key: {**asdict(sign), "level": str(sign.level)} for key, sign in self._signs.items()
             },
+            "initial": sorted(self._initial),
             "history": self._history,
             "num_heads": self._num_heads,
             "strongest": {key: list(pair) for key, pair in self._strongest.items()},
@@ -257,7 +253,10 @@ class AlarmRules:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state()`."""
         self._losses = list(state["losses"])
+        self._noise = noise(self._losses[:-SMOOTHING])
         self._first, self._best = float(state["first"]), float(state["best"])
+        self._lowest, self._improved_at = float(state["lowest"]), state["improved_at"]
+        self._initial = set(state["initial"])
         self._signs = {
             key: _Sign(sign["step"], float(sign["level"]), sign["acquitted"])
             for key, sign in state["signs"].items()
@@ -284,7 +283,10 @@ class AlarmRules:
     def _exceeds(self, share: float, score: float, *, last: bool = False) -> bool:
         """Whether the smoothed loss, or only the last one, is above the best beyond noise."""
         rise = (self._losses[-1] if last and self._losses else self.level) - self._best
-        return rise > max(share * abs(self._best), score * self.noise) and math.isfinite(rise)
+        return rise > max(share * abs(self._best), score * self._noise) and math.isfinite(rise)
+
+    def _improves(self, level: float, before: float) -> bool:
+        return before - level > self.thresholds.improvement * abs(before)
 
     def _judge(self, step: int) -> list[Alarm]:
         alarms: list[Alarm] = []
@@ -294,25 +296,30 @@ class AlarmRules:
             is_rising |= self._exceeds(limits.quick_rise, limits.quick_score, last=True)
         if is_rising and heads and len(heads) >= limits.heads * self._num_heads:
             alarms += self._collapse(step, active, "attention changes fast while the loss rises")
-        elif self._is_stalled(step):
-            sparse = [key for key in active if key.endswith("|malignant")]
+        elif stalled := self._stalled(step):
             reason = "all queries of a head look at the same few keys, and the loss stands still"
-            alarms += self._collapse(step, sparse, reason)
-        if self._exceeds(limits.spike, limits.spike_score):
-            threshold = self._best + limits.spike * abs(self._best)
-            reason = f"the smoothed loss rose from its best, {self._best:.4g}, far beyond its noise"
-            alarms += self._raise("spike", step, "loss", self.level, threshold, reason)
+            alarms += self._collapse(step, stalled, reason)
+        before = self._losses[:-SMOOTHING]
+        if len(before) >= FEWEST:
+            middle = median(before)
+            threshold = middle + max(limits.spike * abs(middle), limits.spike_score * self._noise)
+            if self.level > threshold:
+                reason = f"the loss was {middle:.4g} ± {self._noise:.2g} in the steps before"
+                alarms += self._raise("spike", step, "loss", self.level, threshold, reason)
         return alarms
 
-    def _is_stalled(self, step: int) -> bool:
-        if not self._best > self.thresholds.learnt * self._first:
-            return False
-        onsets = [
-            sign.step
+    def _stalled(self, step: int) -> list[str]:
+        """Return the signs under which the loss has stood still for too long."""
+        limits = self.thresholds
+        if not self._best > limits.learnt * self._first:
+            return []
+        starts = {
+            key: max(sign.step, self._improved_at)
             for key, sign in self._signs.items()
-            if key.endswith("|malignant") and not sign.acquitted
-        ]
-        return any(step - s >= max(self.thresholds.stall_steps, s // 2) for s in onsets)
+            if key.endswith("|malignant")
+        }
+        found = [k for k, s in starts.items() if step - s >= max(limits.stall_steps, s // 2)]
+        return found if len(found) >= limits.heads * self._num_heads else []
 
     def _collapse(self, step: int, keys: Sequence[str], reason: str) -> list[Alarm]:
         def excess(key: str) -> float:
@@ -383,37 +390,3 @@ class AlarmRules:
             extreme((row[h] for row in rows if row[h] is not None), default=none)
             for h in range(count)
         ]
-
-
-def smooth(losses: Sequence[float], *, centred: bool = False) -> list[float]:
-    """Return the running median of `SMOOTHING` losses; NaN counts as infinite.
-
-    Args:
-        losses: of successive steps.
-        centred: take the median around each step, which does not lag but needs what comes after;
-            otherwise of the steps up to it, as the rule sees them.
-    """
-    clean = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    ahead = SMOOTHING // 2 if centred else 0
-    return [
-        median(clean[max(0, i + ahead - SMOOTHING + 1) : i + ahead + 1]) for i in range(len(clean))
-    ]
-
-
-def lost_step(losses: Sequence[float]) -> int | None:
-    """Return the step from which the loss never again is within 10 % of its best before.
-
-    The loss is smoothed around each step, so that a wild batch or two do not count.
-
-    Args:
-        losses: positive losses of steps 1, 2, ...; may hold NaN.
-
-    Returns:
-        The step (counted from 1), or None for a run that is not lost at its end.
-    """
-    best, last = math.inf, 0
-    for step, level in enumerate(smooth(losses, centred=True), start=1):
-        best = min(best, level)
-        if math.isfinite(level) and level <= (1 + LOST_MARGIN) * best:
-            last = step
-    return None if last == len(losses) else last + 1

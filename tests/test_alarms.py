@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from hf_stable.alarms import ADVICE, Alarm, AlarmRules, Thresholds, lost_step, smooth
+from hf_stable.alarms import ADVICE, Alarm, AlarmRules, Thresholds
+from hf_stable.loss_curves import lost_step, noise
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.evidence import alarms as evidence  # noqa: E402
 
 HEALTHY_HEAD = dict(entropy_normalised=0.9, rank=0.9, sigma_qk=1.0, sec=0.5)
 
@@ -76,6 +84,35 @@ def test_a_loss_that_rises_without_signs_is_a_spike_beyond_its_noise_only():
     assert feed(AlarmRules(), noisy) == []
 
 
+def test_heavy_tails_that_go_nowhere_are_no_spike_and_a_spike_among_them_is():
+    def heavy(seed):
+        draw = random.Random(seed)
+        return [draw.lognormvariate(0, 1) for _ in range(500)]
+
+    for seed in (1, 3, 4, 7, 8):
+        assert feed(AlarmRules(), heavy(seed)) == []
+        spike = [loss * (30 if 400 <= step < 410 else 1) for step, loss in enumerate(heavy(seed))]
+        (alarm,) = feed(AlarmRules(), spike)
+        assert alarm.kind == "spike" and 400 < alarm.step <= 410
+
+
+def test_a_spike_names_the_threshold_that_it_crossed():
+    """The median of the window before and ten times its noise, or half the median if more."""
+    draw = random.Random(0)
+    losses = [2.0 + draw.gauss(0, 0.5) for _ in range(60)] + [50.0] * 5
+    (alarm,) = feed(AlarmRules(), losses)
+    before = losses[alarm.step - 55 : alarm.step - 5]
+    middle = sorted(before)[24:26]
+    assert alarm.threshold == pytest.approx(sum(middle) / 2 + 10 * noise(before))
+    (alarm,) = feed(AlarmRules(), [2.0] * 60 + [50.0] * 5)
+    assert alarm.threshold == 3.0 and alarm.value == 50.0
+
+
+def test_a_spike_needs_a_window_to_be_told_from():
+    assert feed(AlarmRules(), [1.0] * 19 + [9.0] * 3) == []
+    assert kinds(feed(AlarmRules(), [1.0] * 25 + [9.0] * 3)) == ["spike"]
+
+
 def test_two_wild_batches_are_no_spike():
     losses = [falling(step) for step in range(100)]
     losses[50:52] = [50.0, 50.0]
@@ -99,6 +136,26 @@ def test_a_stall_with_malignant_heads_is_a_collapse():
     assert feed(AlarmRules(), stalled, {1: probe()} | {s: benign for s in range(10, 200, 10)}) == []
     learnt = [5.0] * 10 + stalled
     assert feed(AlarmRules(), learnt, {s + 10: p for s, p in probes.items()}) == []
+    # It has to be seen on enough heads, and after the first probe.
+    one = {n: {"layer": [v["layer"][0]] + [HEALTHY_HEAD[n]] * 19} for n, v in sparse.items()}
+    calm = {n: {"layer": [value] * 20} for n, value in HEALTHY_HEAD.items()}
+    assert feed(AlarmRules(), stalled, {1: calm} | {s: one for s in range(10, 200, 10)}) == []
+    assert feed(AlarmRules(), stalled, {s: sparse for s in range(1, 200, 10)}) == []
+
+
+def test_a_stall_after_learning_how_frequent_labels_are_is_one():
+    """The loss of GPT-2 whose first layer collapses: to the unigram level, and no further."""
+    sparse = probe(entropy_normalised=0.1, rank=0.05)
+    probes = {1: probe()} | {step: sparse for step in range(10, 200, 10)}
+
+    def losses(slope):
+        draw = random.Random(0)
+        return [6.0 + 0.9 * 0.9**s - slope * s + 0.1 * draw.gauss(0, 1) for s in range(200)]
+
+    (alarm,) = feed(AlarmRules(), losses(0.0), probes)
+    assert alarm.kind == "collapse" and 80 < alarm.step < 150
+    # The same attention, and a loss that comes down slowly: that of the twin with warmup.
+    assert feed(AlarmRules(), losses(0.003), probes) == []
 
 
 @pytest.mark.parametrize(("heads", "steps"), [(10, [46]), (9, [])])
@@ -168,12 +225,36 @@ def test_an_alarm_names_place_value_threshold_and_what_to_try():
     assert json.loads(json.dumps(content, allow_nan=False))["value"] == "nan"
 
 
-def test_lost_is_defined_once():
-    assert lost_step([1.0] * 20) is None
-    assert lost_step([1.0] * 20 + [1.09] * 20) is None
-    assert lost_step([1.0] * 20 + [1.2] * 20) == 21
-    assert lost_step([1.0] * 20 + [1.2] * 20 + [1.0] * 20) is None
-    assert lost_step([1.0] * 20 + [math.nan] * 20) == 21
-    assert lost_step([1.0] * 20 + [9.0] + [1.0] * 20) is None  # one wild batch
-    assert lost_step([1.0] * 20 + [9.0, 9.0] + [1.0] * 20) is None
-    assert smooth([1.0, 9.0, 1.0, math.nan, 1.0]) == [1.0, 5.0, 1.0, 5.0, 1.0]
+def test_the_rates_are_those_of_enough_runs_of_all_architectures():
+    found = json.loads(evidence.RESULTS.read_text())
+    runs = found["runs"]
+    names = [variant.name for variant in evidence.SETUPS]
+    seeds = evidence.FIXED_ON + evidence.REPORTED_ON
+    assert [(r["run"], r["seed"]) for r in runs] == [(n, s) for n in names for s in seeds]
+    assert not set(evidence.FIXED_ON) & set(evidence.REPORTED_ON)
+    for half in ("fixed_on", "reported"):
+        assert found[half]["healthy"] >= 10 and found[half]["collapsed"] >= 10
+    for kind in ("healthy", "collapsed"):
+        assert sum(run["kind"] == kind for run in runs) >= 20
+        assert {r["model"] for r in runs if r["kind"] == kind} == {"bert", "gpt2", "swin", "vit"}
+    again = evidence.summary(runs)
+    assert {key: found[key] for key in again} == again
+    assert found["thresholds"] == asdict(Thresholds()), "run recipes/evidence/alarms.py again"
+
+
+def test_what_a_run_was_is_said_by_its_end_and_its_attention_alone():
+    assert evidence.kind_of(False, 0.05) == evidence.kind_of(False, 0.9) == "healthy"
+    assert evidence.kind_of(True, 0.05) == "collapsed"
+    assert evidence.kind_of(True, 0.9) == "failed otherwise"
+    rows = [
+        dict(kind="healthy", alarm=None, lost=None, steps=100),
+        dict(kind="healthy", alarm=9, lost=None, steps=100),
+        dict(kind="collapsed", alarm=20, lost=30, steps=100),
+        dict(kind="collapsed", alarm=40, lost=35, steps=100),
+        dict(kind="collapsed", alarm=None, lost=30, steps=100),
+        dict(kind="failed otherwise", alarm=None, lost=None, steps=100),
+    ]
+    assert evidence.rates(rows) == {
+        "healthy": 2, "false_alarms": 1, "collapsed": 3, "missed": 1, "lost": 3,
+        "leads": [-5, 10], "in_time": 1, "still_to_come_median": 0.7,
+    }  # fmt: skip
