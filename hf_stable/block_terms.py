@@ -6,8 +6,10 @@ weight, so patched and plain blocks compare.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Collection
-from functools import cached_property
+from functools import cached_property, reduce
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_stable.architectures.registry import Block
 from hf_stable.product_spectra import (
-    leading_product_sigma,
     ov_singular_values,
     qk_singular_values,
     spectral_energy_concentration,
@@ -27,7 +28,8 @@ from hf_stable.product_spectra import (
 )
 from hf_stable.sigma_function import scale_blocks
 from hf_stable.sigma_layers import SigmaLayer
-from hf_stable.spectral import EXACT_SVD_MAX_DIM, leading_triple, power_step
+from hf_stable.sigma_tracking import leading_sigmas, start_vectors
+from hf_stable.spectral import EXACT_SVD_MAX_DIM, spectral_dtype
 
 __all__ = ["SEC_VALUES", "WEIGHT_TERMS", "query_bias_reach", "weight_terms"]
 
@@ -53,12 +55,11 @@ WEIGHT_TERMS = (
 SEC_VALUES = 4
 """How many singular values of Wq^T Wk count as dominant: the paper's SEC(d_q, 4)."""
 
-TRACKING_TOLERANCE = 1e-4
-"""A warm-started sigma that one more power iteration raises by more than this share of itself has
-lost its vector, and is computed anew."""
+TRACKING_TOLERANCE = 1e-5
+"""Iteration for sigma_1 of a large matrix ends when it raises it by no more than this share."""
 
-# Power vectors of the last measurement by block. They save time; a value found without them agrees
-# to the tolerance.
+# Leading vectors of the last measurement by block. They save time; a value found without them
+# agrees to the tolerance.
 _vectors: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
@@ -79,7 +80,7 @@ def weight_terms(module: nn.Module, block: Block, wanted: Collection[str]) -> di
     weights = _BlockWeights(module, block)
     with torch.autocast(next(module.parameters()).device.type, enabled=False):
         terms = _norm_terms(module, block)
-        terms |= _tracked(module, {k: v() for k, v in weights.single.items() if k in wanted})
+        terms |= _tracked(module, {k: v() for k, v in weights.products.items() if k in wanted})
         if not {"sigma_qk", "sec", "stable_rank"}.isdisjoint(wanted):
             query, key, _ = weights.qkv
             spectrum = qk_singular_values(query, key, weights.num_heads)
@@ -90,8 +91,6 @@ def weight_terms(module: nn.Module, block: Block, wanted: Collection[str]) -> di
         if "sigma_ov" in wanted:
             spectrum = ov_singular_values(weights.output, weights.qkv[2], weights.num_heads)
             terms["sigma_ov"] = spectrum[:, 0]
-        if "sigma_w2w1" in wanted:
-            terms["sigma_w2w1"] = _mlp_sigma(module, weights.mlp_in, weights.mlp_out)
     return {name: term for name, term in terms.items() if name in wanted}
 
 
@@ -128,13 +127,15 @@ class _BlockWeights:
         self._attention = block.attentions[0]
         owner = module.get_submodule(self._attention.module)
         self.num_heads: int = attrgetter(self._attention.num_heads)(owner)
-        self.single: dict[str, Callable[[], list[Tensor]]] = {
-            "sigma_wq": lambda: [self.qkv[0]],
-            "sigma_wk": lambda: [self.qkv[1]],
-            "sigma_wv": lambda: [self.qkv[2]],
-            "sigma_wo": lambda: [self.output],
-            "sigma_w1": lambda: self.mlp_in,
-            "sigma_w2": lambda: self.mlp_out,
+        # Each name stands for matrices, as the factors of a product; most have one of one factor.
+        self.products: dict[str, Callable[[], list[list[Tensor]]]] = {
+            "sigma_wq": lambda: [[self.qkv[0]]],
+            "sigma_wk": lambda: [[self.qkv[1]]],
+            "sigma_wv": lambda: [[self.qkv[2]]],
+            "sigma_wo": lambda: [[self.output]],
+            "sigma_w1": lambda: [[matrix] for matrix in self.mlp_in],
+            "sigma_w2": lambda: [[matrix] for matrix in self.mlp_out],
+            "sigma_w2w1": lambda: [[b, a] for a in self.mlp_in for b in self.mlp_out],
         }
 
     @cached_property
@@ -183,55 +184,40 @@ def _whole(parameter: Tensor) -> Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
-def _tracked(module: nn.Module, matrices: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Return sigma_1 of each named matrix, the largest where a name stands for several."""
+def _tracked(module: nn.Module, groups: dict[str, list[list[Tensor]]]) -> dict[str, Tensor]:
+    """Return sigma_1 of each named product, the largest where a name stands for several."""
     known = _vectors.setdefault(module, {})
-    flat = {f"{k}.{i}": m for k, group in matrices.items() for i, m in enumerate(group)}
     sigmas: dict[str, Tensor] = {}
-    warm = [
-        key
-        for key, matrix in flat.items()
-        if min(matrix.shape) > EXACT_SVD_MAX_DIM
-        and key in known
-        and known[key].shape == matrix.shape[1:]
-        and known[key].device == matrix.device
-    ]
-    if warm:
-        chosen = [flat[key] for key in warm]
-        first = power_step(chosen, [m[:, 0].to(known[warm[0]]) for m in chosen],
-                           [known[key] for key in warm])  # fmt: skip
-        second = power_step(chosen, [t.u for t in first], [t.v for t in first])
-        gains = torch.stack([b.sigma / a.sigma - 1 for a, b in zip(first, second, strict=True)])
-        for key, triple, gain in zip(warm, second, gains.tolist(), strict=True):
-            if gain <= TRACKING_TOLERANCE:
-                sigmas[key], known[key] = triple.sigma, triple.v
-    for key, matrix in flat.items():
-        if key not in sigmas:
-            sigmas[key] = _cold_sigma(key, matrix, known)
+    alike: defaultdict[int, dict[str, list[Tensor]]] = defaultdict(dict)
+    for name, products in groups.items():
+        for index, factors in enumerate(products):
+            dtype = spectral_dtype(factors[0].dtype)
+            factors = [factor.to(dtype) for factor in factors]
+            if factors[0].shape[0] < factors[-1].shape[1]:
+                factors = [factor.mT for factor in reversed(factors)]
+            num_columns, key = factors[-1].shape[1], f"{name}.{index}"
+            if num_columns <= EXACT_SVD_MAX_DIM:
+                sigmas[key] = _exact_sigma(factors)
+            else:
+                alike[num_columns][key] = factors
+    for num_columns, matrices in alike.items():
+        generic = start_vectors(num_columns, next(iter(matrices.values()))[0])
+        starts = [known.get(key, generic).to(generic) for key in matrices]
+        found, vectors = leading_sigmas(
+            list(matrices.values()),
+            torch.stack([s if s.shape == generic.shape else generic for s in starts]),
+            tolerance=TRACKING_TOLERANCE,
+        )
+        sigmas |= zip(matrices, found.unbind(), strict=True)
+        known |= zip(matrices, vectors.unbind(), strict=True)
     return {
-        name: torch.stack([sigmas[f"{name}.{i}"] for i in range(len(group))]).amax()
-        for name, group in matrices.items()
+        name: torch.stack([sigmas[f"{name}.{i}"] for i in range(len(products))]).amax()
+        for name, products in groups.items()
     }
 
 
-def _cold_sigma(key: str, matrix: Tensor, known: dict[str, Tensor]) -> Tensor:
+def _exact_sigma(factors: list[Tensor]) -> Tensor:
+    matrix = reduce(torch.matmul, factors)
     if not matrix.isfinite().all():
-        known.pop(key, None)
-        return torch.full_like(matrix[0, 0], float("nan"), dtype=torch.float32)
-    triple = leading_triple(matrix, tolerance=TRACKING_TOLERANCE)
-    known[key] = triple.v
-    return triple.sigma
-
-
-def _mlp_sigma(module: nn.Module, into: list[Tensor], out_of: list[Tensor]) -> Tensor:
-    known = _vectors.setdefault(module, {})
-    sigmas = []
-    for index, (first, second) in enumerate((a, b) for a in into for b in out_of):
-        key = f"sigma_w2w1.{index}"
-        start = known.get(key)
-        if start is not None and (start.device != first.device or start.shape != first.shape[1:]):
-            start = None
-        result = leading_product_sigma(second, first, start, tolerance=TRACKING_TOLERANCE)
-        known[key] = result.start
-        sigmas.append(result.sigma)
-    return torch.stack(sigmas).amax()
+        return torch.full_like(matrix[0, 0], math.nan)
+    return torch.linalg.svdvals(matrix)[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -14,11 +16,13 @@ from transformers.trainer_callback import ExportableState
 
 from hf_stable.adamw2 import AdamW2
 from hf_stable.alarms import Alarm, AlarmRules, Thresholds
-from hf_stable.entropy import sample_queries
+from hf_stable.gathering import gather_records
+from hf_stable.monitor_options import action_name, as_thresholds, check_options
 from hf_stable.monitoring import alert_trackers
-from hf_stable.probes import TERMS, Records, probe
+from hf_stable.probes import Records, probe
 from hf_stable.rollbacks import Rollbacks, check_can_roll_back, checkpoint
 from hf_stable.run_measures import (
+    check_sharpness_can_be_measured,
     effective_rates,
     gammas,
     gradients_are_finite,
@@ -30,9 +34,7 @@ from hf_stable.run_measures import (
 from hf_stable.stability_log import StabilityLog
 from hf_stable.stability_metrics import aggregate
 
-__all__ = ["ACTIONS", "StabilityCallback"]
-
-ACTIONS = ("warn", "stop", "checkpoint", "rollback")
+__all__ = ["StabilityCallback"]
 
 SCALER_PATIENCE = 10
 """Steps in a row with infinite gradients that a GradScaler looking for its scale may take."""
@@ -43,7 +45,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     It probes inside training steps that run anyway (`hf_stable.probe`): every `every` steps, at
     steps 1, 2, 4, ... before the first of them, and while the loss is rising, at most every
-    `every // 10` steps. Weights, losses and random numbers are those of a run without it.
+    `every // 10` steps. Weights, losses and random numbers are those of a run without it; but under
+    torch.compile a probed step runs uncompiled, and draws dropout masks as uncompiled code does.
 
     Values go to `trainer.state.log_history` and every tracker at the step that they belong to
     (the table in `hf_stable.stability_metrics`), and in full to `stability.jsonl` in the output
@@ -53,15 +56,17 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     The rule of alarms is stated in `hf_stable.alarms`. Each alarm is a warning and a line in
     `stability.jsonl`, once per event, and beyond that what `on_collapse` says. On several
-    processes all act on the mean loss and on what the first one's batch shows.
+    processes all act on the mean loss and on what their batches show together, which is what one
+    process with the same global batch sees (`hf_stable.gathering`).
 
     Args:
         every: steps from probe to probe.
         queries: rows of each attention map to measure, "all" or a number.
         terms: what to record: "default", "all" or names from `hf_stable.probes.TERMS`.
         maps: heads whose subsampled maps `stability.jsonl` keeps: False, "all" or indices.
-        sharpness_every: steps from one measurement of sharpness to the next; it costs as much as
-            some sixty backward passes, and two copies of a step's memory. None: never.
+        sharpness_every: steps from one measurement of sharpness to the next, on the loss that the
+            Trainer computes for the first micro-batch; it costs as much as some sixty backward
+            passes, and two copies of a step's memory without checkpointing. None: never.
         on_collapse: at an alarm: "warn" only; "stop" ends training cleanly; "checkpoint" saves at
             once; "rollback" resumes from the last healthy checkpoint at a lower rate. Or a
             function, called with the `Alarm` and the TrainerControl. Before "stop" and "rollback"
@@ -69,7 +74,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         max_rollbacks: after so many, an alarm stops the run.
         rollback_lr_factor: each rollback multiplies all rates by this.
         log_layers: log the worst head of every layer too, not aggregates only.
-        thresholds: of the alarms, other than the defaults.
+        thresholds: of the alarms, other than the defaults; also by name, as a mapping.
 
     Raises:
         ValueError: for an option out of range.
@@ -87,10 +92,14 @@ class StabilityCallback(TrainerCallback, ExportableState):
         max_rollbacks: int = 3,
         rollback_lr_factor: float = 0.5,
         log_layers: bool = False,
-        thresholds: Thresholds | None = None,
+        thresholds: Thresholds | Mapping[str, float] | None = None,
     ) -> None:
         """Check the options; nothing is touched before training begins."""
-        _check_options(every, queries, terms, sharpness_every, on_collapse, rollback_lr_factor)
+        check_options(
+            every=every, queries=queries, terms=terms, maps=maps, sharpness_every=sharpness_every,
+            on_collapse=on_collapse, max_rollbacks=max_rollbacks,
+            rollback_lr_factor=rollback_lr_factor,
+        )  # fmt: skip
         self.every = every
         self.queries = queries
         self.terms = terms
@@ -98,11 +107,12 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.sharpness_every = sharpness_every
         self.on_collapse = on_collapse
         self.log_layers = log_layers
-        self.thresholds = thresholds
+        self.thresholds = as_thresholds(thresholds)
         self.progress: dict[str, Any] = {}
         self._stack = ExitStack()
         self.rollbacks = Rollbacks(max_rollbacks, rollback_lr_factor)
         self._folder = ""
+        self._alarm_step = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -117,6 +127,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     def _reset_step(self) -> None:
         self._loss: Tensor | None = None
+        self._loss_again: Callable[[], Tensor] | None = None
+        self._wants_sharpness = False
         self._records: Records | None = None
         self._values: dict[str, Any] = {}
         self._alarms: list[Alarm] = []
@@ -133,8 +145,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if isinstance(saved, list):
             raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
+        if callable(self.on_collapse) and args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "a checkpoint cannot hold on_collapse as a function: leave "
+                "restore_callback_states_from_checkpoint out (progress is taken up without it)"
+            )
         if self.on_collapse == "rollback":
             check_can_roll_back(args)
+        if self.sharpness_every:
+            check_sharpness_can_be_measured(args, model)
         with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
             pass  # raises for a model that cannot be probed
         self._writes = state.is_world_process_zero
@@ -159,8 +178,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         """Open a probe if this step is due."""
         self._reset_step()
         step = state.global_step + 1
-        if self.sharpness_every and step % self.sharpness_every == 0:
-            self._keep_inputs(kwargs["model"])
+        self._wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
         if self._is_due(step):
             self._last_probe = step
             # The rows depend on the step alone: a resumed run samples what an unbroken one does.
@@ -172,10 +190,17 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 )
             )  # fmt: skip
 
-    def observe_loss(self, loss: Tensor) -> None:
-        """Take the loss of one micro-batch, as the Trainer adds them up."""
+    def observe_loss(self, loss: Tensor, loss_again: Callable[[], Tensor] | None = None) -> None:
+        """Take the loss of one micro-batch, as the Trainer adds them up.
+
+        Args:
+            loss: ().
+            loss_again: computes it once more; `sharpness_every` needs it.
+        """
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
+        if self._wants_sharpness and self._loss_again is None:
+            self._loss_again = loss_again  # of the first micro-batch
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,11 +213,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "StabilityCallback saw no loss: a Trainer whose training_step does not call the "
                 "Trainer's own has to call observe_loss(loss) of the callback"
             )
-        finite = gradients_are_finite(model, everywhere=self._records is not None)
-        loss, share = mean_over_ranks(self._loss, finite)
+        loss, share = mean_over_ranks(self._loss, gradients_are_finite(model))
         self._judge(step, loss, share == 1, scaled=_has_scaler(kwargs["optimizer"]))
-        if self.sharpness_every and step % self.sharpness_every == 0:
-            self._values |= measure_loss_sharpness(model, self._inputs, kwargs["optimizer"])
+        if self._wants_sharpness:
+            if self._loss_again is None:
+                raise RuntimeError(
+                    "sharpness_every needs a loss that can be computed again: pass loss_again to "
+                    "observe_loss, or leave sharpness_every out"
+                )
+            self._values |= measure_loss_sharpness(self._loss_again, model, kwargs["optimizer"])
         if self.on_collapse in ("stop", "rollback") and any(
             alarm.kind == "nonfinite" for alarm in self._alarms
         ):
@@ -237,7 +266,12 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was found."""
+        self.abandon_step()
+
+    def abandon_step(self) -> None:
+        """Undo what was done to the model for a step that will not be finished."""
         self._stack.close()
+        self._reset_step()
 
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""
@@ -247,11 +281,18 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def take_rollback(self) -> str | None:
         """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
         planned = self.rollbacks.planned
-        return None if planned is None else checkpoint(self._folder, planned.step)
+        if planned is None:
+            return None
+        folder = checkpoint(self._folder, planned.step)
+        # The Trainer, or anyone else, may have deleted it while training came to its end.
+        if value_of_first_rank(os.path.isdir(folder)):
+            return folder
+        self.rollbacks.planned = None
+        self._give_up(f"{folder} was deleted before training could resume from it")
+        return None
 
     def state(self) -> dict[str, Any]:
         """Return options and progress for `trainer_state.json`."""
-        action = self.on_collapse if isinstance(self.on_collapse, str) else repr(self.on_collapse)
         return {
             "args": {
                 "every": self.every,
@@ -259,10 +300,11 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "terms": self.terms if isinstance(self.terms, str) else list(self.terms),
                 "maps": self.maps if isinstance(self.maps, bool | str) else list(self.maps),
                 "sharpness_every": self.sharpness_every,
-                "on_collapse": action,
+                "on_collapse": action_name(self.on_collapse),
                 "max_rollbacks": self.rollbacks.most,
                 "rollback_lr_factor": self.rollbacks.factor,
                 "log_layers": self.log_layers,
+                "thresholds": None if self.thresholds is None else asdict(self.thresholds),
             },
             "attributes": {
                 "progress": {
@@ -295,13 +337,6 @@ class StabilityCallback(TrainerCallback, ExportableState):
         waited = step - self._last_probe >= max(1, self.every // 10)
         return is_early or step % self.every == 0 or (self.rules.is_rising and waited)
 
-    def _keep_inputs(self, model: nn.Module) -> None:
-        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self._inputs = args, kwargs
-            handle.remove()
-
-        handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-
     def _judge(self, step: int, loss: float, finite: bool, *, scaled: bool) -> None:
         self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
         loss_is_finite = loss - loss == 0
@@ -309,7 +344,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         bearable = scaled and self._nonfinite_streak <= SCALER_PATIENCE
         self._alarms = self.rules.observe_loss(step, loss, finite or bearable)
         if self._records is not None:
-            quantities = value_of_first_rank(self._records.to_dict())
+            quantities = gather_records(self._records)
             self._values = {"loss": loss if loss_is_finite else None, "quantities": quantities}
             self._alarms += self.rules.observe_probe(step, quantities)
 
@@ -321,9 +356,9 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._pending |= aggregate(quantities, layers=self.log_layers)
         if "effective_lr" in self._values:
             self._pending |= aggregate({"effective_lr": self._values["effective_lr"]})
-        for name in ("sharpness", "sharpness_threshold"):
+        for name in ("sharpness", "sharpness_threshold", "sharpness_preconditioned"):
             if self._values.get(name) is not None:
-                self._pending[f"stability/{name}"] = self._values[name]
+                self._pending[f"stability/{name}"] = float(self._values[name])
         self._pending["stability/nonfinite_steps"] = float(self.nonfinite_steps)
         self._pending["stability/alarms"] = float(self.num_alarms + len(self._alarms))
         self._pending["stability/rollbacks"] = float(self.rollbacks.count)
@@ -344,12 +379,13 @@ class StabilityCallback(TrainerCallback, ExportableState):
             self._plan_rollback(alarm)
 
     def _plan_rollback(self, alarm: Alarm) -> None:
+        self._alarm_step = alarm.step
         why = self.rollbacks.plan(self._folder)
+        # One decision for all: the disk that each process sees need not be the same.
+        why, self.rollbacks.planned = value_of_first_rank((why, self.rollbacks.planned))
         planned = self.rollbacks.planned
         if planned is None:
-            self._write("stop", alarm.step, {"reason": why})
-            self._say(f"StabilityCallback: training stops at step {alarm.step}: {why}")
-            return
+            return self._give_up(why)
         scale = self.rollbacks.next_scale
         self._write("rollback", alarm.step, {"to_step": planned.step, "lr_scale": scale})
         self._say(
@@ -358,6 +394,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
             "learning rate"
         )
 
+    def _give_up(self, why: str) -> None:
+        self._write("stop", self._alarm_step, {"reason": why})
+        self._say(f"StabilityCallback: training stops at step {self._alarm_step}: {why}")
+
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         if self._log is not None:
             self._log.write(event, self.rollbacks.count, step, values)
@@ -365,29 +405,6 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def _say(self, message: str) -> None:
         if self._writes:
             warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _check_options(
-    every: Any, queries: Any, terms: Any, sharpness_every: Any, on_collapse: Any, factor: Any
-) -> None:
-    for name, number in (("every", every), ("sharpness_every", sharpness_every)):
-        optional = name == "sharpness_every" and number is None
-        if not optional and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} is a number of steps, 1 or more, got {number!r}")
-    sample_queries(1, queries)
-    names = () if terms in ("default", "all") else terms
-    unknown = [names] if isinstance(names, str) else sorted(set(names) - set(TERMS))
-    if unknown:
-        raise ValueError(
-            f'unknown term {unknown[0]!r}: terms is "default", "all" or a list of '
-            f"{', '.join(TERMS)}"
-        )
-    if on_collapse not in ACTIONS and not callable(on_collapse):
-        raise ValueError(
-            f"on_collapse is one of {', '.join(ACTIONS)} or a function, got {on_collapse!r}"
-        )
-    if not 0 < factor < 1:
-        raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {factor!r}")
 
 
 def _has_scaler(optimizer: Any) -> bool:

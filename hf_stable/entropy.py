@@ -177,7 +177,8 @@ def sample_queries(
     """
     if isinstance(queries, Tensor):
         return queries.to(device)
-    if queries != "all" and (not isinstance(queries, int) or queries < 1):
+    is_count = isinstance(queries, int) and not isinstance(queries, bool)
+    if queries != "all" and (not is_count or queries < 1):
         raise ValueError(f'queries must be "all", a positive number or indices, got {queries!r}')
     if queries == "all" or queries >= num_queries:
         return torch.arange(num_queries, device=device)

@@ -1,8 +1,8 @@
 """How a Trainer serves callbacks that watch it: losses, values for its records, going back.
 
-A callback takes part by having one of the methods `observe_loss(loss)`,
-`take_pending_logs() -> dict` and `take_rollback() -> checkpoint folder or None`. The Trainer's
-methods that call these functions are wrapped in `trainer_plugin`.
+A callback takes part by having one of the methods `observe_loss(loss, loss_again)`,
+`take_pending_logs() -> dict`, `take_rollback() -> checkpoint folder or None` and `abandon_step()`.
+The Trainer's methods that call these functions are wrapped in `trainer_plugin`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ __all__ = ["alert_trackers", "log_with_pending", "observing_step", "train_with_r
 _TRACKERS = "transformers.integrations"
 
 
-def observing_step(original: Callable[..., Tensor], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run `Trainer.training_step` and show its loss, detached, to the callbacks that watch."""
+def observing_step(
+    original: Callable[..., Tensor],
+    loss_again: Callable[[], Tensor],
+    trainer: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run `Trainer.training_step` and show its loss, detached, to the callbacks that watch.
+
+    They are given `loss_again` too, which computes the loss of this micro-batch once more.
+    """
     loss = original(trainer, *args, **kwargs)
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "observe_loss"):
-            callback.observe_loss(loss)
+            callback.observe_loss(loss, loss_again)
     return loss
 
 
@@ -34,21 +43,22 @@ def log_with_pending(
 ) -> None:
     """Run `Trainer.log` with the values that callbacks hold ready in its record.
 
-    A tracker of transformers that fails on a record with such values is taken out of the Trainer
-    with one warning, and training goes on.
+    Where there is such a callback, a tracker of transformers that fails on a record is taken out
+    of the Trainer with one warning, and training goes on. What trackers do at other events, such
+    as their setup when training begins, is theirs.
     """
-    pending: dict[str, float] = {}
-    for callback in trainer.callback_handler.callbacks:
-        if hasattr(callback, "take_pending_logs"):
-            pending |= callback.take_pending_logs()
-    if not pending:
+    watching = [c for c in trainer.callback_handler.callbacks if hasattr(c, "take_pending_logs")]
+    if not watching:
         return original(trainer, logs, *args, **kwargs)
+    pending: dict[str, float] = {}
+    for callback in watching:
+        pending |= callback.take_pending_logs()
     # The caller keeps using its dict, as metrics: it gets what the Trainer adds, not ours.
     record = {**logs, **pending}
     try:
         original(trainer, record, *args, **kwargs)
     except Exception as error:
-        _go_on_without_tracker(trainer, record, error)
+        _go_on_without_trackers(trainer, record, error)
     logs.update({key: value for key, value in record.items() if key not in pending})
 
 
@@ -59,10 +69,19 @@ def train_with_rollbacks(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run `Trainer.train`, again from a checkpoint as often as a callback asks for it."""
-    result = original(trainer, resume_from_checkpoint, *args, **kwargs)
-    while (folder := _rollback(trainer)) is not None:
-        result = original(trainer, folder, *args, **kwargs)
+    """Run `Trainer.train`, again from a checkpoint as often as a callback asks for it.
+
+    Whatever ends it, Ctrl-C included, callbacks undo what they have done to the model for a step.
+    """
+    try:
+        result = original(trainer, resume_from_checkpoint, *args, **kwargs)
+        while (folder := _rollback(trainer)) is not None:
+            result = original(trainer, folder, *args, **kwargs)
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "abandon_step"):
+                callback.abandon_step()
+        raise
     return result
 
 
@@ -98,29 +117,33 @@ def _rollback(trainer: Any) -> str | None:
     return None
 
 
-def _go_on_without_tracker(trainer: Any, record: dict[str, float], error: Exception) -> None:
-    """Take out the tracker that raised, and let those after it have the record.
+def _go_on_without_trackers(trainer: Any, record: dict[str, float], error: Exception) -> None:
+    """Take out the tracker that raised, and let those after it have the record, until none fails.
 
     Raises:
-        Exception: the error itself, if it is no tracker's.
+        Exception: an error that is no tracker's.
     """
-    handler = trainer.callback_handler
-    tracker = _failed_tracker(error.__traceback__)
-    if tracker not in handler.callbacks:
-        raise error
-    later = handler.callbacks[handler.callbacks.index(tracker) + 1 :]
-    handler.remove_callback(tracker)
-    warnings.warn(
-        f"{type(tracker).__name__} failed at step {trainer.state.global_step} and gets no more "
-        f"records; training goes on ({type(error).__name__}: {error})",
-        UserWarning,
-        stacklevel=5,
-    )
-    everyone, handler.callbacks = handler.callbacks, later
-    try:
-        trainer.control = handler.on_log(trainer.args, trainer.state, trainer.control, record)
-    finally:
-        handler.callbacks = everyone
+    handler, failure = trainer.callback_handler, error
+    while True:
+        tracker = _failed_tracker(failure.__traceback__)
+        if tracker not in handler.callbacks:
+            raise failure
+        later = handler.callbacks[handler.callbacks.index(tracker) + 1 :]
+        handler.remove_callback(tracker)
+        warnings.warn(
+            f"{type(tracker).__name__} failed at step {trainer.state.global_step} and gets no more "
+            f"records; training goes on ({type(failure).__name__}: {failure})",
+            UserWarning,
+            stacklevel=5,
+        )
+        everyone, handler.callbacks = handler.callbacks, later
+        try:
+            trainer.control = handler.on_log(trainer.args, trainer.state, trainer.control, record)
+            return
+        except Exception as following:
+            failure = following
+        finally:
+            handler.callbacks = everyone
 
 
 def _failed_tracker(trace: TracebackType | None) -> TrainerCallback | None:

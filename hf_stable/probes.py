@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -30,6 +32,9 @@ from hf_stable.recording import (
     AttentionCall,
     Recorder,
     Records,
+    check_maps,
+    is_recomputing,
+    resolve_terms,
 )
 
 __all__ = ["ATTENTION_TERMS", "DEFAULT_TERMS", "TERMS", "Records", "probe"]
@@ -58,7 +63,7 @@ def probe(
     Within the block `model.config` is a private copy, which names the probing attention function;
     a model that shares the config is not affected, and the original is back afterwards, whatever
     happens. A compiled model runs uncompiled within the block and takes up its graph after it; its
-    outputs then differ by rounding from the compiled ones.
+    outputs then differ from the compiled ones by rounding, and by other dropout masks.
 
     Args:
         model: a transformers model, also inside DDP, FSDP2, `torch.compile` or PEFT wrappers.
@@ -75,14 +80,15 @@ def probe(
         `Records`, filled while the block runs. Under data parallelism each rank has its own.
 
     Raises:
-        ValueError: for an unknown term or a bad `queries`.
+        ValueError: for an unknown term, a bad `queries`, or a head in `maps` that no layer has.
         UnsupportedModelError: if the model's attention cannot be observed, or terms are asked for
             that its architecture is not described for.
         RuntimeError: if the model is being probed already.
     """
     inner = _pretrained(model)
-    wanted = _resolve_terms(terms)
+    wanted = resolve_terms(terms)
     block, blocks = _find_blocks(inner, wanted)
+    check_maps(maps, _most_heads(inner, block, blocks))
     if any(module in _recorders for module in inner.modules()):
         raise RuntimeError("this model is being probed already; a probe does not nest")
     recorder = Recorder(
@@ -103,6 +109,13 @@ def probe(
         for module, config in originals:
             module.config = config
         recorder.close()
+    if recorder.ran_forward and not recorder.called_attention:
+        warnings.warn(
+            f"{type(inner).__name__} ran within probe(), and none of its attention was seen: it "
+            "goes past transformers' attention interface",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -114,17 +127,6 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
         f"{type(model).__name__} holds no transformers model: probe() observes attention through "
         "transformers' attention interface; hf_stable.entropy measures tensors of any origin"
     )
-
-
-def _resolve_terms(terms: Literal["all", "default"] | Sequence[str]) -> frozenset[str]:
-    if isinstance(terms, str):
-        if terms not in ("all", "default"):
-            raise ValueError(f'terms must be "all", "default" or a list of names, got {terms!r}')
-        return frozenset(TERMS if terms == "all" else DEFAULT_TERMS)
-    unknown = sorted(set(terms) - set(TERMS))
-    if unknown:
-        raise ValueError(f"unknown term {unknown[0]!r}; known are {', '.join(TERMS)}")
-    return frozenset(terms)
 
 
 def _find_blocks(
@@ -141,6 +143,18 @@ def _find_blocks(
             "any model that uses transformers' attention interface"
         ) from error
     return architecture.block, find_blocks(model, architecture)
+
+
+def _most_heads(
+    model: PreTrainedModel, block: Block | None, blocks: Sequence[tuple[str, nn.Module]]
+) -> int | None:
+    """Return how many heads the layer with most of them has; None where nothing says so."""
+    if block is None:
+        heads = getattr(model.config, "num_attention_heads", None)
+        return heads if isinstance(heads, int) else None
+    attention = block.attentions[0]
+    find = attrgetter(attention.num_heads)
+    return max(find(module.get_submodule(attention.module)) for _, module in blocks)
 
 
 def _with_private_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
@@ -225,8 +239,9 @@ def _observe(
     native: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
 ) -> None:
     recorder = _recorders.get(module)
-    if recorder is None or not recorder.is_in_forward:
+    if recorder is None or is_recomputing():
         return
+    recorder.called_attention = True
     if query.shape[2] == 1 and key.shape[2] > 1:
         return  # one step of generation
     if options.get("softcap") is not None or options.get("s_aux") is not None:
@@ -252,28 +267,19 @@ def _observe(
 
 def _hook(model: PreTrainedModel, recorder: Recorder) -> list[Any]:
     """Let the recorder hear of forwards, of tokens that enter blocks, and of attention."""
-    root = model.base_model
     for module in model.modules():
         _recorders[module] = recorder
-    handles = [
-        root.register_forward_pre_hook(_enter_forward),
-        root.register_forward_hook(_leave_forward, always_call=True),
-    ]
+    # A wrapper may call the model's `forward` past its hooks, and the model that of its base.
+    handles = [m.register_forward_hook(_note_forward) for m in {model, model.base_model}]
     for module in recorder.watched_inputs():
         handles.append(module.register_forward_pre_hook(_observe_input, with_kwargs=True))
     return handles
 
 
 @torch.compiler.disable
-def _enter_forward(module: nn.Module, args: Any) -> None:
+def _note_forward(module: nn.Module, args: Any, output: Any) -> None:
     if module in _recorders:
-        _recorders[module].is_in_forward = True
-
-
-@torch.compiler.disable
-def _leave_forward(module: nn.Module, args: Any, output: Any) -> None:
-    if module in _recorders:
-        _recorders[module].is_in_forward = False
+        _recorders[module].ran_forward = True
 
 
 @torch.compiler.disable

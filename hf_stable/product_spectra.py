@@ -1,32 +1,22 @@
-"""Spectra of products of weights that are never formed: Wq^T Wk and Wo Wv per head, W2 W1.
+"""Spectra of products of weights that are never formed: Wq^T Wk and Wo Wv per head.
 
 Pure torch. Weights come as (out, in) matrices, the effective ones where a layer is patched;
-transpose what a `Conv1D` holds. `hf_stable.spectral` offers the first four names as its own.
+transpose what a `Conv1D` holds. `hf_stable.spectral` offers the names as its own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "ProductSigma",
-    "leading_product_sigma",
     "ov_singular_values",
     "qk_singular_values",
     "spectral_energy_concentration",
     "stable_rank",
 ]
-
-
-class ProductSigma(NamedTuple):
-    """The largest singular value of a product, and its right vector, to start from next time."""
-
-    sigma: Tensor
-    start: Tensor
 
 
 @torch.no_grad()
@@ -113,88 +103,6 @@ def stable_rank(singular_values: Tensor) -> Tensor:
     return _relative_energy(singular_values).sum(-1)
 
 
-@torch.no_grad()
-def leading_product_sigma(
-    left: Tensor,
-    right: Tensor,
-    start: Tensor | None = None,
-    *,
-    tolerance: float = 1e-4,
-    max_products: int = 64,
-) -> ProductSigma:
-    """Compute the largest singular value of `left @ right` by products with single vectors.
-
-    Lanczos iteration on `(left right)^T (left right)`, warm-started: W2 W1 moves little between
-    two calls, so from the last call's vector a few products are enough. One host synchronisation
-    per product. Never above the true value beyond rounding.
-
-    Args:
-        left: (m, k), such as W2.
-        right: (k, n), such as W1.
-        start: (n,) vector that the last call returned, or None for a generic one.
-        tolerance: stop when the value is certain to this share of itself.
-        max_products: bound on products with `(left right)^T (left right)`. Where it is reached
-            the leading singular values nearly coincide, and the value is right to about their
-            distance.
-
-    Returns:
-        sigma, shape (), and the vector (n,); float32 (float64 for float64 input). A zero product
-        has sigma 0, a non-finite one NaN; the vector is then a generic one.
-
-    Raises:
-        ValueError: if the matrices cannot be multiplied, or `start` does not fit.
-    """
-    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-        raise ValueError(
-            f"cannot multiply matrices of shapes {tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    if start is not None and start.shape != right.shape[1:]:
-        raise ValueError(
-            f"start has shape {tuple(start.shape)}, the product {right.shape[1]} columns"
-        )
-    with torch.autocast(left.device.type, enabled=False):
-        dtype = torch.promote_types(left.dtype, torch.float32)
-        left, right = left.to(dtype), right.to(dtype)
-        generic = _generic_vector(right)
-        vector = generic if start is None else start.to(generic)
-        result = _lanczos(left, right, vector, tolerance, max_products)
-        # A start vector may be orthogonal to all that is left of a weight.
-        if start is not None and result.sigma == 0:
-            result = _lanczos(left, right, generic, tolerance, max_products)
-    return result if result.sigma > 0 else ProductSigma(result.sigma, generic)
-
-
-def _lanczos(
-    left: Tensor, right: Tensor, start: Tensor, tolerance: float, max_products: int
-) -> ProductSigma:
-    """Return the leading singular value of the product and its Ritz vector."""
-    basis = [start / torch.linalg.vector_norm(start)]
-    images: list[Tensor] = []
-    sigma, vector = start.new_zeros(()), start
-    for _ in range(max_products):
-        images.append(left.mv(right.mv(basis[-1])))
-        # The basis is orthonormal: the images' largest singular value is the best in its span.
-        stacked = torch.stack(images, dim=1)
-        if not stacked.isfinite().all():
-            return ProductSigma(torch.full_like(sigma, math.nan), start)
-        _, values, weights = torch.linalg.svd(stacked, full_matrices=False)
-        sigma, space = values[0], torch.stack(basis, dim=1)
-        vector = space.mv(weights[0])
-        if sigma == 0:
-            break
-        # Scaled by sigma, so that a large product does not overflow when squared.
-        candidate = right.T.mv(left.T.mv(images[-1] / sigma))
-        # One pass of Gram-Schmidt loses orthogonality in float32; two are enough.
-        for _ in range(2):
-            candidate = candidate - space.mv(space.T.mv(candidate))
-        norm = torch.linalg.vector_norm(candidate)
-        # |A^T A v - sigma^2 v| / (2 sigma^2) bounds the relative error of sigma.
-        if norm * weights[0, -1].abs() <= 2 * tolerance * sigma or len(basis) == len(start):
-            break
-        basis.append(candidate / norm)
-    return ProductSigma(sigma, vector)
-
-
 def _head_singular_values(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
     """Return the singular values of left_h^T right_h for row blocks of (rows, d) matrices."""
     if left.ndim != 2 or right.ndim != 2 or left.shape[0] % num_heads:
@@ -213,10 +121,11 @@ def _head_singular_values(left: Tensor, right: Tensor, num_heads: int) -> Tensor
         factors = []
         for weight, heads in ((left, num_heads), (right, kv_heads)):
             weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            blocks = weight.reshape(heads, size, -1).transpose(-1, -2)
+            blocks = weight.reshape(heads, size, -1)
             # LAPACK refuses NaN in an SVD; a head that has one is set to NaN afterwards.
-            finite = blocks.isfinite().all(-1).all(-1)
-            factor = torch.linalg.qr(blocks.where(finite[:, None, None], 0), mode="r").R
+            finite = (blocks * 0).sum((1, 2)) == 0  # a tenth of the time of `isfinite`
+            blocks = torch.where(finite[:, None, None], blocks, 0)
+            factor = torch.linalg.qr(blocks.transpose(-1, -2), mode="r").R
             repeats = num_heads // heads
             factors.append(
                 (factor.repeat_interleave(repeats, 0), finite.repeat_interleave(repeats))
@@ -230,9 +139,3 @@ def _relative_energy(singular_values: Tensor) -> Tensor:
     """Return squares relative to the largest: no overflow, and NaN (0 / 0) for a zero matrix."""
     values = singular_values.to(torch.promote_types(singular_values.dtype, torch.float32))
     return (values / values.amax(-1, keepdim=True)).square()
-
-
-def _generic_vector(matrix: Tensor) -> Tensor:
-    """Return a vector for the columns of a matrix that no structured one is orthogonal to."""
-    generator = torch.Generator().manual_seed(matrix.shape[1])
-    return torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)

@@ -7,7 +7,7 @@ Measures come from `entropy` and `block_terms`; how the model is made to show an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from hf_stable.architectures.registry import Block
+from hf_stable.architectures.registry import Block, state_dict_name
 from hf_stable.block_terms import WEIGHT_TERMS, query_bias_reach, weight_terms
 from hf_stable.entropy import (
     HIDDEN_LOGIT,
@@ -37,6 +37,9 @@ __all__ = [
     "AttentionCall",
     "Recorder",
     "Records",
+    "check_maps",
+    "is_recomputing",
+    "resolve_terms",
 ]
 
 ATTENTION_TERMS = ("entropy", "entropy_normalised", "rank", "mode")
@@ -57,6 +60,49 @@ NORM_ITERATIONS = 30
 """Power iterations for sigma_1 of the tokens; their mean direction leads by far."""
 
 
+def resolve_terms(terms: Any) -> frozenset[str]:
+    """Return the names that "all", "default" or a list of names stands for.
+
+    Raises:
+        ValueError: for anything else, or a name that is not in `TERMS`.
+    """
+    groups = {"all": TERMS, "default": DEFAULT_TERMS}
+    if isinstance(terms, str) and terms in groups:
+        return frozenset(groups[terms])
+    if isinstance(terms, str) or not isinstance(terms, Iterable):
+        raise ValueError(
+            f'terms must be "all", "default" or a list of names, got {terms!r}; names are '
+            f"{', '.join(TERMS)}"
+        )
+    unknown = [term for term in terms if term not in TERMS]
+    if unknown:
+        raise ValueError(f"unknown term {unknown[0]!r}; known are {', '.join(TERMS)}")
+    return frozenset(terms)
+
+
+def is_recomputing() -> bool:
+    """Say whether a backward runs: what a model does then repeats a forward for checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_maps(maps: Any, most_heads: int | None = None) -> None:
+    """Raise ValueError unless maps are asked for by "all" or by indices of heads.
+
+    Args:
+        maps: what to check.
+        most_heads: heads of the layer that has most of them, if known.
+    """
+    if isinstance(maps, str) and maps == "all":
+        return
+    is_list = isinstance(maps, Sequence) and not isinstance(maps, str)
+    if not is_list or not all(type(head) is int and head >= 0 for head in maps):
+        raise ValueError(f'maps is "all" or a list of heads, counted from 0, got {maps!r}')
+    if most_heads is not None and any(head >= most_heads for head in maps):
+        raise ValueError(
+            f"maps={list(maps)}: the model has {most_heads} heads in a layer, 0 to {most_heads - 1}"
+        )
+
+
 @dataclass
 class Records:
     """What one probe has recorded: for each quantity, a mapping from layer name to its value.
@@ -74,8 +120,8 @@ class Records:
         rank: (heads,) `rank_share` of the subsampled map of the first sequence, in [0, 1].
         mode: for each head "normal", "benign" or "malignant" (Qi et al. 2025), or "undefined"
             for a map that is not finite.
-        maps: (chosen heads, n, n) attention of the first sequence, n <= `MAP_SIZE`: of a longer
-            one n sampled rows, their keys summed in n equal bins.
+        maps: (chosen heads that the layer has, n, n) attention of the first sequence, n <=
+            `MAP_SIZE`: of a longer one n sampled rows, their keys summed in n equal bins.
         sigma_wq: () largest singular value of the effective Wq; likewise `sigma_wk`, `sigma_wv`,
             `sigma_wo`, `sigma_w1`, `sigma_w2`, and of the product in `sigma_w2w1`.
         sigma_qk: (heads,) largest singular value of Wq^T Wk; `sigma_ov` that of Wo Wv.
@@ -87,6 +133,7 @@ class Records:
         norm_dx: () l2 norm of the loss's gradient with respect to it.
         nonfinite_x: () number of NaN and infinite entries of the input, summed over forwards.
         nonfinite_dx: () the same for the gradient.
+        counts: quantity -> layer -> how many values its mean is of, (heads,) or ().
     """
 
     entropy: dict[str, Tensor] = field(default_factory=dict)
@@ -114,13 +161,21 @@ class Records:
     norm_dx: dict[str, Tensor] = field(default_factory=dict)
     nonfinite_x: dict[str, Tensor] = field(default_factory=dict)
     nonfinite_dx: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain lists and numbers for JSON, without empty quantities; NaN, inf as None."""
         return {
             quantity.name: {layer: _plain(value) for layer, value in values.items()}
             for quantity in fields(self)
-            if (values := getattr(self, quantity.name))
+            if quantity.name != "counts" and (values := getattr(self, quantity.name))
+        }
+
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """Return `counts` as plain lists and numbers."""
+        return {
+            name: {layer: _plain(count) for layer, count in by_layer.items()}
+            for name, by_layer in self.counts.items()
         }
 
 
@@ -172,8 +227,8 @@ class Recorder:
 
     Attributes:
         records: what has been recorded so far.
-        is_in_forward: whether the model's own forward runs; recomputation in a backward does not
-            count.
+        ran_forward: whether a forward of the whole model was heard of.
+        called_attention: whether a call of attention was, recorded or not.
     """
 
     def __init__(
@@ -190,14 +245,15 @@ class Recorder:
         """Prepare to record `terms` of a model with the given blocks; touch nothing yet."""
         sample_queries(1, queries)  # refuses a bad value before anything runs
         self.records = Records()
-        self.is_in_forward = False
+        self.ran_forward = False
+        self.called_attention = False
         self._block = block
         self._terms = terms
         self._queries = queries
         self._maps = maps
         self._generator = generator
-        self._sums: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._names = {module: name for name, module in model.named_modules()}
+        self._totals: dict[tuple[str, str], Tensor] = {}
+        self._names = {m: state_dict_name(name) for name, m in model.named_modules()}
         self._blocks = {module: name for name, module in blocks}
         self._layers: dict[nn.Module, str] = {}
         self._projections: dict[nn.Module, str] = {}
@@ -233,12 +289,13 @@ class Recorder:
     @torch.no_grad()
     def observe_input(self, module: nn.Module, tokens: Tensor) -> None:
         """Record the tokens (batch, tokens, features) that enter a block or its projection."""
-        if module in self._projections and self.is_in_forward:
+        recomputing = is_recomputing()
+        if module in self._projections and not recomputing:
             self._token_norms[self._projections[module]] = _token_norms(tokens.detach())
         if module not in self._blocks:
             return
         layer = self._blocks[module]
-        if self.is_in_forward:
+        if not recomputing:
             if layer not in self._measured:
                 self._measured.add(layer)
                 self._measure_weights(module, layer)
@@ -324,7 +381,8 @@ class Recorder:
         if self._maps == "all":
             self.records.maps[layer] = maps
         elif self._maps:
-            self.records.maps[layer] = maps[list(self._maps)]
+            # Layers may have more heads than others, as Swin's later ones do.
+            self.records.maps[layer] = maps[[head for head in self._maps if head < len(maps)]]
 
     def _add_rows(self, term: str, layer: str, values: Tensor) -> None:
         """Add values (batch, heads, rows) to a mean per head; NaN marks rows to leave out."""
@@ -332,10 +390,10 @@ class Recorder:
             self._add(term, layer, values.nansum((0, 2)), (~values.isnan()).sum((0, 2)))
 
     def _add(self, term: str, layer: str, total: Tensor, count: Tensor) -> None:
-        if (term, layer) in self._sums:
-            old_total, old_count = self._sums[term, layer]
-            total, count = old_total + total, old_count + count
-        self._sums[term, layer] = total, count
+        counts = self.records.counts.setdefault(term, {})
+        if layer in counts:
+            total, count = self._totals[term, layer] + total, counts[layer] + count
+        self._totals[term, layer], counts[layer] = total, count
         getattr(self.records, term)[layer] = (total / count).float()
 
 

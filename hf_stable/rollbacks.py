@@ -99,3 +99,9 @@ def check_can_roll_back(args: TrainingArguments) -> None:
             'on_collapse="rollback" goes back to a checkpoint: set save_strategy to "steps" or '
             '"epoch", and save_only_model=False'
         )
+    if args.save_total_limit == 1 and args.load_best_model_at_end:
+        raise ValueError(
+            'on_collapse="rollback" goes back to the last healthy checkpoint, and with '
+            "save_total_limit=1 and load_best_model_at_end the Trainer deletes all but the best "
+            "one when training stops: set save_total_limit to 2 or more"
+        )

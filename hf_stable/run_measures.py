@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from hf_stable.adamw2 import AdamW2
+from hf_stable.architectures.registry import state_dict_name
 from hf_stable.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
 from hf_stable.sigma_reparam import sigma_layers
 
 __all__ = [
+    "check_sharpness_can_be_measured",
     "effective_rates",
     "gammas",
     "gradients_are_finite",
@@ -23,29 +27,26 @@ __all__ = [
     "measure_loss_sharpness",
     "scale_rates",
     "value_of_first_rank",
+    "values_of_all_ranks",
 ]
 
 
 @torch.no_grad()
-def gradients_are_finite(model: nn.Module, *, everywhere: bool) -> Tensor:
-    """Look for NaN and infinity in the gradients.
+def gradients_are_finite(model: nn.Module) -> Tensor:
+    """Look for NaN and infinity in all gradients, by their norm.
+
+    A single infinity may hide in one weight: where the Trainer clips by a norm that is infinite,
+    all other gradients become zero. One pass over the gradients, beside an optimizer's seven:
+    on a CPU 0.2 % of a step of a GPT-2 with 12 layers of width 256, 0.9 % of a ViT's at batch 2.
 
     Args:
         model: after its backward.
-        everywhere: look at all of them. Otherwise only at biases and gains, a thousandth of the
-            work: what is not finite in a backward reaches those of all layers below, and clipping
-            by a norm that is NaN reaches all.
 
     Returns:
         (), 1 or 0, on the model's device.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    small = [p for p in parameters if p.ndim <= 1]
-    chosen = parameters if everywhere or not small else small
-    grads = [_local(p.grad) for p in chosen if p.grad is not None]
-    if not grads:
-        return torch.ones(())
-    return get_total_norm(grads).isfinite().float()
+    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    return get_total_norm(grads).isfinite().float() if grads else torch.ones(())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -71,6 +72,15 @@ def value_of_first_rank(value: Any) -> Any:
     return box[0]
 
 
+def values_of_all_ranks(value: Any) -> list[Any]:
+    """Return what each process holds, in the order of their ranks, on every process."""
+    if _num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * _num_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -93,7 +103,7 @@ def effective_rates(
         optimizer: after at least one step.
         model: gives the names where the optimizer has none.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {parameter: state_dict_name(name) for name, parameter in model.named_parameters()}
     rates = {
         key if isinstance(key, str) else names.get(key, "unnamed"): rate
         for key, rate in optimizer.effective_lr().items()
@@ -132,42 +142,61 @@ def scale_rates(optimizer: Any, scheduler: Any, factor: float) -> None:
             setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
 
 
+def check_sharpness_can_be_measured(args: Any, model: nn.Module) -> None:
+    """Raise ValueError where sharpness has no meaning: parameters that are cut up or not kept."""
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if sharded or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+        raise ValueError(
+            "sharpness_every needs whole parameters, and FSDP and DeepSpeed shard them: leave it "
+            "out, or measure an unsharded copy with hf_stable.sharpness.measure_sharpness"
+        )
+
+
 def measure_loss_sharpness(
-    model: nn.Module, inputs: tuple[Any, dict[str, Any]], optimizer: Any
-) -> dict[str, float | None]:
+    loss_fn: Callable[[], Tensor], model: nn.Module, optimizer: Any
+) -> dict[str, Any]:
     """Measure the sharpness of the loss on a batch, preconditioned as the optimizer does.
 
+    Of an optimizer of the Adam family that has stepped, the preconditioned Hessian is taken, with
+    respect to the parameters that it has a second moment for: one that never got a gradient has
+    none, and plays no part in the loss. Gradient checkpointing is off meanwhile: here it saves no
+    memory, since the graph of the gradients keeps the activations.
+
     Args:
-        model: its forward returns the loss.
-        inputs: positional and named arguments of the forward.
-        optimizer: of the Adam family the preconditioned Hessian is taken, once it has stepped.
+        loss_fn: computes the loss by `model`.
+        model: whose trainable parameters are meant.
+        optimizer: the one that trains them, as it is or in accelerate's wrapper.
 
     Returns:
         `sharpness` and `sharpness_threshold`, above which the loss goes up; None if not finite.
-
-    Raises:
-        ValueError: if the model computes no loss from these inputs.
+        `sharpness_preconditioned`: whether they are of Adam's preconditioned Hessian.
     """
-    args, kwargs = inputs
-
-    def loss() -> Tensor:
-        value = getattr(model(*args, **kwargs), "loss", None)
-        if value is None:
-            raise ValueError(
-                f"sharpness_every needs a model that returns its loss; {type(model).__name__} got "
-                f"{sorted(kwargs)} and returned none. Leave sharpness_every out"
-            )
-        return value
-
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    params = [p for p in model.parameters() if p.requires_grad]
     group = optimizer.param_groups[0]
-    stepped = all("exp_avg_sq" in optimizer.state.get(p, {}) for p in params)
-    diagonal = adam_preconditioner(optimizer, params) if stepped else None
-    value = measure_sharpness(loss, params, preconditioner=diagonal).value
-    beta1 = float(group["betas"][0]) if stepped else None
+    params = [p for p in model.parameters() if p.requires_grad]
+    stepped = [p for p in params if "exp_avg_sq" in optimizer.state.get(p, {})]
+    preconditioned = "betas" in group and bool(stepped)
+    diagonal = adam_preconditioner(optimizer, stepped) if preconditioned else None
+    with _uncheckpointed(model), torch.compiler.set_stance("force_eager"):
+        found = measure_sharpness(
+            loss_fn, stepped if preconditioned else params, preconditioner=diagonal
+        )
+    beta1 = float(group["betas"][0]) if preconditioned else None
     rate = float(group["lr"])
     return {
-        "sharpness": value if math.isfinite(value) else None,
+        "sharpness": found.value if math.isfinite(found.value) else None,
         "sharpness_threshold": sharpness_threshold(rate, beta1) if rate else None,
+        "sharpness_preconditioned": preconditioned,
     }
+
+
+@contextmanager
+def _uncheckpointed(model: nn.Module) -> Iterator[None]:
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]  # a plain attribute
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

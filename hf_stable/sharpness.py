@@ -6,7 +6,8 @@ goes up along the sharpest direction instead of down.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -117,9 +118,8 @@ def measure_sharpness(
     _check_params(params, preconditioner)
     device = params[0].device
     devices = [p.device for p in params if p.is_cuda]
-    with torch.random.fork_rng(sorted({d.index for d in devices})), torch.enable_grad():
-        with sdpa_kernel(SDPBackend.MATH):
-            loss = loss_fn()
+    with torch.random.fork_rng(sorted({d.index for d in devices})), _twice_differentiable():
+        loss = loss_fn()
         gradients = torch.autograd.grad(
             loss, params, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -145,7 +145,16 @@ def measure_sharpness(
 
     generator = generator or torch.Generator().manual_seed(0)
     start = torch.randn(sum(p.numel() for p in params), generator=generator)
-    return _lanczos(product, start.to(device), max_products, tolerance)
+    # Under gradient checkpointing each product runs attention again.
+    with _twice_differentiable():
+        return _lanczos(product, start.to(device), max_products, tolerance)
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Compute gradients, attention by the kernel that has second derivatives."""
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _lanczos(

@@ -20,6 +20,7 @@
 | `stability/effective_lr/min`, `/mean` | rates that AdamW2 really used |
 | `stability/clipped_share` | share of matrices whose rate AdamW2 clipped |
 | `stability/sharpness`, `sharpness_threshold` | Hessian's top eigenvalue, where loss goes up |
+| `stability/sharpness_preconditioned` | 1: of Adam's preconditioned Hessian; 0: of the plain one |
 | `stability/nonfinite_steps` | steps so far with a NaN or infinite loss or gradient |
 | `stability/alarms`, `rollbacks` | how many so far |
 

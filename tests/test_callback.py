@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -197,6 +199,56 @@ def test_sharpness_is_measured_when_asked_for(tmp_path):
     assert losses(alone) == losses(trainer)
 
 
+def sharpness_at(folder, step=2):
+    return next(line for line in events(folder, "probe") if line["step"] == step)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "new", "smoothed"])
+def test_sharpness_is_of_the_loss_that_is_trained_on(how, tmp_path):
+    options = {
+        "reentrant": dict(gradient_checkpointing=True,
+                          gradient_checkpointing_kwargs={"use_reentrant": True}),
+        "new": dict(gradient_checkpointing=True),
+        "smoothed": dict(label_smoothing_factor=0.5),
+    }[how]  # fmt: skip
+    settings = dict(every=2, monitor_sharpness_every=2, max_steps=2, save_strategy="no")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old name of checkpointing
+        trainer, _ = trained(tiny_model("gpt2"), tmp_path / how, **settings, **options)
+    trained(tiny_model("gpt2"), tmp_path / "plain", **settings)
+    got, plain = (sharpness_at(tmp_path / name)["sharpness"] for name in (how, "plain"))
+    if how == "smoothed":
+        assert abs(got / plain - 1) > 0.05
+    else:
+        assert got == pytest.approx(plain, rel=1e-3)
+        assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())
+
+
+def test_sharpness_is_preconditioned_though_a_parameter_is_not_used(tmp_path):
+    settings = dict(every=2, monitor_sharpness_every=2, max_steps=2, save_strategy="no")
+    trained(tiny_model("vit"), tmp_path / "all", **settings)
+    model = tiny_model("vit")
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    trainer, _ = trained(model, tmp_path / "unused", **settings)
+    found, expected = (sharpness_at(tmp_path / name) for name in ("unused", "all"))
+    assert found["sharpness"] == expected["sharpness"]
+    assert found["sharpness_threshold"] == expected["sharpness_threshold"]
+    assert found["sharpness_preconditioned"] is True
+    trained(tiny_model("vit"), tmp_path / "sgd", optim="sgd", **settings)
+    plain = sharpness_at(tmp_path / "sgd")
+    assert plain["sharpness_preconditioned"] is False
+    assert plain["sharpness_threshold"] == pytest.approx(expected["sharpness_threshold"] / 19)
+    record = next(r for r in trainer.state.log_history if "stability/sharpness" in r)
+    assert record["stability/sharpness_preconditioned"] == 1
+
+
+def test_sharpness_of_sharded_weights_is_refused_at_the_start(tmp_path):
+    trainer, monitor = monitored(tiny_model("vit"), tmp_path, monitor_sharpness_every=2)
+    trainer.args.fsdp = True  # as it would be; nothing is sharded on one process
+    with pytest.raises(ValueError, match="FSDP and DeepSpeed shard them"):
+        monitor.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
 # Trackers
 
 
@@ -240,6 +292,32 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path, monkeypatch
     assert tracker not in trainer.callback_handler.callbacks
 
 
+def test_every_tracker_that_fails_is_left_out_at_any_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+
+    class SecondTracker(TensorBoardCallback):
+        __module__ = TensorBoardCallback.__module__
+
+    def failing_from_step_3(self, args, state, control, logs=None, **kwargs):
+        if state.global_step >= 3:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", failing_from_step_3)
+    trainer, _ = monitored(
+        tiny_model("vit"), tmp_path / "out", every=50, report_to="tensorboard", max_steps=5,
+        callbacks=[SecondTracker()], save_strategy="no",
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="SecondTracker failed at step 3") as seen:
+        trainer.train()
+    assert sum("failed at step 3" in str(w.message) for w in seen) == 2
+    assert sorted(losses(trainer)) == [1, 2, 3, 4, 5]
+    records = [r for r in trainer.state.log_history if "stability/entropy/min" in r]
+    assert 3 not in [record["step"] for record in records]  # it failed where nothing was probed
+    alone = make_trainer(tiny_model("vit"), tmp_path / "alone", report_to="tensorboard")
+    with pytest.raises(OSError, match="disk full"):
+        alone.train()  # no business of ours without a monitor
+
+
 def _failing_on_log(self, args, state, control, logs=None, **kwargs):
     raise OSError("disk full")
 
@@ -248,22 +326,23 @@ def _failing_on_log(self, args, state, control, logs=None, **kwargs):
 
 
 def test_a_resumed_run_writes_and_alarms_like_one_that_never_stopped(tmp_path):
-    # Whatever the loss does is a spike here, so that there are alarms to compare.
-    touchy = Thresholds(spike=0.0, spike_score=0.0, rise=0.0, rise_score=0.0)
-    options = dict(monitor_thresholds=touchy, every=2, save_steps=3, max_steps=12,
+    # Whatever the loss does is a spike here once there is a window to tell it from.
+    touchy = Thresholds(spike=-1.0, spike_score=-1e9, rise=0.0, rise_score=0.0)
+    options = dict(monitor_thresholds=touchy, every=2, save_steps=10, max_steps=30,
                    learning_rate=0.5)  # fmt: skip
     model = dropout_model("gpt2")
     with pytest.warns(UserWarning, match="spike at step"):
         _, whole = trained(model, tmp_path / "whole", **options)
     with pytest.warns(UserWarning):
-        trained(dropout_model("gpt2"), tmp_path / "parts", callbacks=[Interrupt(8)], **options)
+        trained(dropout_model("gpt2"), tmp_path / "parts", callbacks=[Interrupt(23)], **options)
     before = len(read_log(tmp_path / "parts"))
     resumed, monitor = monitored(dropout_model("gpt2"), tmp_path / "parts", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-6"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-20"))
     lines = (tmp_path / "parts" / FILE_NAME).read_text()
     assert lines == (tmp_path / "whole" / FILE_NAME).read_text()
     assert monitor.state()["attributes"] == whole.state()["attributes"]
-    assert 0 < before < len(read_log(tmp_path / "parts")) and events(tmp_path / "parts", "alarm")
+    assert 0 < before < len(read_log(tmp_path / "parts"))
+    assert max(alarm["step"] for alarm in events(tmp_path / "parts", "alarm")) > 20
 
 
 def test_a_new_run_keeps_what_the_last_one_wrote(tmp_path):
@@ -301,6 +380,72 @@ def test_stop_ends_training_before_the_weights_are_spoilt(tmp_path, monkeypatch)
     with pytest.warns(UserWarning):
         warned.train()
     assert not all(p.isfinite().all() for p in warned.model.parameters())
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_one_infinite_gradient_is_seen_in_its_step(max_grad_norm, tmp_path):
+    def trained_with_overflow(on_collapse):
+        model = tiny_model("vit")
+        trainer, _ = monitored(
+            model, tmp_path / on_collapse, every=50, monitor_on_collapse=on_collapse,
+            save_strategy="no", max_grad_norm=max_grad_norm,
+        )  # fmt: skip
+
+        def overflow(gradient):
+            gradient = gradient.clone()
+            if trainer.state.global_step + 1 == 5:  # a step that is not probed
+                gradient[0, 0] = math.inf
+            return gradient
+
+        model.vit.layers[0].mlp.fc1.weight.register_hook(overflow)
+        with pytest.warns(UserWarning, match="nonfinite at step 5"):
+            trainer.train()
+        return trainer
+
+    stopped = trained_with_overflow("stop")
+    assert stopped.state.global_step == 5
+    assert all(p.isfinite().all() for p in stopped.model.parameters())
+    warned = trained_with_overflow("warn")
+    assert not all(p.isfinite().all() for p in warned.model.parameters())
+
+
+def test_an_exception_within_a_probed_step_leaves_the_model_as_it_was(tmp_path):
+    model = tiny_model("vit")
+    trainer, _ = monitored(model, tmp_path / "cut", every=3, max_steps=1)
+    original = trainer.compute_loss
+    before = hooks_of(model)
+    inside = []
+
+    def interrupted(*args, **kwargs):
+        inside.append((model.config._attn_implementation, hooks_of(model)))
+        raise KeyboardInterrupt
+
+    trainer.compute_loss = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    ((attention, hooks),) = inside
+    assert attention.startswith("hf_stable_probe") and hooks > before  # it was being probed
+    assert model.config._attn_implementation == "sdpa" and hooks_of(model) == before
+    assert compiles()
+    trainer.compute_loss = original
+    trainer.train()
+    trained(model, tmp_path / "next", max_steps=1)
+
+
+def hooks_of(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def compiles():
+    """Whether torch.compile does anything: not under the stance that a probe takes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1))
+    return bool(graphs)
 
 
 def test_checkpoint_saves_at_once(tmp_path, monkeypatch):
@@ -387,6 +532,25 @@ def test_a_checkpoint_written_while_something_was_wrong_is_not_gone_back_to(tmp_
     assert trainer.state.global_step == 1
 
 
+def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from(
+    tmp_path, monkeypatch
+):
+    class Cleaner(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            for folder in tmp_path.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+
+    monitor = StabilityCallback(every=1, on_collapse="rollback")
+    trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch, save_steps=2)
+    trainer.add_callback(Cleaner())
+    with pytest.warns(UserWarning, match="checkpoint-4 was deleted before training could resume"):
+        trainer.train()
+    assert trainer.state.global_step == 5
+    assert [e["step"] for e in events(tmp_path, "rollback")] == [5]
+    (end,) = events(tmp_path, "stop")
+    assert end["step"] == 5 and "was deleted" in end["reason"]
+
+
 # Bad input
 
 
@@ -399,9 +563,20 @@ def test_a_checkpoint_written_while_something_was_wrong_is_not_gone_back_to(tmp_
         (dict(sharpness_every=0), "sharpness_every"),
         (dict(queries=0), "queries"),
         (dict(terms=["entropy", "entropi"]), "unknown term 'entropi'.*entropy"),
-        (dict(terms="entropy"), "unknown term 'entropy'"),
+        (dict(terms="entropy"), "terms must be .*, got 'entropy'"),
         (dict(on_collapse="panic"), "warn, stop, checkpoint, rollback or a function, got 'panic'"),
         (dict(rollback_lr_factor=1.5), "between 0 and 1, got 1.5"),
+        (dict(rollback_lr_factor="half"), "between 0 and 1, got 'half'"),
+        (dict(every=True), "got True"),
+        (dict(queries=True), "queries must be .*, got True"),
+        (dict(terms=None), "terms must be .*, got None"),
+        (dict(terms=1), "terms must be .*, got 1"),
+        (dict(maps="first"), "maps is .all. or a list of heads, counted from 0, got 'first'"),
+        (dict(maps=[-1]), r"got \[-1\]"),
+        (dict(maps=0), "got 0"),
+        (dict(max_rollbacks=-1), "max_rollbacks is a number of rollbacks, 0 or more, got -1"),
+        (dict(thresholds={"spikes": 1}), "names among entropy_share, .*got {'spikes': 1}"),
+        (dict(thresholds=0.5), "thresholds is a .*got 0.5"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):
@@ -441,6 +616,53 @@ def test_rollback_needs_checkpoints(tmp_path):
     )
     with pytest.raises(ValueError, match='set save_strategy to "steps"'):
         trainer.train()
+
+
+def test_rollback_refuses_a_limit_by_which_the_trainer_deletes_what_it_needs(tmp_path):
+    best = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_steps=2)
+    limited, _ = monitored(
+        tiny_model("vit"), tmp_path, monitor_on_collapse="rollback", save_total_limit=1, **best
+    )
+    with pytest.raises(ValueError, match="set save_total_limit to 2 or more"):
+        limited.train()
+    enough, _ = trained(
+        tiny_model("vit"), tmp_path, monitor_on_collapse="rollback", save_total_limit=2,
+        max_steps=2, **best,
+    )  # fmt: skip
+    assert enough.state.global_step == 2
+
+
+def test_a_head_that_no_layer_has_is_refused_at_the_start(tmp_path):
+    trainer, _ = monitored(tiny_model("swin"), tmp_path, monitor_maps=[1, 4])
+    with pytest.raises(
+        ValueError, match=r"maps=\[1, 4\]: the model has 4 heads in a layer, 0 to 3"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trained(tiny_model("swin"), tmp_path, monitor_maps=[1, 3], max_steps=1)
+    (line,) = events(tmp_path, "probe")
+    assert [len(maps) for maps in line["quantities"]["maps"].values()] == [1, 1, 2, 2]
+
+
+def test_thresholds_come_back_with_the_state_and_a_function_is_refused(tmp_path):
+    options = dict(
+        monitor_thresholds=Thresholds(spike=3.0), restore_callback_states_from_checkpoint=True
+    )
+    trained(tiny_model("vit"), tmp_path, max_steps=2, **options)
+    resumed = make_trainer(
+        tiny_model("vit"), tmp_path, callbacks=[StabilityCallback()], max_steps=3,
+        restore_callback_states_from_checkpoint=True,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (monitor,) = (c for c in resumed.callback_handler.callbacks if isinstance(c, StabilityCallback))
+    assert monitor.thresholds == monitor.rules.thresholds == Thresholds(spike=3.0)
+
+    options["monitor_on_collapse"] = events
+    trainer, monitor = monitored(tiny_model("vit"), tmp_path / "function", **options)
+    with pytest.raises(ValueError, match="cannot hold on_collapse as a function"):
+        trainer.train()
+    with pytest.raises(ValueError, match="was the function events, which a checkpoint does not"):
+        StabilityCallback(**monitor.state()["args"])
 
 
 def test_two_monitors_are_refused(tmp_path):

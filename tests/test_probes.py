@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -655,6 +656,45 @@ def test_other_architectures_have_their_attention_measured():
         torch.testing.assert_close(got, attention_entropy(probs).nanmean((0, 2)))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "adapters"])
+def test_a_head_that_runs_the_decoder_of_its_base_directly_is_seen(wrapped):
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=37, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config)
+    ids = torch.arange(3, 15)[None]
+    probabilities = eager_probabilities(model, {"input_ids": ids})
+    enable_checkpointing(model, False)
+    outer = model.train()
+    if wrapped:
+        peft = pytest.importorskip("peft")
+        outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], r=2))
+    with probe(outer, terms=ATTENTION_TERMS) as records:
+        outer(input_ids=ids, labels=ids).loss.backward()
+    assert len(records.entropy) == len(probabilities) == 2
+    for probs, got in zip(probabilities, records.entropy.values(), strict=True):
+        torch.testing.assert_close(got, attention_entropy(probs).nanmean((0, 2)))
+
+
+def test_a_forward_of_which_nothing_is_seen_is_warned_of():
+    model, ids = tiny_llama(), torch.arange(1, 13)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with probe(model, terms=ATTENTION_TERMS):
+            pass
+        with probe(model, terms=["entropy"]):
+            model(ids)
+    for layer in model.model.layers:
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with pytest.warns(UserWarning, match="none of its attention was seen"):
+        with probe(model, terms=ATTENTION_TERMS) as records:
+            model(ids)
+    assert records.to_dict() == {}
+
+
 def test_only_the_terms_asked_for_are_recorded(model_type):
     model = tiny_model(model_type)
     for terms in (["entropy"], ["sigma_qk", "norm_dx"], ["mode"], ["entropy_bound"]):
@@ -672,7 +712,11 @@ def test_only_the_terms_asked_for_are_recorded(model_type):
     [
         (dict(terms=["entropy", "entorpy"]), "unknown term 'entorpy'"),
         (dict(terms="some"), "terms must be"),
+        (dict(terms=None), "terms must be"),
         (dict(queries=0), "queries must be"),
+        (dict(queries=True), "queries must be"),
+        (dict(maps=[2]), r"maps=\[2\]: the model has 2 heads in a layer, 0 to 1"),
+        (dict(maps=True), "maps is .all. or a list of heads"),
     ],
 )
 def test_bad_options_are_named_before_anything_changes(options, message):

@@ -9,7 +9,6 @@ import torch
 
 from hf_stable import spectral
 from hf_stable.product_spectra import (
-    leading_product_sigma,
     ov_singular_values,
     qk_singular_values,
     spectral_energy_concentration,
@@ -112,70 +111,3 @@ def test_concentration_and_stable_rank():
 def test_concentration_refuses_a_count_out_of_range(s):
     with pytest.raises(ValueError, match="between 1 and the 4"):
         spectral_energy_concentration(torch.ones(3, 4), s)
-
-
-@pytest.mark.parametrize("shape", [(16, 64, 16), (7, 3, 9), (2, 5, 1), (96, 384, 96)])
-def test_product_sigma_equals_the_svd_of_the_product(shape):
-    m, k, n = shape
-    w2, w1 = weight(m, k, 1), weight(k, n, 2)
-    got = leading_product_sigma(w2, w1)
-    expected = torch.linalg.matrix_norm(w2.double() @ w1.double(), 2)
-    # Certain to 1e-4 by its own estimate.
-    torch.testing.assert_close(got.sigma.double(), expected, rtol=1e-4, atol=0)
-    assert got.sigma <= expected * (1 + 1e-6)
-
-
-class CountingMatrix(torch.Tensor):
-    """A tensor that records the shapes of its products."""
-
-    products: list = []
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        if func.__name__ in ("mv", "mm", "matmul", "__matmul__"):
-            cls.products.append(tuple(result.shape))
-        return result
-
-
-def test_product_is_never_formed_and_a_warm_start_saves_most_products():
-    w2, w1 = weight(48, 192, 1), weight(192, 48, 2)
-    CountingMatrix.products = []
-    cold = leading_product_sigma(w2.as_subclass(CountingMatrix), w1)
-    cold_products = len(CountingMatrix.products)
-    start = cold.start.as_subclass(torch.Tensor)
-    moved = w1 + 1e-3 * weight(192, 48, 3)
-    CountingMatrix.products = []
-    warm = leading_product_sigma(w2.as_subclass(CountingMatrix), moved, start, tolerance=1e-3)
-    assert all(len(shape) == 1 for shape in CountingMatrix.products)
-    assert 0 < len(CountingMatrix.products) < cold_products / 3
-    expected = torch.linalg.matrix_norm(w2.double() @ moved.double(), 2)
-    got = warm.sigma.as_subclass(torch.Tensor).double()
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
-
-
-def test_a_start_vector_that_sees_nothing_is_replaced():
-    w2, w1 = torch.eye(3), torch.diag(torch.tensor([2.0, 1.0, 0.0]))
-    result = leading_product_sigma(w2, w1, torch.tensor([0.0, 0.0, 1.0]))
-    assert result.sigma == pytest.approx(2.0)
-
-
-def test_product_sigma_of_zero_and_non_finite_products():
-    zero = leading_product_sigma(torch.zeros(4, 6), weight(6, 4))
-    assert zero.sigma == 0
-    assert torch.isfinite(zero.start).all()
-    spoilt = weight(6, 4)
-    spoilt[2, 2] = math.nan
-    result = leading_product_sigma(weight(4, 6), spoilt, zero.start)
-    assert result.sigma.isnan()
-    healed = leading_product_sigma(weight(4, 6), weight(6, 4), result.start)
-    assert torch.isfinite(healed.sigma)
-    large = leading_product_sigma(weight(4, 6) * 1e15, weight(6, 4) * 1e15)
-    assert torch.isfinite(large.sigma)
-
-
-def test_product_that_cannot_be_formed_is_refused():
-    with pytest.raises(ValueError, match="cannot multiply"):
-        leading_product_sigma(weight(4, 6), weight(5, 4))
-    with pytest.raises(ValueError, match="start has shape"):
-        leading_product_sigma(weight(4, 6), weight(6, 4), torch.ones(3))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_batch, tiny_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_stable.patching import patch
 from hf_stable.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
@@ -115,6 +116,22 @@ def test_equals_the_full_hessian_of_attention_with_its_fused_kernel():
     model.set_attn_implementation("eager")
     expected = torch.linalg.eigvalsh(full_hessian(loss, params))[-1].item()
     assert got.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, loss = small_vit()
+    params = list(model.parameters())
+    plain = measure_sharpness(loss, params, max_products=8)
+    calls = []
+    layer = model.vit.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: checkpoint(
+        forward, *args, use_reentrant=False, **kwargs
+    )
+    got = measure_sharpness(loss, params, max_products=8)
+    assert len(calls) > 8  # recomputed for every product, by the same kernel of attention
+    assert got.value == pytest.approx(plain.value, rel=1e-9)
 
 
 def test_patched_model_against_differences_of_its_gradient():

@@ -21,7 +21,7 @@ from tiny_training import make_trainer
 import hf_stable
 from hf_stable.alarms import Thresholds
 
-# Whatever the loss does is a spike here, so that there is an alert to look for.
+# Whatever rises is alarming here, so that there is an alert to look for.
 touchy = Thresholds(spike=0.0, spike_score=0.0, rise=0.0, rise_score=0.0)
 monitor = hf_stable.StabilityCallback(every=2, thresholds=touchy)
 trainer = make_trainer(
