@@ -1,33 +1,40 @@
 """How far the cost model is right where we can measure.
 
-Rates of this machine are fitted at some sizes of GPT-2 and ViT and predict others; a table puts
-both times side by side.
+The rates of this machine are fitted at some sizes of GPT-2 and ViT and predict others, by the sum
+that plans use too (`Machine.seconds`); a table puts both times side by side.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import transformers
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_stable.adamw2_groups import ModelAdamW2
 from hf_stable.bench import PhaseClock, alternate, describe_machine
-from hf_stable.cost_model import measure_shape, step_costs
+from hf_stable.cost_model import Cost, measure_shape, step_costs
+from hf_stable.machines import Machine
 from hf_stable.patching import patch
 from hf_stable.refreshing import refresh
 from hf_stable.sigma_reparam import sigma_layers
 from hf_stable.terminal import make_console, make_table
 
-__all__ = ["CHECKED", "FITTED", "Prediction", "Size", "bench_scale", "fit"]
+__all__ = ["CHECKED", "FITTED", "Prediction", "Size", "bench_scale"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,12 @@ CHECKED = (
 )
 SEQUENCE, IMAGE, PATCH, VOCABULARY = 196, 224, 16, 2048
 
+EXCHANGE = "all-reduces of AdamW2"
+"""The part that takes several processes: what AdamW2 exchanges under FSDP2, here over gloo."""
+
+CALLS = 20
+"""Times that one sample of it is repeated: a single one takes a fraction of a millisecond."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -67,7 +80,7 @@ class Prediction:
 
     Attributes:
         size: the model.
-        part: as in `step_costs`.
+        part: as in `step_costs`, or `EXCHANGE`.
         measured: seconds, median.
         predicted: seconds.
         fitted: whether the rates were fitted to this size too.
@@ -91,18 +104,20 @@ def bench_scale(
     rounds: int = 10,
     fitted: Sequence[Size] = FITTED,
     checked: Sequence[Size] = CHECKED,
+    num_processes: int = 2,
     console: Console | None = None,
 ) -> list[Prediction]:
     """Fit this machine's rates at some sizes, predict all, print and write both times.
 
-    Each part takes `work / rate + calls * overhead`: flops and blocks of the model for forward and
-    backward, bytes and matrices for the rest.
+    One machine, of five rates or fewer, has to explain the model's forward and backward, AdamW,
+    AdamW2 and the refresh of sigma at every size; two more what processes exchange.
 
     Args:
         output: JSON file to write.
         rounds: repetitions, the sizes alternated.
         fitted: sizes to fit, at least two.
         checked: sizes that the fit does not see.
+        num_processes: that exchange, started for it; 1 leaves that part out.
         console: where to print.
 
     Returns:
@@ -117,47 +132,89 @@ def bench_scale(
     samples = alternate(
         {size.name: _subject(models[size.name], size) for size in sizes}, rounds=rounds
     )
-    work = {size.name: _work(models[size.name], size) for size in sizes}
-    found = []
-    for part in ("model", "AdamW", "AdamW2", "sigmaReparam"):
-        measured = {size.name: median(samples[size.name][part]) for size in sizes}
-        rates = fit([(*work[size.name][part], measured[size.name]) for size in fitted])
-        found += [
-            Prediction(
-                size.name,
-                part,
-                measured[size.name],
-                sum(r * amount for r, amount in zip(rates, work[size.name][part], strict=True)),
-                size in fitted,
-            )
-            for size in sizes
-        ]
+    costs = {size.name: _costs(models[size.name], size, 1) for size in sizes}
+    measured = {(name, part): median(samples[name][part]) for name in costs for part in costs[name]}
+    exchanged = {
+        size.name: _costs(models[size.name], size, num_processes)["AdamW2"] for size in sizes
+    }
+    exchange = _time_exchange(exchanged, num_processes, rounds) if num_processes > 1 else {}
+    known = {size.name for size in fitted}
+    machine = Machine.fit(
+        "this machine",
+        [
+            (costs[name][part], seconds)
+            for (name, part), seconds in measured.items()
+            if name in known
+        ],
+        [(exchanged[n], num_processes, seconds) for n, seconds in exchange.items() if n in known],
+    )
+    found = [
+        Prediction(name, part, seconds, machine.seconds(costs[name][part], 1)[0], name in known)
+        for (name, part), seconds in measured.items()
+    ] + [
+        Prediction(
+            name,
+            EXCHANGE,
+            seconds,
+            machine.seconds(exchanged[name], num_processes)[1],
+            name in known,
+        )
+        for name, seconds in exchange.items()
+    ]
+    found.sort(key=lambda each: [*costs[each.size], EXCHANGE].index(each.part))
     _print_predictions(found, console)
     if output is not None:
         content = {
             "machine": describe_machine(),
+            "rates": {
+                name: rate
+                for name, rate in asdict(machine).items()
+                if name != "name" and math.isfinite(rate)  # infinite: not needed to explain them
+            },
             "rounds": rounds,
+            "num_processes": num_processes,
             "results": [asdict(each) | {"error": each.error} for each in found],
         }
         Path(output).write_text(json.dumps(content, indent=2) + "\n")
     return found
 
 
-def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return `(a, b)`, none negative, that make `a * work + b * calls` the closest to the seconds.
+def _time_exchange(costs: Mapping[str, Cost], num_processes: int, rounds: int) -> dict[str, float]:
+    """Return the seconds that the collectives of each cost take between processes started here."""
+    calls = {
+        name: [int(each.bytes / each.count) for each in cost.collectives for _ in range(each.count)]
+        for name, cost in costs.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            _exchange, (folder, num_processes, calls, rounds), nprocs=num_processes
+        )
+        return json.loads((Path(folder) / "seconds.json").read_text())
 
-    Args:
-        points: (work, calls, seconds) each; errors count relative to the seconds.
-    """
-    rows = [(work / seconds, calls / seconds) for work, calls, seconds in points]
-    xx, xy, yy = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    x, y = (sum(row[i] for row in rows) for i in (0, 1))
-    determinant = xx * yy - xy * xy
-    a = (x * yy - y * xy) / determinant if determinant else -1.0
-    b = (y * xx - x * xy) / determinant if determinant else -1.0
-    if a < 0:
-        return 0.0, y / yy
-    return (x / xx, 0.0) if b < 0 else (a, b)
+
+def _exchange(
+    rank: int, folder: str, num_processes: int, calls: Mapping[str, Sequence[int]], rounds: int
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes
+    )
+    tensors = {name: [torch.zeros(size // 4) for size in sizes] for name, sizes in calls.items()}
+
+    def exchange(name: str) -> Mapping[str, float]:
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            for tensor in tensors[name]:
+                dist.all_reduce(tensor)
+        return {EXCHANGE: (time.perf_counter() - start) / CALLS}
+
+    samples = alternate({name: partial(exchange, name) for name in calls}, rounds=rounds)
+    if rank == 0:
+        seconds = {name: median(samples[name][EXCHANGE]) for name in calls}
+        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _build(size: Size) -> PreTrainedModel:
@@ -173,6 +230,7 @@ def _build(size: Size) -> PreTrainedModel:
         transformers.GPT2Config(
             vocab_size=VOCABULARY, n_positions=SEQUENCE, n_embd=size.hidden, n_layer=size.layers,
             n_head=heads, bos_token_id=0, eos_token_id=0,
+            activation_function="gelu_pytorch_tanh",  # in one kernel, as ViT's
         )
     )  # fmt: skip
 
@@ -208,17 +266,10 @@ def _subject(model: PreTrainedModel, size: Size) -> Callable[[], Mapping[str, fl
     return step
 
 
-def _work(model: PreTrainedModel, size: Size) -> dict[str, tuple[float, float]]:
-    """Return work and calls of each part on one process."""
+def _costs(model: PreTrainedModel, size: Size, num_processes: int) -> dict[str, Cost]:
     shape = measure_shape(model)
-    costs = step_costs(shape, num_processes=1, tokens=size.batch * shape.sequence)
-    calls = {
-        "model": shape.layers,
-        "AdamW": len(shape.bounded),
-        "AdamW2": len(shape.bounded),
-        "sigmaReparam": len(shape.patched),
-    }
-    return {part: (cost.bytes or cost.flops, calls[part]) for part, cost in costs.items()}
+    tokens = size.batch * shape.sequence * num_processes
+    return step_costs(shape, num_processes=num_processes, tokens=tokens)
 
 
 def _print_predictions(found: Sequence[Prediction], console: Console | None) -> None:

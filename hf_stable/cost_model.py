@@ -1,7 +1,7 @@
 """What a training step costs on many processes: flops, bytes of memory, collectives. Counts only.
 
 All follows from the shapes of a model's weights, so a model without memory (on "meta") will do.
-Seconds need a machine, whose rates are given (`Machine`) or measured (`bench_scale`).
+Seconds need the rates of a machine, which is `machines`' matter.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from hf_stable.sigma_reparam import SigmaReparamConfig, choose_layers
 from hf_stable.spectral import matrix_blocks
 
 __all__ = [
-    "MACHINES",
     "Collective",
     "Cost",
-    "Machine",
     "ModelShape",
     "Strategy",
     "measure_shape",
@@ -51,6 +49,10 @@ STEP_PASSES = 2
 
 ITERATION_LAUNCHES = 2
 """Operations per matrix of a power iteration: a product from either side."""
+
+BLOCK_LAUNCHES = 60
+"""Operations of a block, forward and backward: 40 of a ViT, 80 of a GPT-2 whose GELU is spelled
+out."""
 
 
 _INDEX = re.compile(r"\.\d+\.")
@@ -155,7 +157,9 @@ class Cost:
     Attributes:
         part: its name.
         flops: floating point operations.
-        bytes: bytes moved between memory and processor; 0 where flops decide.
+        bytes: bytes moved between memory and processor by operations entry by entry; no bytes at
+            all where flops decide.
+        product_bytes: bytes read by products of a matrix with a vector.
         launches: small operations in a row, each of which costs a kernel's launch.
         collectives: what goes between processes.
         state: bytes held between steps.
@@ -165,52 +169,30 @@ class Cost:
     part: str
     flops: float = 0.0
     bytes: float = 0.0
+    product_bytes: float = 0.0
     launches: int = 0
     collectives: tuple[Collective, ...] = ()
     state: float = 0.0
     working: float = 0.0
 
+    @property
+    def moved(self) -> float:
+        """Bytes moved between memory and processor in all."""
+        return self.bytes + self.product_bytes
 
-@dataclass(frozen=True)
-class Machine:
-    """One process's share of a cluster.
+    @property
+    def computing(self) -> tuple[float, float, float, float]:
+        """What its seconds are made of: flops, bytes, bytes of products, launches."""
+        return (0.0 if self.moved else self.flops), self.bytes, self.product_bytes, self.launches
 
-    Attributes:
-        name: what it is.
-        flops: of matrix products, per second, as reached in training.
-        bandwidth: bytes per second between memory and processor, as reached.
-        network: bytes per second that a process sends in a collective.
-        latency: seconds for a collective of no size.
-        launch: seconds for a small operation.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    network: float
-    latency: float
-    launch: float
-
-    def seconds(self, cost: Cost, num_processes: int) -> tuple[float, float]:
-        """Return the seconds of a part: computing, and communicating."""
-        computing = cost.flops / self.flops if not cost.bytes else cost.bytes / self.bandwidth
-        computing = max(computing, cost.launches * self.launch)
-        communicating = 0.0
-        if num_processes > 1:
-            share = (num_processes - 1) / num_processes
-            for each in cost.collectives:
-                rounds = 2 if each.kind == "all-reduce" else 1  # a ring: reduce, then gather
-                communicating += rounds * share * each.bytes / self.network
-                communicating += each.count * self.latency
-        return computing, communicating
-
-
-MACHINES = {
-    "a100": Machine("A100 80 GB, 200 Gbit/s", 0.4 * 312e12, 0.8 * 2.0e12, 20e9, 3e-5, 5e-6),
-    "h100": Machine("H100 SXM, 400 Gbit/s", 0.4 * 989e12, 0.8 * 3.35e12, 40e9, 3e-5, 5e-6),
-}
-"""Data sheets: 40 % of the peak in bfloat16, 80 % of the memory's, 80 % of the network's. Not
-measured by us."""
+    def communicating(self, num_processes: int) -> tuple[float, float]:
+        """Return what its seconds between processes are made of: bytes sent by each, and calls."""
+        if num_processes == 1:
+            return 0.0, 0.0
+        share = (num_processes - 1) / num_processes
+        # In a ring, an all-reduce is a reduce-scatter and then an all-gather.
+        sent = sum(e.bytes * (2 if e.kind == "all-reduce" else 1) for e in self.collectives)
+        return share * sent, float(sum(each.count for each in self.collectives))
 
 
 def step_costs(
@@ -255,18 +237,21 @@ def step_costs(
         "model": Cost(
             "model",
             flops=per_token * tokens / num_processes,
+            launches=BLOCK_LAUNCHES * shape.layers,
             collectives=_exchange(shape, is_sharded) if num_processes > 1 else (),
             state=2 * FLOAT * size,
         ),
-        "AdamW": Cost("AdamW", bytes=ADAMW_PASSES * FLOAT * size, state=2 * FLOAT * size),
+        "AdamW": Cost(
+            "AdamW",
+            bytes=ADAMW_PASSES * FLOAT * size,
+            launches=len(shape.bounded),
+            state=2 * FLOAT * size,
+        ),
         "AdamW2": Cost(
             "AdamW2",
             flops=4 * iterations * bounded * share,
-            bytes=FLOAT
-            * (
-                ADAMW_PASSES * size
-                + (ADAMW2_OWN_PASSES + STEP_PASSES * iterations) * bounded * share
-            ),
+            bytes=FLOAT * (ADAMW_PASSES * size + ADAMW2_OWN_PASSES * bounded * share),
+            product_bytes=FLOAT * STEP_PASSES * iterations * bounded * share,
             launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
             collectives=(Collective("all-reduce", power_iterations + 1, FLOAT * iterations * sums),)
             if is_sharded
@@ -277,7 +262,7 @@ def step_costs(
         "sigmaReparam": Cost(
             "sigmaReparam",
             flops=4 * patched * share,
-            bytes=STEP_PASSES * FLOAT * patched * share,
+            product_bytes=STEP_PASSES * FLOAT * patched * share,
             launches=ITERATION_LAUNCHES * len(shape.patched),
             collectives=(Collective("all-reduce", 1, FLOAT * patched_sums),) if is_sharded else (),
             state=FLOAT * patched_sums,

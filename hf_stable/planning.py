@@ -12,15 +12,14 @@ import transformers
 from rich.console import Console
 
 from hf_stable.cost_model import (
-    MACHINES,
     Collective,
     Cost,
-    Machine,
     ModelShape,
     Strategy,
     measure_shape,
     step_costs,
 )
+from hf_stable.machines import MACHINES, Machine
 from hf_stable.method_config import nearest
 from hf_stable.saved_models import empty_model
 from hf_stable.terminal import make_console, make_table
@@ -149,7 +148,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_row(
             part,
             f"{cost.flops / 1e12:.3g}",
-            f"{cost.bytes / 1e9:.3g}" if cost.bytes else "",
+            f"{cost.moved / 1e9:.3g}" if cost.moved else "",
             "\n".join(map(_describe, cost.collectives)),
             f"{cost.state / 1e9:.3g}",
             f"{cost.working / 1e9:.3g}" if cost.working else "",

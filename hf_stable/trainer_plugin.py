@@ -21,30 +21,39 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from transformers import PreTrainedModel, __version__
+from transformers import CONFIG_MAPPING, PreTrainedModel, __version__
 
 from hf_stable import modeling_hf_stable
 from hf_stable.adamw2 import AdamW2
-from hf_stable.adamw2_groups import ModelAdamW2, parse_options, refuse_deepspeed
+from hf_stable.adamw2_groups import (
+    ModelAdamW2,
+    parse_options,
+    part_schedule,
+    refuse_deepspeed,
+)
 from hf_stable.card_pictures import draw_curves
 from hf_stable.checkpoints import (
     check_writable,
     fold_state_dict,
     is_complete,
+    mark_incomplete,
     newest_complete,
     restoring,
 )
 from hf_stable.model_cards import amend_card
+from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 from hf_stable.monitoring import log_with_pending, observing_step, train_with_rollbacks
-from hf_stable.patching import patch_configs
+from hf_stable.norm_removal import needs_standalone_form, removed_norms
+from hf_stable.patching import is_patched, patch_configs
+from hf_stable.provenance import keeping_record, provenance_of
+from hf_stable.refreshing import hooks_are_installed
+from hf_stable.rollbacks import checkpoint
+from hf_stable.sharding import refuse_unfit_sharding
 from hf_stable.sidecar import remove_state, write_state
+from hf_stable.sigma_layers import SigmaLayer
 from hf_stable.sigma_reparam import sigma_layers
-from hf_stable.standalone import (
-    is_standalone,
-    needs_standalone_form,
-    register_auto_classes,
-    standalone_form,
-)
+from hf_stable.standalone import is_standalone, register_auto_classes, standalone_form
+from hf_stable.weight_files import remove_stale_weights
 
 _ADVICE = "Install a version that hf_stable's requirements allow, or a newer hf_stable"
 
@@ -58,7 +67,7 @@ except ImportError as error:
         f"hf_stable does not fit transformers {__version__}: {error}. {_ADVICE}"
     ) from error
 
-__all__ = ["WRAPPED", "Wrap", "key_renaming", "register"]
+__all__ = ["WRAPPED", "Wrap", "is_in_place", "key_renaming", "register"]
 
 OPTIMIZER_NAME = "adamw2"
 
@@ -76,27 +85,36 @@ class Wrap:
         parameters: names that a function must have for its wrapper to fit.
         wrapper: called with the original function and its arguments; None where nothing is
             replaced but something added.
+        is_added: where something is added, says whether it has been.
     """
 
     target: str
     reason: str
     parameters: tuple[str, ...] = ()
     wrapper: Callable[..., Any] | None = None
+    is_added: Callable[[], bool] = lambda: False
 
 
 _wraps: list[Wrap] = [
-    Wrap("transformers.training_args:OptimizerNames", 'gains the member "adamw2"'),
+    Wrap(
+        "transformers.training_args:OptimizerNames",
+        'gains the member "adamw2"',
+        is_added=lambda: OPTIMIZER_NAME in OptimizerNames._value2member_map_,
+    ),
     Wrap(
         "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
         'gains the handler that builds AdamW2 for optim="adamw2"',
+        is_added=lambda: _OPTIMIZER_HANDLERS.get(OPTIMIZER_NAME) is _build_adamw2,
     ),
     Wrap(
         "transformers:AutoConfig.register",
         "knows the model types of models without LayerNorms, as do the auto classes of models",
+        is_added=lambda: any(name.startswith(MODEL_TYPE_PREFIX) for name in CONFIG_MAPPING),
     ),
     Wrap(
         "torch.optim.optimizer:register_optimizer_step_post_hook",
         "gains, at the first patch, the hook that refreshes sigma after each optimizer step",
+        is_added=hooks_are_installed,
     ),
 ]
 
@@ -123,6 +141,15 @@ def register() -> None:
     register_auto_classes()
     _add_optimizer_name()
     _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = _build_adamw2
+
+
+def is_in_place(wrap: Wrap) -> bool:
+    """Say whether a change on the list has been made in this process, and still stands."""
+    if wrap.wrapper is None:
+        return wrap.is_added()
+    if not _is_loaded(wrap):
+        return False
+    return getattr(pkgutil.resolve_name(wrap.target), _MARK, None) == wrap.target
 
 
 def _is_loaded(wrap: Wrap) -> bool:
@@ -163,9 +190,10 @@ def _replace(wrap: Wrap, original: Any) -> None:
 
 @_wrapping(
     "transformers.modeling_utils:PreTrainedModel.save_pretrained",
-    "save_directory", "is_main_process", "state_dict", "max_shard_size", "save_original_format",
-    reason="folds the weights of a patched model, guards one without LayerNorms and writes the "
-    "sidecar; removes a stale sidecar",
+    "save_directory", "is_main_process", "state_dict", "max_shard_size", "variant",
+    "save_original_format",
+    reason="folds a patched model's weights, guards one without LayerNorms, writes the sidecar; "
+    "removes stale ones",
 )  # fmt: skip
 def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     call = inspect.signature(original).bind(model, *args, **kwargs)
@@ -192,9 +220,12 @@ def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs
         result = original(*call.args, **call.kwargs)
     # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).
     if saves_here and os.path.isdir(folder) and not _has_adapters(model):
+        if is_patched(model) and options["variant"] is None:
+            remove_stale_weights(folder)
         whole = bool(raw) or not layers
         if whole and patch_configs(model) and not _publishing.get():
-            write_state(folder, patch_configs(model), raw, options["max_shard_size"])
+            configs, size = patch_configs(model), options["max_shard_size"]
+            write_state(folder, configs, raw, size, provenance_of(model))
         else:
             remove_state(folder)
     return result
@@ -282,6 +313,16 @@ def _load_best_model(original: Any, trainer: Any) -> None:
         return original(trainer)
 
 
+@_wrapping(
+    "transformers.trainer:Trainer._load_optimizer_and_scheduler", "checkpoint",
+    reason='optim="adamw2" continues the schedule of a checkpoint that AdamW wrote',
+)  # fmt: skip
+def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
+    original(trainer, checkpoint)
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    part_schedule(trainer.lr_scheduler, optimizer)
+
+
 def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:
     # FSDP keeps raw state dicts of its own, under the names in memory: exact as they are.
     return (
@@ -300,6 +341,18 @@ def key_renaming(model: PreTrainedModel) -> Callable[[str], str]:
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     prefix, names = model.base_model_prefix, model.state_dict()
     return lambda key: rename_source_key(key, renamings, [], prefix, names)[0]
+
+
+@_wrapping(
+    "transformers.trainer:Trainer._save_checkpoint", "trial",
+    reason="a checkpoint that is saved again counts as whole only once all of it is written anew",
+)  # fmt: skip
+def _save_checkpoint(original: Any, trainer: Any, model: nn.Module, trial: Any) -> None:
+    # The original writes trainer_state.json last, but leaves one that is there where it is.
+    if trainer.args.should_save:
+        folder = trainer._get_output_dir(trial=trial)
+        mark_incomplete(checkpoint(folder, trainer.state.global_step))
+    return original(trainer, model, trial)
 
 
 @_wrapping(
@@ -328,7 +381,9 @@ def _get_last_checkpoint(original: Any, folder: str) -> str | None:
     reason="gamma of a sigma layer is never weight-decayed, under any optimizer",
 )  # fmt: skip
 def _get_decay_parameter_names(original: Any, trainer: Any, model: nn.Module) -> list[str]:
-    gammas = {f"{name}.gamma" for name, _ in sigma_layers(model)}
+    # The Trainer asks by the names of parameters, in which wrappers of blocks are.
+    layers = (name for name, module in model.named_modules() if isinstance(module, SigmaLayer))
+    gammas = {f"{name}.gamma" for name in layers}
     return [name for name in original(trainer, model) if name not in gammas]
 
 
@@ -337,15 +392,37 @@ _wrapping(
     reason="values that a callback holds ready (take_pending_logs) join the record of the step",
 )(log_with_pending)  # fmt: skip
 
-_wrapping(
+
+@_wrapping(
     "transformers.trainer:Trainer.training_step", "model", "inputs",
     reason="a callback sees the loss of each step (observe_loss), which averages and filters hide",
-)(observing_step)  # fmt: skip
+)  # fmt: skip
+def _training_step(
+    original: Any, trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    def loss_again() -> Tensor:
+        # The model inside DDP, which would wait for a backward.
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
 
-_wrapping(
+    return observing_step(original, loss_again, trainer, model, inputs, *args, **kwargs)
+
+
+@_wrapping(
     "transformers.trainer:Trainer.train", "resume_from_checkpoint",
-    reason="resumes from an earlier checkpoint where a callback asks for it (take_rollback)",
-)(train_with_rollbacks)  # fmt: skip
+    reason="goes back where a callback asks for it (take_rollback); for a patched model refuses "
+    "unfit sharding, notes its card",
+)  # fmt: skip
+def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    state = trainer.accelerator.state
+    refuse_unfit_sharding(
+        trainer.model,
+        fsdp_plugin=getattr(state, "fsdp_plugin", None),
+        deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
+        mixed_precision=state.mixed_precision,
+    )
+    with keeping_record(trainer):
+        return train_with_rollbacks(original, trainer, *args, **kwargs)
 
 
 @_wrapping(
@@ -362,7 +439,28 @@ def _inject_adapters(
             "adapter merged into them would be scaled by gamma / sigma. Call hf_stable.fold(model) "
             "first, then add the adapter"
         )
+    _refuse_removed_norms(model)
     return original(tuner, model, *args, **kwargs)
+
+
+@_wrapping(
+    "peft.peft_model:PeftModel.__init__", "model",
+    reason="refuses adapters that would name a model with LayerNorms as the base of one without",
+)  # fmt: skip
+def _wrap_for_adapters(
+    original: Any, wrapper: Any, model: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    _refuse_removed_norms(model)  # prompts come by no tuner
+    return original(wrapper, model, *args, **kwargs)
+
+
+def _refuse_removed_norms(model: nn.Module) -> None:
+    if removed := removed_norms(model):
+        raise ValueError(
+            f"{len(removed)} LayerNorms of the model (first: {removed[0][0]!r}) were removed in "
+            "this process, but the adapter would name the model that has them as its base. Export "
+            "the model (hf_stable.export), load that folder, then add the adapter"
+        )
 
 
 @_wrapping(

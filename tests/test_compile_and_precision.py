@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_batch, tiny_model
+from conftest import sgd_steps, tiny_batch, tiny_model
 from tiny_training import losses, make_trainer
 from torch._dynamo.utils import counters
 
@@ -82,3 +82,16 @@ def test_gamma_goes_on_moving_in_bfloat16(precision):
     # In bfloat16 most of these steps would have been lost.
     steps = torch.stack([(b - a).abs() for a, b in zip(values, values[1:], strict=False)])
     assert (steps < torch.finfo(torch.bfloat16).eps / 4).float().mean() > 0.5
+
+
+def test_torch_export_takes_a_model_that_was_folded_in_place(model_type):
+    model = hf_stable.patch(tiny_model(model_type), "sigma_reparam")
+    sgd_steps(model)
+    model.eval()
+    inputs = {name: t for name, t in tiny_batch(model).items() if name != "labels"}
+    inputs |= {"return_dict": False} | ({"use_cache": False} if model_type == "gpt2" else {})
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        program = torch.export.export(hf_stable.fold(model), (), kwargs=inputs)
+        torch.testing.assert_close(program.module()(**inputs)[0], expected, rtol=1e-4, atol=1e-5)
+    assert not [name for name in program.state_dict if "sigma" in name or "gamma" in name]

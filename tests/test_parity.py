@@ -36,10 +36,17 @@ BLOCKS = {
 }
 
 
-SHARDED_TYPES = ("gpt2", "vit")
+RESUMED = {"gpt2": "SHARDED_STATE_DICT", "vit": "SHARDED_STATE_DICT", "bert": "FULL_STATE_DICT"}
+"""How the checkpoints are written that another number of processes goes on from."""
+
+QUANTITIES = (
+    "entropy", "entropy_normalised", "sigma_qk", "sec", "norm_x", "norm_dx", "nonfinite_x",
+    "nonfinite_dx", "gamma",
+)  # fmt: skip
+"""What the monitor records of a whole batch; `rank` and `mode` are of one sequence a process."""
 
 
-def fsdp_options(model_type, state_dict_type):
+def fsdp_options(model_type, state_dict_type, **options):
     """Blocks sharded one by one; GPT-2's also checkpointed."""
     config = {
         "version": 2,
@@ -48,10 +55,10 @@ def fsdp_options(model_type, state_dict_type):
         "state_dict_type": state_dict_type,
         "activation_checkpointing": model_type == "gpt2",
     }
-    return dict(fsdp=True, fsdp_config=config)
+    return dict(fsdp=True, fsdp_config=config | options)
 
 
-def train(model_type, folder, num_processes=1, resume=None, **options):
+def train(model_type, folder, num_processes=1, resume=None, batches=4, **options):
     """Twenty steps of a patched model under AdamW2 and the monitor, on one global batch size."""
     model = hf_stable.patch(tiny_model(model_type, HEADS[model_type]), "sigma_reparam")
     monitor = hf_stable.StabilityCallback(every=5)
@@ -63,7 +70,9 @@ def train(model_type, folder, num_processes=1, resume=None, **options):
     # transformers multiplies the loss of a BERT by the number of processes: it takes BERT's forward
     # for one that averages over the tokens of all of them.
     trainer.model_accepts_loss_kwargs &= model_type != "bert"
-    examples = dataset(model, size=4 * GLOBAL_BATCH)  # whole batches for any number of processes
+    examples = dataset(
+        model, size=int(batches * GLOBAL_BATCH)
+    )  # whole batches for any number of processes
     if model_type == "bert":
         examples = [example | {"labels": example["labels"][0] % 2} for example in examples]
     trainer.train_dataset = examples
@@ -74,10 +83,11 @@ def train(model_type, folder, num_processes=1, resume=None, **options):
 PRELUDE = """
 import hashlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-folder, mode = sys.argv[2:]
+folder, mode, *cases = sys.argv[2:]
 import accelerate.state as state
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
 if mode != "ddp":
@@ -88,8 +98,9 @@ if mode != "ddp":
         if self.distributed_type == state.DistributedType.MULTI_CPU:
             self.distributed_type = state.DistributedType.MULTI_GPU
     state.PartialState.__init__ = start
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # there is no device to pin memory for
 
-from test_parity import MODEL_TYPES, fsdp_options, train
+from test_parity import fsdp_options, train
 from tiny_training import losses
 """
 
@@ -98,11 +109,14 @@ RANK = (
     + """
 world = int(os.environ["WORLD_SIZE"])
 found = {}
-for model_type in MODEL_TYPES:
+for case in cases:
+    model_type, _, variant = case.partition("-")
     options = {}
     if mode == "fsdp2":
-        options = fsdp_options(model_type, "FULL_STATE_DICT")
-    out = os.path.join(folder, model_type)
+        options = fsdp_options(model_type, "FULL_STATE_DICT", cpu_offload=variant == "offload")
+    if variant == "uneven":
+        options |= dict(batches=3 / world, accelerator_config={"even_batches": False})
+    out = os.path.join(folder, case)
     trainer = train(model_type, out, world, save_strategy="steps", save_steps=20, **options)
     layers = [m for m in trainer.model.modules() if hasattr(m, "gamma")]
     whole = [
@@ -113,9 +127,12 @@ for model_type in MODEL_TYPES:
     digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in whole)).hexdigest()
     digests = [None] * world
     dist.all_gather_object(digests, digest)
-    found[model_type] = {
+    found[case] = {
         "losses": losses(trainer), "same": len(set(digests)) == 1, "layers": len(layers),
         "sharded": all(isinstance(layer.weight, DTensor) for layer in layers),
+        "offload": repr(
+            getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "cpu_offload", None)
+        ),
     }
 if dist.get_rank() == 0:
     print("RESULT", json.dumps(found))
@@ -130,13 +147,13 @@ SHARDED = (
     PRELUDE
     + """
 from hf_stable.checkpoints import fold_state_dict
-from test_parity import SHARDED_TYPES
+from test_parity import RESUMED
 
 world = int(os.environ["WORLD_SIZE"])
 found = {}
-for model_type in SHARDED_TYPES:
+for model_type, state_dict_type in RESUMED.items():
     options = dict(
-        save_strategy="steps", save_steps=10, **fsdp_options(model_type, "SHARDED_STATE_DICT")
+        save_strategy="steps", save_steps=10, **fsdp_options(model_type, state_dict_type)
     )
     out = os.path.join(folder, model_type)
     begun = os.path.join(out, "checkpoint-10")
@@ -203,35 +220,68 @@ def alone(tmp_path_factory):
     return {name: losses(trainer) for name, trainer in trainers.items()}, folder
 
 
-@pytest.mark.parametrize("mode, num_processes", [("ddp", 3), ("fsdp2", 2)])
-def test_losses_vectors_and_logs_are_those_of_one_process(mode, num_processes, alone, tmp_path):
-    result = launch(RANK, num_processes, tmp_path, tmp_path, mode)
+@pytest.mark.parametrize(
+    ("mode", "num_processes", "cases"),
+    [
+        ("ddp", 3, MODEL_TYPES),
+        ("ddp", 2, ("vit", "gpt2-uneven")),
+        ("fsdp2", 2, (*MODEL_TYPES, "gpt2-offload")),
+        ("fsdp2", 3, ("swin", "bert")),
+    ],
+)
+def test_many_processes_train_and_log_as_one(mode, num_processes, cases, alone, tmp_path):
+    result = result_of(launch(RANK, num_processes, tmp_path, tmp_path, mode, *cases))
     expected, folder = alone
-    for name, found in result_of(result).items():
+    assert list(result) == list(cases)
+    for case, found in result.items():
+        name, _, variant = case.partition("-")
         assert found["sharded"] == (mode == "fsdp2")
         assert found["same"] and found["layers"] >= 8
+        assert ("CPUOffloadPolicy" in found["offload"]) == (variant == "offload")
         assert len(found["losses"]) == STEPS
+        log, log_alone = (
+            [e for e in read_log(path) if e["event"] == "probe"]
+            for path in (tmp_path / case, folder / name)
+        )
+        assert [e["step"] for e in log] == [e["step"] for e in log_alone]  # once, not per rank
+        if variant == "uneven":  # ranks with more and with fewer batches: no step is one's own
+            continue
         for step, (loss, _) in expected[name].items():
             assert found["losses"][str(step)][0] == pytest.approx(loss, rel=1e-5, abs=1e-5), name
         # The steps do something: equal losses are not those of a model that stands still.
         only = [loss for loss, _ in expected[name].values()]
         assert max(only) - min(only) > 0.02
-        log, log_alone = (read_log(where / name) for where in (tmp_path, folder))
-        assert [e["step"] for e in log] == [e["step"] for e in log_alone]  # once, not per rank
         for mine, theirs in zip(log, log_alone, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5, abs=1e-5)
-        checkpoint = tmp_path / name / f"checkpoint-{STEPS}"
-        assert (checkpoint / STATE_FILE).is_file()
-        model_class = getattr(transformers, HEADS[name])
-        plain, patched = (
-            model_class.from_pretrained(checkpoint).eval(),
-            hf_stable.load(model_class, checkpoint).eval(),
+            check_quantities(mine["quantities"], theirs["quantities"], case)
+            assert list(mine["effective_lr"]) == list(theirs["effective_lr"])
+        check_checkpoint(tmp_path / case / f"checkpoint-{STEPS}", name)
+
+
+def check_quantities(mine, theirs, case):
+    """Compare what the monitor saw on many processes and on one, layer by layer."""
+    assert set(QUANTITIES) <= set(mine) == set(theirs)
+    for quantity in QUANTITIES:
+        assert list(mine[quantity]) == list(theirs[quantity]), (case, quantity)
+        for layer, value in theirs[quantity].items():
+            assert mine[quantity][layer] == pytest.approx(value, rel=1e-3, abs=1e-6), (
+                case, quantity, layer,
+            )  # fmt: skip
+
+
+def check_checkpoint(folder, name):
+    """A folder that many processes wrote loads plainly and patched, as the same model."""
+    assert (folder / STATE_FILE).is_file()
+    model_class = getattr(transformers, HEADS[name])
+    plain, patched = (
+        model_class.from_pretrained(folder).eval(),
+        hf_stable.load(model_class, folder).eval(),
+    )
+    batch = {k: v for k, v in tiny_batch(plain).items() if k != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
         )
-        batch = {k: v for k, v in tiny_batch(plain).items() if k != "labels"}
-        with torch.no_grad():
-            torch.testing.assert_close(
-                plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
-            )
 
 
 def result_of(done):
@@ -240,11 +290,11 @@ def result_of(done):
     return json.loads(line.removeprefix("RESULT"))
 
 
-def test_shards_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
+def test_checkpoints_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
     begun = result_of(launch(SHARDED, 2, tmp_path, tmp_path, "begin"))
     on_three = result_of(launch(SHARDED, 3, tmp_path, tmp_path, "resume"))
     expected, _ = alone
-    for name in SHARDED_TYPES:
+    for name, state_dict_type in RESUMED.items():
         whole, resumed = begun[name]["whole"], begun[name]["resumed"]
         assert resumed == whole  # exactly, on as many processes
         for step, (loss, _) in expected[name].items():
@@ -252,6 +302,9 @@ def test_shards_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
             if step > 10:
                 assert on_three[name]["resumed"][str(step)][0] == pytest.approx(loss, rel=1e-5)
         checkpoint, plain = tmp_path / name / f"checkpoint-{STEPS}", tmp_path / f"{name}-plain"
+        if state_dict_type == "FULL_STATE_DICT":
+            check_checkpoint(checkpoint, name)
+            continue
         assert not list(checkpoint.glob("*.safetensors"))
         config = tmp_path / f"{name}-config"
         untrained = tiny_model(name, HEADS[name])

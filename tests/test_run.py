@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 from transformers import GPT2LMHeadModel, Trainer, ViTForImageClassification
 
+import hf_stable
 from hf_stable.patching import STATE_FILE
-from hf_stable.run import RunOptions, main, read_options
+from hf_stable.run import main
+from hf_stable.run_options import RunOptions, make_parser, read_options
 from hf_stable.sigma_reparam import SigmaReparamConfig
 from hf_stable.stability_log import read_log
 
 SCRIPTS = Path(__file__).parent / "scripts"
+PACKAGE = Path(hf_stable.__file__).parent
 LANGUAGE = SCRIPTS / "train_language_model.py"
 IMAGES = SCRIPTS / "train_image_classifier.py"
 ARGS = ("--do_train", "--do_eval", "--max_steps", "4", "--report_to", "none", "--use_cpu",
@@ -285,19 +291,44 @@ json.dump([sys.argv, __name__, __file__, os.getcwd(), sys.path[0], __spec__ and 
 """
 
 
-@pytest.mark.parametrize("command", [["folder/look.py"], ["link.py"], ["-m", "package.look"]])
+@pytest.mark.parametrize(
+    "command",
+    [["folder/look.py"], ["link.py"], ["folder"], ["app.zip"], ["-m", "package.look"],
+     ["-m", "package"]],
+)  # fmt: skip
 def test_a_script_sees_what_python_shows_it(launch, tmp_path, command):
-    write("folder/look.py", LOOK)
+    for name in ("folder/look.py", "folder/__main__.py", "package/look.py", "package/__main__.py"):
+        write(name, LOOK)
     write("folder/neighbour.py", "")
-    write("package/look.py", LOOK)
     write("neighbour.py", "")
     os.symlink("folder/look.py", "link.py")
+    shutil.make_archive("app", "zip", "folder")
     arguments = ["--patch", "x", "--", "-m", "--optim=adamw2", "a b", ""]
     launch("--patch", "sigma_reparam", *command, "seen", *arguments)
     launched = json.loads(Path("seen").read_text())
     python(*command, "seen", *arguments)
     assert launched == json.loads(Path("seen").read_text())
     assert launched[0][2:] == arguments
+
+
+AT_EXIT = """
+import atexit, pickle
+class Kept: pass
+atexit.register(lambda: print(pickle.loads(pickle.dumps(Kept())).__class__.__name__))
+"""
+
+
+@pytest.mark.parametrize("command", [["ends.py"], ["folder"], ["-m", "package.ends"]])
+def test_what_runs_at_exit_finds_its_main(monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ends.py", "folder/__main__.py", "package/ends.py"):
+        write(name, AT_EXIT)
+    # A process of its own, without the seconds that importing transformers takes.
+    run = "import sys; from hf_stable.script_running import run_script; run_script(sys.argv[1:])"
+    alone = "import sys, types; sys.modules['hf_stable'] = m = types.ModuleType('hf_stable'); "
+    alone += f"m.__path__ = [{str(PACKAGE)!r}]; "
+    done = python("-c", alone + run, *command)
+    assert (done.stdout, done.stderr) == ("Kept\n", "")
 
 
 @pytest.mark.parametrize("code", [0, 3, "a message"])
@@ -377,7 +408,28 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
         (["--config", "FILE"], "monitr: 5", "did you mean 'monitor'?"),
         (["--config", "FILE"], "[1, 2]", "must hold options by name"),
         (["--config", "FILE"], "a: b: c", "mapping values are not allowed"),
-        (["--config", "FILE"], "fold_at_end: maybe", "fold_at_end is true or false, got 'maybe'"),
+        (["--config", "FILE"], "\0", "FILE is not YAML"),
+        (["--config", "FILE"], "patch: 5", "patch in FILE takes the name of a method or a list"),
+        (["--config", "FILE"], "patch: [{a: 1}]", "patch in FILE takes the name of a method or a"),
+        (["--config", "FILE"], "monitor: true", "monitor in FILE takes a number of steps"),
+        (["--config", "FILE"], "on_collapse: [stop]", "on_collapse in FILE takes one of warn"),
+        (["--patch", "sigma_reparam,sigma_reparam"], "", "--patch names 'sigma_reparam' more than"),
+        (
+            ["--patch", "sigma_reparam", "--config", "FILE"],
+            "patch_config: 5",
+            "patch_config in FILE takes options by name ({name: value}), got 5",
+        ),
+        (
+            ["--patch", "sigma_reparam", "--patch-config", "FILE"],
+            "sigma_reparam: 5",
+            "--patch-config FILE: sigma_reparam takes options by name ({name: value}), got 5",
+        ),
+        (
+            ["--patch", "sigma_reparam", "--patch-config", "FILE"],
+            "sigma_reparam: {exclude: 3}",
+            "--patch-config FILE: exclude takes a sequence of glob patterns, got 3",
+        ),
+        (["--config", "FILE"], "fold_at_end: maybe", "fold_at_end in FILE is true or false, got"),
         (["--config", "absent.yaml"], "", "No such file or directory: 'absent.yaml'"),
         (["--patch", "sigma_reparam", "--patch-config", "FILE"], "int: one", "'init'"),
         (["--patch", "sigma_reparam", "--patch-config", "FILE"], "init: two", "init='two'"),
@@ -392,7 +444,26 @@ def test_bad_options_end_in_one_line(tmp_path, capsys, options, file, message):
         read_options([str(path) if option == "FILE" else option for option in options])
     assert end.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hf-stable run: error:") and message in error
+    assert error.startswith("hf-stable run: error:")
+    assert message in error.replace(str(path), "FILE")
+
+
+def test_null_in_a_file_is_an_option_left_out(tmp_path):
+    config = tmp_path / "hf_stable.yaml"
+    names = ("patch", "patch_config", "monitor", "on_collapse", "fold_at_end")
+    config.write_text("".join(f"{name}: null\n" for name in names))
+    assert read_options(["--config", str(config)]) == RunOptions()
+    config.write_text("patch: sigma_reparam\npatch_config: {sigma_reparam: null}\n")
+    assert read_options(["--config", str(config)]) == RunOptions((SigmaReparamConfig(),))
+
+
+def test_methods_by_commas_are_applied_together(launch):
+    script = tiny_script("""
+model = Trainer(tiny(), arguments()).model
+assert gammas(model) and isinstance(model.transformer.h[0].ln_1, torch.nn.Identity)
+""")
+    said = launch("--patch", "sigma_reparam,remove_pre_layernorm", script)
+    assert "sigma_reparam, remove_pre_layernorm on GPT2LMHeadModel: 4 of 5 layers" in said
 
 
 @pytest.mark.parametrize(
@@ -402,6 +473,7 @@ def test_bad_options_end_in_one_line(tmp_path, capsys, options, file, message):
         (["--monitor", "5"], "no script given"),
         (["-m"], "no script given"),
         (["absent.py"], "can't open 'absent.py': no such file"),
+        (["."], "can't find '__main__' module in '.'"),
     ],
 )
 def test_a_missing_script_is_said(launch, capsys, argv, message):
@@ -414,6 +486,31 @@ def test_a_missing_script_is_said(launch, capsys, argv, message):
 # Under other launchers
 
 
+def our_options() -> list[str]:
+    given = (action.option_strings for action in make_parser()._actions)
+    return [name for names in given for name in names if name.startswith("--")]
+
+
+@pytest.mark.parametrize(
+    "parser", [get_args_parser(), launch_command_parser()], ids=["torchrun", "accelerate"]
+)
+def test_other_launchers_leave_our_options_alone(parser):
+    theirs = [name for action in parser._actions for name in action.option_strings]
+    clashes = []
+    for name in our_options():
+        ours = [name, "value", "train.py", name]
+        if parser.allow_abbrev and any(
+            other != name and other.startswith(name) for other in theirs
+        ):
+            clashes.append(name)  # newer Pythons let some of these pass
+            continue
+        read = parser.parse_args(["-m", "hf_stable.run", *ours])
+        assert read.training_script == "hf_stable.run" and read.training_script_args == ours
+    # What --monitor-every is there for.
+    assert clashes == (["--monitor"] if parser.allow_abbrev else [])
+    assert {"--monitor", "--monitor-every"} < set(our_options())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "num_processes"),
@@ -423,13 +520,14 @@ def test_a_missing_script_is_said(launch, capsys, argv, message):
     ],
 )
 def test_under_torchrun_and_accelerate(launch, launcher, num_processes):
-    options = ("--patch", "sigma_reparam", "--fold-at-end", LANGUAGE)
+    options = ("--patch", "sigma_reparam", "--monitor-every", "2", "--fold-at-end", LANGUAGE)
     arguments = (*ARGS, "--dropout", 0, "--logging_steps", 1, "--per_device_train_batch_size")
     result = python(
         "-m", *launcher, "-m", "hf_stable.run", *options,
         "--output_dir", "out", *arguments, 8 // num_processes,
     )  # fmt: skip
     assert result.stderr.count("8 of 9 layers") == 1  # rank 0 speaks for all
+    assert [e["step"] for e in read_log(Path("out")) if e["event"] == "probe"] == [1, 2, 4]
     launch(*options, "--output_dir", "one", *arguments, 8)
     out, one = (
         [entry["loss"] for entry in json.loads(path.read_text())["log_history"] if "loss" in entry]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_batch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import hf_stable
 from hf_stable.patching import STATE_FILE
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 RANK = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
-folder, mode = sys.argv[2:]
+folder, mode, *methods = sys.argv[2:]
 import accelerate.state as state
 import torch
 from torch.distributed.tensor import DTensor
@@ -39,7 +40,7 @@ import hf_stable
 from tiny_training import dropout_model, losses, make_trainer
 
 def run(name, **options):
-    model = hf_stable.patch(dropout_model("gpt2"), "sigma_reparam")
+    model = hf_stable.patch(dropout_model("gpt2"), methods)
     if mode != "ddp":
         options |= dict(fsdp=True, fsdp_config={
             "version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"],
@@ -71,13 +72,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def launch(mode: str, folder: Path) -> dict:
+def launch(mode: str, folder: Path, methods: list[str]) -> dict:
     script = folder / "rank.py"
     script.write_text(RANK)
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", script, Path(__file__).parent, folder, mode),
+            *("--nproc_per_node", "2", script, Path(__file__).parent, folder, mode, *methods),
         ],
         capture_output=True,
         text=True,
@@ -88,9 +89,19 @@ def launch(mode: str, folder: Path) -> dict:
     return json.loads(line.removeprefix("RESULT"))
 
 
-@pytest.mark.parametrize("mode", ["ddp", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_two_processes_resume_exactly(mode, tmp_path):
-    result = launch(mode, tmp_path)
+@pytest.mark.parametrize(
+    ("mode", "has_norms"),
+    [
+        ("ddp", True),
+        ("FULL_STATE_DICT", True),
+        ("SHARDED_STATE_DICT", True),
+        ("ddp", False),
+        ("FULL_STATE_DICT", False),
+    ],
+)
+def test_two_processes_resume_exactly(mode, has_norms, tmp_path):
+    methods = ["sigma_reparam"] + ([] if has_norms else ["remove_pre_layernorm"])
+    result = launch(mode, tmp_path, methods)
     assert result["sharded"] == (mode != "ddp")
     assert len(result["whole"]) == 4
     assert result["whole"] == result["resumed"]
@@ -102,7 +113,13 @@ def test_two_processes_resume_exactly(mode, tmp_path):
         assert not (checkpoint / "model.safetensors").exists()
         return
     assert (checkpoint / STATE_FILE).is_file()
-    plain = transformers.GPT2LMHeadModel.from_pretrained(checkpoint)
+    loader = transformers.GPT2LMHeadModel
+    if not has_norms:
+        with pytest.raises(StrictDataclassFieldValidationError, match="LayerNorms of this model"):
+            loader.from_pretrained(checkpoint)
+        loader = transformers.AutoModelForCausalLM
+    plain = loader.from_pretrained(checkpoint)
+    assert any("ln_1" in name for name, _ in plain.named_parameters()) == has_norms
     patched = hf_stable.load(transformers.GPT2LMHeadModel, checkpoint)
     batch = tiny_batch(plain)
     with torch.no_grad():

@@ -7,17 +7,22 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 import transformers
 from conftest import add_adapter, tiny_batch, tiny_model
 from tiny_training import dropout_model, make_trainer
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import hf_stable
 from hf_stable.patching import STATE_FILE
 from hf_stable.trainer_plugin import WRAPPED, register
+
+try:
+    import peft
+except ImportError:  # the oldest versions are tested without it
+    peft = None
 
 TARGETS = {
     "transformers.modeling_utils:PreTrainedModel.save_pretrained",
@@ -27,6 +32,8 @@ TARGETS = {
     "transformers.trainer:Trainer._push_from_checkpoint",
     "transformers.trainer:Trainer.create_model_card",
     "transformers.trainer:Trainer._load_from_checkpoint",
+    "transformers.trainer:Trainer._load_optimizer_and_scheduler",
+    "transformers.trainer:Trainer._save_checkpoint",
     "transformers.trainer:Trainer._load_best_model",
     "transformers.trainer:Trainer.get_decay_parameter_names",
     "transformers.trainer:Trainer.log",
@@ -35,6 +42,7 @@ TARGETS = {
     "transformers.trainer:get_last_checkpoint",
     "transformers.trainer:_parse_optim_args",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
+    "peft.peft_model:PeftModel.__init__",
 }
 ADDED_TO = {
     "transformers.training_args:OptimizerNames",
@@ -45,7 +53,7 @@ ADDED_TO = {
 
 SNAPSHOT = """
 import sys
-import peft, torch, transformers, transformers.trainer, transformers.modeling_utils
+import torch, transformers, transformers.trainer, transformers.modeling_utils
 
 def functions():
     seen = {}
@@ -61,7 +69,8 @@ def functions():
 before = functions()
 import hf_stable
 after = functions()
-print(sorted(name for name in before if after.get(name) is not before[name]))
+names = [name for name in before if before[name] is not None]  # None: what transformers fills late
+print(sorted(name for name in names if after.get(name) is not before[name]))
 print(sorted(name for name in after.keys() - before.keys() if ".ADAMW2" in name))
 args = transformers.TrainingArguments("out", optim="adamw2", report_to="none", use_cpu=True)
 print(args.optim.value)
@@ -76,7 +85,7 @@ def test_the_list_is_pinned_and_says_why():
 
 def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", SNAPSHOT],
+        [sys.executable, "-c", SNAPSHOT if peft is None else f"import peft\n{SNAPSHOT}"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -84,7 +93,8 @@ def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     changed, added, optim = result.stdout.splitlines()
-    assert set(eval(changed)) == TARGETS
+    there = {target for target in TARGETS if peft or not target.startswith("peft.")}
+    assert set(eval(changed)) == there
     assert eval(added) == ["transformers.training_args:OptimizerNames.ADAMW2"]
     assert optim == "adamw2"  # TrainingArguments was there before the plugin
 
@@ -124,7 +134,19 @@ def test_another_transformers_gets_one_clear_error_and_no_change(replacement, pr
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor", "adamw2"])
 def test_gamma_is_never_decayed(model_type, optim, tmp_path):
     model = hf_stable.patch(tiny_model(model_type), "sigma_reparam")
-    trainer = make_trainer(model, tmp_path, optim=optim, weight_decay=0.1)
+    assert_gammas_undecayed(model, tmp_path, optim)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw2"])
+def test_gamma_of_a_block_wrapped_for_checkpointing_is_never_decayed(optim, tmp_path):
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    model.transformer.h[1] = checkpoint_wrapper(model.transformer.h[1])
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    assert_gammas_undecayed(model, tmp_path, optim)
+
+
+def assert_gammas_undecayed(model, folder, optim):
+    trainer = make_trainer(model, folder, optim=optim, weight_decay=0.1)
     trainer.create_optimizer()
     decay = {
         id(param): group["weight_decay"]
@@ -175,6 +197,7 @@ def test_pending_values_stay_out_of_the_callers_metrics(tmp_path):
 
 # PEFT (whose release reads a name that this transformers deprecates)
 
+NEEDS_PEFT = pytest.mark.skipif(peft is None, reason="needs the package peft")
 PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
@@ -182,18 +205,23 @@ def lora(**options):
     return peft.LoraConfig(target_modules=["c_attn", "c_fc"], r=2, **options)
 
 
+WAYS_TO_ADAPT = {
+    "get_peft_model": lambda model: peft.get_peft_model(model, lora()),
+    "inject_adapter_in_model": lambda model: peft.inject_adapter_in_model(lora(), model),
+    "add_adapter": lambda model: add_adapter(model, lora()),
+    "dora": lambda model: peft.get_peft_model(model, lora(use_dora=True)),
+    "mixed": lambda model: peft.get_peft_model(model, lora(), mixed=True),
+}
+
+
+def with_prompts(model):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(model, config)
+
+
+@NEEDS_PEFT
 @PEFTS_OWN
-@pytest.mark.parametrize(
-    "inject",
-    [
-        lambda model: peft.get_peft_model(model, lora()),
-        lambda model: peft.inject_adapter_in_model(lora(), model),
-        lambda model: add_adapter(model, lora()),
-        lambda model: peft.get_peft_model(model, lora(use_dora=True)),
-        lambda model: peft.get_peft_model(model, lora(), mixed=True),
-    ],
-    ids=["get_peft_model", "inject_adapter_in_model", "add_adapter", "dora", "mixed"],
-)
+@pytest.mark.parametrize("inject", WAYS_TO_ADAPT.values(), ids=WAYS_TO_ADAPT)
 def test_adapters_on_an_unfolded_model_are_refused(inject):
     model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
     names = [name for name, _ in model.named_modules()]
@@ -202,6 +230,20 @@ def test_adapters_on_an_unfolded_model_are_refused(inject):
     assert [name for name, _ in model.named_modules()] == names
 
 
+@NEEDS_PEFT
+@PEFTS_OWN
+@pytest.mark.parametrize(
+    "inject", [*WAYS_TO_ADAPT.values(), with_prompts], ids=[*WAYS_TO_ADAPT, "prompts"]
+)
+def test_adapters_where_norms_were_removed_in_this_process_are_refused(inject):
+    model = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"4 LayerNorms.*hf_stable\.export\), load that folder"):
+        inject(model)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@NEEDS_PEFT
 @PEFTS_OWN
 def test_folded_model_takes_an_adapter_and_merges_right():
     model = hf_stable.fold(hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")).eval()
