@@ -168,7 +168,15 @@ class _NormedProjection(nn.Module):
 
 
 def add_qk_norm(model: Any) -> None:
-    """Put a LayerNorm behind the query and key projections of a ViT, in place."""
+    """Put a LayerNorm behind the query and key projections of a ViT, in place.
+
+    Raises:
+        ValueError: for another model.
+    """
+    if not hasattr(model, "vit"):
+        raise ValueError(
+            f"qk_norm is there for model vit, not for {model.config.model_type}; leave it out"
+        )
     for layer in model.vit.layers:
         attention = layer.attention
         for name in ("q_proj", "k_proj"):

@@ -5,12 +5,14 @@
     torchrun --nproc-per-node 2 recipes/run.py recipes/small/gpt2_stdlib.yaml --output out
 
 Results are written to OUTPUT/results.json. A run with `save_steps` that was interrupted goes on
-from its last checkpoint when it is started again.
+from its last checkpoint when it is started again with the same settings; one that was trained to
+the end is tested again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,18 +21,19 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_stable
-from hf_stable.alarms import lost_step
+from hf_stable.loss_curves import lost_step
 from recipes import data, models
 from recipes.settings import Settings, read_yaml
 
@@ -39,25 +42,33 @@ __all__ = ["run"]
 OTHER = ("pytorch_optimizer:", "torch:")
 """In front of the name of an optimizer that this package has; its options are JSON then."""
 
+FREE_TO_CHANGE = ("output", "threads")
+"""Settings that do not make another run of one that goes on."""
 
-def run(settings: Settings, *, dry_run: bool = False) -> dict[str, Any]:
+
+def run(
+    settings: Settings, *, dry_run: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
     """Train and test as the settings say, and write OUTPUT/results.json.
 
     Args:
         settings: of the run.
         dry_run: of a full-scale recipe, take two steps on local data with two blocks.
+        callbacks: for the Trainer, beside the monitor.
 
     Returns:
         Settings, test loss and accuracy, the training losses, what the monitor saw (per layer the
         worst head at each probe), its alarms, and the step at which the loss was lost, if it was.
 
     Raises:
-        ValueError: for settings that do not exist, or a global batch that does not come about.
+        ValueError: for settings that do not exist, a global batch that does not come about, or an
+            output folder with a checkpoint of a run with other settings.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    output = Path(settings.output)
     settings, task = _task(settings, dry_run=dry_run)
+    output = Path(settings.output)
+    goes_on = _goes_on(settings, output)
     model = models.build(settings, task)
     monitor = None
     if settings.monitor_every:
@@ -73,16 +84,18 @@ def run(settings: Settings, *, dry_run: bool = False) -> dict[str, Any]:
         data_collator=task.collate,
         compute_loss_func=task.loss,
         eval_dataset=task.test,
-        callbacks=[monitor] if monitor else [],
+        callbacks=[_EndsWhatIsDone(), *([monitor] if monitor else []), *callbacks],
         compute_metrics=functools.partial(data.accuracy, next_token=settings.model == "gpt2"),
         preprocess_logits_for_metrics=data.answers,
         optimizer_cls_and_kwargs=_other_optimizer(settings),
     )
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(output) if settings.save_steps and output.is_dir() else None
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
+    with contextlib.suppress(_Done):
+        # True is for the last checkpoint that was saved to the end.
+        trainer.train(resume_from_checkpoint=goes_on or None)
     seconds = time.perf_counter() - started
+    trainer.label_smoother = None  # the Trainer would smooth the labels of the test as well
     metrics = trainer.evaluate()
     trainer.save_state()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
@@ -102,6 +115,53 @@ def run(settings: Settings, *, dry_run: bool = False) -> dict[str, Any]:
     return result
 
 
+def _goes_on(settings: Settings, output: Path) -> bool:
+    """Return whether a folder has a checkpoint; where it has none, note whose folder it is now.
+
+    Raises:
+        ValueError: if the checkpoint is that of another run.
+    """
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    note = output / "settings.json"
+    new = dataclasses.asdict(settings)
+    if last is None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(new, indent=1) + "\n")
+        return False
+    if not note.is_file():
+        raise ValueError(
+            f"{last} is a checkpoint without {note.name} beside it, so it may be of any run; give "
+            "another --output, or remove the folder"
+        )
+    # Settings that came later have their defaults in files from before.
+    old = dataclasses.asdict(Settings(**json.loads(note.read_text())))
+    changed = [key for key in new if new[key] != old[key] and key not in FREE_TO_CHANGE]
+    if changed:
+        values = ", ".join(f"{key} {old[key]!r} and not {new[key]!r}" for key in changed)
+        raise ValueError(
+            f"{output} has a checkpoint of a run with {values}; give another --output, or remove "
+            "the folder"
+        )
+    return True
+
+
+class _Done(Exception):
+    """There is nothing left to train."""
+
+
+class _EndsWhatIsDone(TrainerCallback):
+    """Ends a training whose checkpoint is that of its last step, with the checkpoint loaded.
+
+    The Trainer would take one step more.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the step that the checkpoint was written at."""
+        if state.global_step >= state.max_steps:
+            raise _Done
+
+
 @torch.no_grad()
 def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
     """Return the calibration error of a classifier, and its accuracy on noisy test images.
@@ -114,7 +174,8 @@ def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     right, confidence = [], []
     for inputs in (images, images + noise):
-        logits = torch.cat([model(pixel_values=part).logits for part in inputs.split(64)])
+        parts = inputs.to(model.device).split(64)
+        logits = torch.cat([model(pixel_values=part).logits for part in parts]).cpu()
         values, answers = logits.softmax(-1).max(-1)
         right.append((answers == labels).float())
         confidence.append(values)
@@ -163,13 +224,14 @@ def training_arguments(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
+        lr_scheduler_kwargs=settings.lr_scheduler_kwargs,
         warmup_steps=round(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
         optim="adamw_torch" if other else settings.optim,
         optim_args=None if other else settings.optim_args,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        # A task with a loss of its own smooths in it.
+        # A task with a loss of its own has smoothed its labels.
         label_smoothing_factor=settings.label_smoothing if smooths else 0.0,
         dataloader_num_workers=settings.workers,
         remove_unused_columns=False,  # tasks hold what is needed, for the model or to collate
@@ -235,7 +297,8 @@ def _rates(rates: dict[str, Any]) -> dict[str, float]:
     """Return the mean effective rate of the matrices of each block and of each kind of matrix."""
     groups: dict[str, list[float]] = {}
     for name, rate in rates.items():
-        if not name.endswith("weight"):
+        # Gains are vectors with rates of their own, many times those of matrices.
+        if not name.endswith("weight") or "norm" in name.lower() or ".ln_" in name:
             continue
         values = rate if isinstance(rate, list) else [rate]
         numbers = [part for part in name.split(".") if part.isdigit()]
@@ -253,21 +316,48 @@ def _rounded(value: Any) -> Any:
     return None if value is None else float(f"{value:.4g}")
 
 
-def main() -> None:
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of the description, and shows what the recipe sets."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[Settings, bool]:
+    """Return the settings of a recipe with the overrides of a command line, and whether to run dry.
+
+    Raises:
+        SystemExit: after `--help`, and for arguments that cannot be; the latter are named.
+    """
+    parser = HfArgumentParser(
+        Settings, description=__doc__, formatter_class=_Formatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file of settings")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true",
+        help="take two steps of a full-scale recipe, on local data and with two blocks",
+    )  # fmt: skip
+    if others := [each for each in arguments if each not in ("-h", "--help")]:
+        recipe = parser.parse_known_args(others)[0].recipe
+        try:
+            parser.set_defaults(**read_yaml(recipe))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    settings, rest = parser.parse_args_into_dataclasses(list(arguments))
+    if rest.dry_run and settings.data in data.EMBEDDED:
+        parser.error(
+            f"--dry-run is for recipes whose data is on the Hub; that of {rest.recipe} is embedded "
+            f"({settings.data}), so run it with --steps 2"
+        )
+    return settings, rest.dry_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the recipe and the overrides, and run."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("recipe", type=Path)
-    first.add_argument("--dry-run", "--dry_run", action="store_true")
-    known, rest = first.parse_known_args()
-    parser = HfArgumentParser(Settings, description=__doc__)
-    parser.set_defaults(**read_yaml(known.recipe))
-    (settings,) = parser.parse_args_into_dataclasses(rest)
-    if known.dry_run:
+    settings, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
+    if dry_run:
         from recipes.full_scale import gpu_hours
 
         hours = gpu_hours(models.build_empty(settings), settings)
         print(f"{settings.output}: about {hours:.0f} GPU hours on H100s; now two steps of it")
-    result = run(settings, dry_run=known.dry_run)
+    result = run(settings, dry_run=dry_run)
     if int(os.environ.get("RANK", 0)) == 0:
         shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}
         print(json.dumps(shown, indent=1))
