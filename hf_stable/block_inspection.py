@@ -67,11 +67,11 @@ class BlockSpectrum:
 
 @dataclass(frozen=True)
 class NormGain:
-    """The gain of one norm: its l2 norm and its largest absolute entry."""
+    """The gain of one norm: its l2 norm and its largest absolute entry, None if not finite."""
 
     name: str
-    norm: float
-    largest: float
+    norm: float | None
+    largest: float | None
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,10 @@ def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, 
     for norm in find_norms(model.model, lookup(model.model)):
         key = model.on_disk.get(f"{norm.name}.weight")
         if key is not None:
-            gain = weights.read(key).float()
-            found.append(NormGain(norm.name, gain.norm().item(), gain.abs().max().item()))
+            gain = weights.read(key).double()
+            finite = bool(gain.isfinite().all())
+            norms = (gain.norm().item(), gain.abs().max().item()) if finite else (None, None)
+            found.append(NormGain(norm.name, *norms))
     return tuple(found)
 
 

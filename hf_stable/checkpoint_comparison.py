@@ -1,4 +1,4 @@
-"""How two checkpoints of the same model differ, matrix by matrix and head by head."""
+"""How two checkpoints of the same model differ: by matrix, by vector and by head."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.block_inspection import BlockSpectrum, inspect_blocks, outline
-from hf_stable.spectral import as_matrix, leading_triple
+from hf_stable.json_values import as_json_value
+from hf_stable.matrix_inspection import is_finite, largest_sigma
+from hf_stable.spectral import as_matrix
 from hf_stable.weight_files import WeightFiles, open_weights
 
-__all__ = ["CheckpointComparison", "HeadChange", "MatrixChange", "compare_checkpoints"]
-
-SIGMA_TOLERANCE = 1e-4
+__all__ = [
+    "CheckpointComparison",
+    "HeadChange",
+    "MatrixChange",
+    "VectorChange",
+    "compare_checkpoints",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,21 @@ class MatrixChange:
 
     name: str
     sigma: tuple[float | None, float | None]
+    distance: float | None
+
+
+@dataclass(frozen=True)
+class VectorChange:
+    """One tensor of fewer than two dimensions in both checkpoints, such as a bias or a gain.
+
+    Attributes:
+        name: of the tensor.
+        norm: its l2 norm before and after; None where it has NaN or infinite entries.
+        distance: l2 norm of the difference over that of the first; None likewise.
+    """
+
+    name: str
+    norm: tuple[float | None, float | None]
     distance: float | None
 
 
@@ -52,6 +74,7 @@ class CheckpointComparison:
     Attributes:
         paths: the two checkpoints.
         matrices: those in both with the same shape, the most changed first.
+        vectors: likewise, tensors of fewer than two dimensions: biases and gains.
         heads: those in both, the most grown first; empty if the architecture is not known.
         only_first: tensors that only the first has, or that have another shape in the second.
         only_second: the other way round.
@@ -59,19 +82,21 @@ class CheckpointComparison:
 
     paths: tuple[str, str]
     matrices: tuple[MatrixChange, ...]
+    vectors: tuple[VectorChange, ...]
     heads: tuple[HeadChange, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
     @property
     def is_same(self) -> bool:
-        """Return whether both hold the same weights."""
-        same = all(change.distance == 0 for change in self.matrices)
+        """Return whether both hold the same tensors, every entry finite and equal."""
+        changes: tuple[MatrixChange | VectorChange, ...] = (*self.matrices, *self.vectors)
+        same = all(change.distance == 0 for change in changes)
         return same and not self.only_first and not self.only_second
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self) | {"is_same": self.is_same}
+        """Return plain data for JSON; NaN and infinity become None."""
+        return as_json_value(asdict(self) | {"is_same": self.is_same})
 
 
 def compare_checkpoints(
@@ -85,7 +110,7 @@ def compare_checkpoints(
     Args:
         first: folder or file, as for `open_weights`; patched, folded or plain.
         second: likewise.
-        on_layer: called with (matrices done, matrices in all) after each.
+        on_layer: called with (tensors done, tensors in all) after each.
 
     Raises:
         FileNotFoundError: if one is not there.
@@ -99,14 +124,19 @@ def compare_checkpoints(
         for name, key in names[0].items()
         if name in names[1] and both[0].shapes[key] == both[1].shapes[names[1][name]]
     ]
-    matrices = [name for name in shared if len(both[0].shapes[names[0][name]]) > 1]
-    changes = []
-    for name in matrices:
-        changes.append(_change(name, both, (names[0][name], names[1][name])))
-        on_layer(len(changes), len(matrices))
+    matrices: list[MatrixChange] = []
+    vectors: list[VectorChange] = []
+    for count, name in enumerate(shared, start=1):
+        before, after = (w.read_effective(n[name]) for w, n in zip(both, names, strict=True))
+        if before.ndim > 1:
+            matrices.append(_matrix_change(name, as_matrix(before), as_matrix(after)))
+        else:
+            vectors.append(_vector_change(name, before, after))
+        on_layer(count, len(shared))
     return CheckpointComparison(
         paths=(str(both[0].path), str(both[1].path)),
-        matrices=tuple(sorted(changes, key=_how_much, reverse=True)),
+        matrices=tuple(sorted(matrices, key=_how_much, reverse=True)),
+        vectors=tuple(sorted(vectors, key=_how_much, reverse=True)),
         heads=_heads(*blocks),
         only_first=tuple(name for name in names[0] if name not in shared),
         only_second=tuple(name for name in names[1] if name not in shared),
@@ -130,27 +160,37 @@ def _blocks(weights: WeightFiles) -> tuple[BlockSpectrum, ...]:
         return ()
 
 
-def _change(
-    name: str, both: tuple[WeightFiles, WeightFiles], keys: tuple[str, str]
-) -> MatrixChange:
-    before, after = (
-        as_matrix(weights.read_effective(key)).float()
-        for weights, key in zip(both, keys, strict=True)
-    )
-    finite = [bool(torch.isfinite(matrix).all()) for matrix in (before, after)]
+def _matrix_change(name: str, before: Tensor, after: Tensor) -> MatrixChange:
     sigmas = [
-        leading_triple(matrix, tolerance=SIGMA_TOLERANCE).sigma.item() if good else None
-        for matrix, good in zip((before, after), finite, strict=True)
+        largest_sigma(matrix.float()) if is_finite(matrix) else None for matrix in (before, after)
     ]
-    distance = None
-    if all(finite):
-        size = before.norm().item()
-        moved = (after - before).norm().item()
-        distance = moved / size if size else float(moved > 0)
-    return MatrixChange(name.removesuffix(".weight"), (sigmas[0], sigmas[1]), distance)
+    layer = name.removesuffix(".weight")
+    return MatrixChange(layer, (sigmas[0], sigmas[1]), _distance(before, after))
 
 
-def _how_much(change: MatrixChange) -> float:
+def _vector_change(name: str, before: Tensor, after: Tensor) -> VectorChange:
+    norms = [_norm(vector) if is_finite(vector) else None for vector in (before, after)]
+    return VectorChange(name, (norms[0], norms[1]), _distance(before, after))
+
+
+def _distance(before: Tensor, after: Tensor) -> float | None:
+    """Return the norm of the difference over that of the first; None if either is not finite."""
+    if not (is_finite(before) and is_finite(after)):
+        return None
+    exact = torch.promote_types(before.dtype, after.dtype)
+    exact = torch.promote_types(exact, torch.float32) if exact.is_floating_point else torch.float64
+    before, after = before.to(exact), after.to(exact)
+    size, moved = _norm(before), _norm(after - before)
+    return moved / size if size else float(moved > 0)
+
+
+def _norm(tensor: Tensor) -> float:
+    """Return the l2 norm over all entries, without overflow or underflow of their squares."""
+    largest = tensor.abs().max().item() if tensor.numel() else 0
+    return largest and largest * (tensor / largest).float().norm().item()
+
+
+def _how_much(change: MatrixChange | VectorChange) -> float:
     return float("inf") if change.distance is None else change.distance
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from hf_stable.block_inspection import BlockSpectrum
-    from hf_stable.inspection import LayerSpectrum
+from hf_stable.block_inspection import BlockSpectrum
+from hf_stable.matrix_inspection import LayerSpectrum
 
 __all__ = ["find_signs"]
 
@@ -23,7 +21,11 @@ FEWEST = 4
 """With fewer of its like, nothing can stand out."""
 
 
-def find_signs(layers: Sequence[LayerSpectrum], blocks: Sequence[BlockSpectrum]) -> tuple[str, ...]:
+def find_signs(
+    layers: Sequence[LayerSpectrum],
+    blocks: Sequence[BlockSpectrum],
+    nonfinite: Sequence[str] = (),
+) -> tuple[str, ...]:
     """Return what to look at, in sentences; none where nothing stands out.
 
     These are signs and no proof: a checkpoint does not show whether its loss came down.
@@ -31,15 +33,15 @@ def find_signs(layers: Sequence[LayerSpectrum], blocks: Sequence[BlockSpectrum])
     Args:
         layers: the matrices.
         blocks: spectra of Wq^T Wk, if the architecture is known.
+        nonfinite: names of tensors with NaN or infinite entries.
     """
-    return (*_about_matrices(layers), *_about_outliers(layers), *_about_heads(blocks))
+    spoilt = (f"{name} has NaN or infinite entries" for name in nonfinite)
+    return (*spoilt, *_about_matrices(layers), *_about_outliers(layers), *_about_heads(blocks))
 
 
 def _about_matrices(layers: Sequence[LayerSpectrum]) -> Iterator[str]:
     for layer in layers:
-        if not layer.finite:
-            yield f"{layer.name} has NaN or infinite entries"
-        elif layer.sigma and max(layer.sigma) == 0:
+        if layer.sigma and max(layer.sigma) == 0:
             yield f"{layer.name} is all zero"
         if any(gamma == 0 for gamma in layer.gamma):
             yield f"gamma of {layer.name} is zero: the layer is cut off"

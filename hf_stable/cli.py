@@ -6,6 +6,8 @@ Results go to stdout, progress and errors to stderr. How results look is in `ter
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from hf_stable.terminal import (
 
 __all__ = ["app", "main"]
 
-SUCCESS, NO, BAD_INPUT, CRASH, INTERRUPTED = 0, 1, 2, 3, 130
+SUCCESS, NO, BAD_INPUT, CRASH, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
 EPILOG = """\
 \b
@@ -48,6 +50,7 @@ Exit codes:
   2  wrong usage or bad input; the message says what to do
   3  unexpected failure; --debug shows the trace
   130  interrupted
+  141  whatever read the output has gone, as head does
 """
 
 # typer carries its own copy of click or uses click itself, depending on its version.
@@ -78,8 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run.main(argv[1:])
         return SUCCESS
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding lacks is spelled out
     try:
-        return app(argv, prog_name="hf-stable", standalone_mode=False) or SUCCESS
+        code = app(argv, prog_name="hf-stable", standalone_mode=False) or SUCCESS
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit) as end:
+        # click and rich make an exit with code 1 of a pipe that nobody reads.
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Python flushes once more at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted", INTERRUPTED)
     except Exception as error:
@@ -187,8 +201,8 @@ def inspect(
 
     Per matrix sigma, stable rank and, of patched models, gamma; per head sigma and energy
     concentration of Wq^T Wk; gains of norms; what stands out. Streamed from safetensors, sharded or
-    not: one tensor in memory at a time, no model is built. Exit code 1 if a matrix has NaN or
-    infinite entries, or the sidecar belongs to another save; of two, if they differ.
+    not: one tensor in memory at a time, no model is built. Exit code 1 if a tensor has NaN or
+    infinite entries, or the sidecar belongs to another save; of two, if any tensor differs.
     """
     from hf_stable.checkpoint_comparison import compare_checkpoints
     from hf_stable.hub_files import local_files
@@ -233,7 +247,8 @@ def report(
     from hf_stable.report import write_report
     from hf_stable.report.summary import TABLE_COLUMNS, table_cells
 
-    written = write_report(runs, output, format=format)
+    with show_progress("Reading runs") as on_run:
+        written = write_report(runs, output, format=format, on_run=on_run)
     if as_json:
         rows = [
             dict(zip(TABLE_COLUMNS, table_cells(row), strict=True)) for row in written.summaries
@@ -278,12 +293,15 @@ def fold(
     """
     from hf_stable.folding import fold_checkpoint
 
-    report = fold_checkpoint(source, output, config)
+    with show_progress("Folding"):
+        report = fold_checkpoint(source, output, config)
     if as_json:
         print_json(asdict(report))
     else:
         print(f"{report.num_layers} patched layers are plain in {report.output}:")
         print(*(f"  {name}" for name in report.files), sep="\n")
+        if report.lacks_norms:
+            print("Removed LayerNorms stay removed: load it with trust_remote_code=True.")
     return SUCCESS
 
 
@@ -313,7 +331,7 @@ def export(
     """
     from hf_stable.saved_models import export_saved
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with show_progress("Exporting"), contextlib.redirect_stdout(sys.stderr):
         files = export_saved(source, output, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
         print_json({"source": str(source), "output": str(output), "files": files})
@@ -341,7 +359,7 @@ def push(
     """
     from hf_stable.saved_models import push_saved
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with show_progress("Uploading"), contextlib.redirect_stdout(sys.stderr):
         url = push_saved(source, repo, private=private, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
         print_json({"source": str(source), "url": url})

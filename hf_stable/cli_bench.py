@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -68,67 +69,40 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")]
 Only = Annotated[str, typer.Option(help="Only cases with this text in their name.")]
 
 
-@bench.command(
-    "sigma", epilog="\b\nExample:\n  hf-stable bench sigma --rounds 20 --output sigma.json"
-)
-def _bench_sigma(
-    output: BenchOutput = None,
-    rounds: Rounds = 20,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time sigmaReparam against the plain model and against torch's spectral_norm."""
-    from hf_stable.bench_sigma import bench_sigma
+BENCHMARKS = {
+    "sigma": (20, "Time sigmaReparam against the plain model and against torch's spectral_norm."),
+    "adamw2": (10, "Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."),
+    "monitor": (10, "Time StabilityCallback against the same steps without it."),
+}
+"""What `bench_NAME` of the module `bench_NAME` measures: usual rounds, and the help."""
 
-    summaries = bench_sigma(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
+
+def _add_benchmark(name: str, usual_rounds: int, summary: str) -> None:
+    @bench.command(
+        name,
+        help=summary,
+        epilog=f"\b\nExample:\n  hf-stable bench {name} --rounds {usual_rounds} "
+        f"--output {name}.json",
     )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
+    def benchmark(
+        output: BenchOutput = None,
+        rounds: Rounds = usual_rounds,
+        only: Only = "",
+        device: Device = "cpu",
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        module = import_module(f"hf_stable.bench_{name}")
+        console = make_console(stderr=as_json)
+        summaries = getattr(module, f"bench_{name}")(
+            output=output, rounds=rounds, only=only, device=device, console=console
+        )
+        if as_json:
+            print_json({"results": [asdict(summary) for summary in summaries]})
 
 
-@bench.command(
-    "adamw2", epilog="\b\nExample:\n  hf-stable bench adamw2 --rounds 10 --output adamw2.json"
-)
-def _bench_adamw2(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."""
-    from hf_stable.bench_adamw2 import bench_adamw2
-
-    summaries = bench_adamw2(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
-    )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
-
-
-@bench.command(
-    "monitor", epilog="\b\nExample:\n  hf-stable bench monitor --rounds 10 --output monitor.json"
-)
-def _bench_monitor(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time StabilityCallback against the same steps without it."""
-    from hf_stable.bench_monitor import bench_monitor
-
-    summaries = bench_monitor(
-        output=output, rounds=rounds, only=only, device=device, console=make_console(stderr=as_json)
-    )
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
+for _name, (_rounds, _summary) in BENCHMARKS.items():
+    _add_benchmark(_name, _rounds, _summary)
 
 
 @bench.command("scale", epilog="\b\nExample:\n  hf-stable bench scale --output scale.json")

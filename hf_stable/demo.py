@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -33,6 +32,7 @@ from hf_stable.demo_runs import (
     run_folder,
     train,
 )
+from hf_stable.json_values import as_json_value
 from hf_stable.report import write_report
 
 __all__ = ["PARTS", "DemoPart", "DemoResult", "Reload", "run_demo"]
@@ -170,7 +170,7 @@ class DemoResult:
         """Return plain data for JSON; NaN and infinity become None."""
         reload = asdict(self.reload) | {"agrees": self.reload.agrees}
         verdict = {"passed": self.passed, "findings": self.findings, "reload": reload}
-        return _finite(asdict(self) | verdict)
+        return as_json_value(asdict(self) | verdict)
 
 
 def run_demo(
@@ -295,12 +295,3 @@ def _judge(reload: Reload) -> str:
         f"{reload.accuracy:.1%} against {reload.expected_accuracy:.1%} before saving, largest "
         f"difference of a logit {reload.max_difference:.1e}{problems}."
     )
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

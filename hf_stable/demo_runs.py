@@ -215,12 +215,14 @@ def train(run: DemoRun, data: Any, output: Path, *, seed: int, quick: bool) -> R
     )
     seconds = trainer.train().metrics["train_runtime"]
     answers = trainer.predict(data["test"], metric_key_prefix="test")
+    metrics: Any = answers.metrics
+    # The Trainer logs evaluations, but not predictions: the report is to have the accuracy.
+    trainer.log({"test_loss": metrics["test_loss"], "test_accuracy": metrics["test_accuracy"]})
     trainer.save_state()
     if run.patched:
         trainer.save_model(str(output / "model"))
         _save_answers(output, data["test"], torch.as_tensor(answers.predictions))
     sigma, gamma = _smallest_scales(model)
-    metrics: Any = answers.metrics
     return RunResult(
         run.name, metrics["test_loss"], metrics["test_accuracy"], sigma, gamma, seconds
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -13,7 +11,7 @@ from packaging.requirements import Requirement
 
 from hf_stable.architectures import supported_architectures
 from hf_stable.patching import METHODS
-from hf_stable.trainer_plugin import OPTIMIZER_NAME, WRAPPED
+from hf_stable.trainer_plugin import OPTIMIZER_NAME, WRAPPED, is_in_place
 
 __all__ = ["ChangeRow", "Diagnosis", "PackageRow", "diagnose"]
 
@@ -45,7 +43,7 @@ class ChangeRow:
     Attributes:
         target: `module:qualified.name` of what is wrapped or added to.
         reason: why.
-        active: whether the package of the target is loaded in this process.
+        active: whether the change is in place in this process now.
     """
 
     target: str
@@ -87,10 +85,7 @@ def diagnose() -> Diagnosis:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": _EXTRA}):
             packages.append(_package_row(requirement))
-    changes = tuple(
-        ChangeRow(wrap.target, wrap.reason, re.split("[.:]", wrap.target)[0] in sys.modules)
-        for wrap in WRAPPED
-    )
+    changes = tuple(ChangeRow(wrap.target, wrap.reason, is_in_place(wrap)) for wrap in WRAPPED)
     supported = {
         "architectures": supported_architectures(),
         "patch methods": list(METHODS),

@@ -21,43 +21,13 @@ from hf_stable.block_inspection import (
     outline,
 )
 from hf_stable.checkpoint_findings import find_signs
+from hf_stable.json_values import as_json_value
+from hf_stable.matrix_inspection import LayerSpectrum, inspect_matrix, is_finite, is_matrix
 from hf_stable.patching import STATE_FILE
 from hf_stable.sigma_function import scale_blocks
-from hf_stable.spectral import as_matrix, leading_triple, split_blocks
 from hf_stable.weight_files import WeightFiles, open_sidecar, open_weights
 
-__all__ = ["CheckpointReport", "LayerSpectrum", "inspect_checkpoint", "pair_layers"]
-
-SIGMA_TOLERANCE = 1e-4
-"""Residual at which a singular vector is good enough: sigma's own error is of its square."""
-
-
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """One matrix of a checkpoint.
-
-    Attributes:
-        name: name of the layer on disk, without ".weight".
-        shape: shape of the tensor, as stored.
-        dtype: its type, such as "bfloat16".
-        sigma: largest singular value of the tensor as it is stored, of each block of a fused one
-            whose blocks have a gamma of their own; empty if `note` says why.
-        stable_rank: squared Frobenius norm over squared sigma, likewise; empty for a zero block.
-        gamma: learnable scale of each block, where the layer is patched.
-        raw_sigma: largest singular value of the raw weight in the sidecar.
-        note: why there is no sigma, or None.
-        finite: whether all entries are finite numbers.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    sigma: tuple[float, ...]
-    stable_rank: tuple[float, ...] = ()
-    gamma: tuple[float, ...] = ()
-    raw_sigma: tuple[float, ...] = ()
-    note: str | None = None
-    finite: bool = True
+__all__ = ["CheckpointReport", "inspect_checkpoint", "pair_layers"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +40,8 @@ class CheckpointReport:
             of a patched model, whose weights are not what the model computes with.
         layers: its matrices, in the order of the files.
         num_parameters: entries of all tensors of the plain model.
+        nonfinite: names of all tensors with NaN or infinite entries: matrices, gains, biases, and
+            what a patched layer has beside its weight.
         problem: what makes sidecar and weights not fit together, or None.
         blocks: spectra of Wq^T Wk of each head.
         norms: gains of the norms.
@@ -80,6 +52,7 @@ class CheckpointReport:
     kind: str
     layers: tuple[LayerSpectrum, ...]
     num_parameters: int
+    nonfinite: tuple[str, ...] = ()
     problem: str | None = None
     blocks: tuple[BlockSpectrum, ...] = ()
     norms: tuple[NormGain, ...] = ()
@@ -88,12 +61,12 @@ class CheckpointReport:
     @property
     def is_healthy(self) -> bool:
         """Return whether every entry is finite, and weights and sidecar are of the same save."""
-        return self.problem is None and all(layer.finite for layer in self.layers)
+        return self.problem is None and not self.nonfinite
 
     @property
     def signs(self) -> tuple[str, ...]:
         """Return what stands out, in sentences; see `find_signs`."""
-        return find_signs(self.layers, self.blocks)
+        return find_signs(self.layers, self.blocks, self.nonfinite)
 
     @property
     def verdict(self) -> str:
@@ -106,9 +79,9 @@ class CheckpointReport:
         return f"Healthy: every entry is finite and nothing stands out{heads}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return plain data for JSON; NaN and infinity become None."""
         judged = {"is_healthy": self.is_healthy, "verdict": self.verdict, "signs": self.signs}
-        return asdict(self) | judged
+        return as_json_value(asdict(self) | judged)
 
 
 def inspect_checkpoint(
@@ -119,7 +92,9 @@ def inspect_checkpoint(
     """Compute sigma of every matrix of a checkpoint, one tensor in memory at a time.
 
     Where a config.json of a registered architecture lies beside the weights, the spectra of Wq^T Wk
-    of every head and the gains of the norms too, two tensors in memory at a time.
+    of every head and the gains of the norms too, two tensors in memory at a time. Every
+    floating-point tensor is searched for NaN and infinite entries, matrix or not; of a sidecar what
+    lies beside the raw weights, whose folded form is searched already.
 
     Matrices are the floating-point tensors that are 2-D, or kernels (more dimensions, named
     "*.weight"), which are flattened as `as_matrix` does. gamma and the raw sigma come from the
@@ -139,17 +114,22 @@ def inspect_checkpoint(
     partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
     raw = set(weights.raw_layers)
     own = {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
-    names = {name for name, shape in own.items() if _is_matrix(name, shape)}
+    names = {name for name, shape in own.items() if is_matrix(name, shape)}
+    nonfinite = [] if sidecar is None else _nonfinite_beside_weights(sidecar)
     layers: list[LayerSpectrum] = []
     for name, tensor in weights:
         if name not in names:
+            if not is_finite(tensor):
+                nonfinite.append(name)
             continue
         layer = name.removesuffix(".weight")
         if name in partners:
             assert sidecar is not None
-            layers.append(_spectrum(layer, tensor, sidecar, partners[name]))
+            layers.append(inspect_matrix(layer, tensor, sidecar, partners[name]))
         else:
-            layers.append(_spectrum(layer, tensor, weights, layer if layer in raw else None))
+            layers.append(inspect_matrix(layer, tensor, weights, layer if layer in raw else None))
+        if not layers[-1].finite:
+            nonfinite.append(name)
         on_layer(len(layers), len(names))
     problem = None
     if unmatched and weights.path.is_dir():
@@ -163,11 +143,17 @@ def inspect_checkpoint(
         kind="raw" if raw else "folded" if sidecar else "plain",
         layers=tuple(layers),
         num_parameters=sum(torch.Size(shape).numel() for shape in own.values()),
+        nonfinite=tuple(nonfinite),
         problem=problem,
         blocks=blocks,
         norms=norms,
         blocks_note=note,
     )
+
+
+def _nonfinite_beside_weights(sidecar: WeightFiles) -> list[str]:
+    names = filter(sidecar.belongs_to_raw_layer, sidecar.shapes)
+    return [name for name in names if not is_finite(sidecar.read(name))]
 
 
 def _blocks_and_norms(
@@ -214,37 +200,3 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
 
 def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
     return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 or (len(shape) > 2 and name.endswith(".weight"))
-
-
-def _spectrum(name: str, tensor: Tensor, state: WeightFiles, layer: str | None) -> LayerSpectrum:
-    """Compute one row; `layer` is the name of its patched layer in `state`, if it is one."""
-    gamma: tuple[float, ...] = ()
-    raw_sigma: tuple[float, ...] = ()
-    dim = 0
-    if layer is not None:
-        gamma = tuple(state.read(f"{layer}.gamma").tolist())
-        raw_sigma = tuple(state.read(f"{layer}.sigma").tolist())
-        dim = state.block_dim(layer)
-    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-    note, finite = None, True
-    if not tensor.is_floating_point():
-        note = "not floating point: quantised, or no weight"
-    elif tensor.numel() == 0:
-        note = "empty"
-    elif not torch.isfinite(tensor).all():
-        note, finite = "has NaN or infinite entries", False
-    if note is not None:
-        return LayerSpectrum(name, shape, dtype, (), (), gamma, raw_sigma, note, finite)
-    blocks = split_blocks(as_matrix(tensor), max(1, len(gamma)), dim)
-    triples = [leading_triple(block, tolerance=SIGMA_TOLERANCE) for block in blocks]
-    sigma = tuple(triple.sigma.item() for triple in triples)
-    ranks = tuple(
-        (block.float().norm() / value).square().item()
-        for block, value in zip(blocks, sigma, strict=True)
-        if value
-    )
-    return LayerSpectrum(name, shape, dtype, sigma, ranks, gamma, raw_sigma)

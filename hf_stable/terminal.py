@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hf_stable.json_values import as_json_value
+
 if TYPE_CHECKING:
     from hf_stable.block_inspection import BlockSpectrum
     from hf_stable.checkpoint_comparison import CheckpointComparison
@@ -77,7 +79,7 @@ def print_inspection(report: CheckpointReport) -> None:
     if report.norms:
         norms = make_table("norm", "l2 norm of its gain", "largest entry")
         for norm in report.norms:
-            norms.add_row(norm.name, f"{norm.norm:.4g}", f"{norm.largest:.4g}")
+            norms.add_row(norm.name, _number(norm.norm), _number(norm.largest))
         console.print("Norms", norms, "", sep="\n")
     if report.blocks_note:
         console.print(f"No heads and norms: {report.blocks_note}")
@@ -106,9 +108,13 @@ def print_comparison(report: CheckpointComparison) -> None:
     console.print(f"{report.paths[0]} -> {report.paths[1]}")
     table = make_table("layer", "distance", "sigma before", "sigma after")
     for change in report.matrices:
-        figures = (change.distance, *change.sigma)
-        table.add_row(change.name, *("not finite" if f is None else f"{f:.4g}" for f in figures))
+        table.add_row(change.name, *map(_number, (change.distance, *change.sigma)))
     console.print("Matrices, the most changed first", table, "", sep="\n")
+    if report.vectors:
+        vectors = make_table("gain or bias", "distance", "norm before", "norm after")
+        for vector in report.vectors:
+            vectors.add_row(vector.name, *map(_number, (vector.distance, *vector.norm)))
+        console.print("Gains and biases, the most changed first", vectors, "", sep="\n")
     if report.heads:
         heads = make_table("block", "head", "sigma1(Wq^T Wk)", "SEC(d_q, 4)")
         for head in report.heads:
@@ -128,12 +134,16 @@ def print_diagnosis(report: Diagnosis) -> None:
     for row in report.packages:
         versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
     console.print("Versions", versions, "", sep="\n")
-    changes = make_table("what", "in use", "why")
+    changes = make_table("what", "in place", "why")
     for change in report.changes:
-        changes.add_row(change.target, "yes" if change.active else "not loaded", change.reason)
+        changes.add_row(change.target, "yes" if change.active else "no", change.reason)
     console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
     for name, values in report.supported.items():
         console.print(f"{name}: {', '.join(values)}")
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -141,13 +151,13 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print plain data for a machine."""
-    print(json.dumps(content, indent=2))
+    """Print plain data for a machine; NaN and infinity as null, which JSON has no numbers for."""
+    print(json.dumps(as_json_value(content), indent=2, allow_nan=False))
 
 
 @contextlib.contextmanager
 def show_progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal's stderr while the yielded function is told (done, total)."""
+    """Show a bar on a terminal's stderr; what is yielded moves it, called with (done, total)."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)

@@ -136,6 +136,34 @@ def test_a_patched_and_the_folded_checkpoint_hold_the_same_weights(tmp_path):
     assert found.only_first == ("classifier.weight",) and not found.is_same
 
 
+@pytest.mark.parametrize("name", ["vit.encoder.layer.0.intermediate.dense.bias",
+                                  "vit.encoder.layer.1.layernorm_before.weight"])  # fmt: skip
+def test_a_gain_or_bias_that_differs_is_a_difference(name, tmp_path, capsys):
+    tiny_model("vit").save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert compare_checkpoints(tmp_path / "a", tmp_path / "b").is_same
+    edit(tmp_path / "b", lambda tensors: tensors[name].add_(0.5))
+    found = compare_checkpoints(tmp_path / "a", tmp_path / "b")
+    assert not found.is_same and all(change.distance == 0 for change in found.matrices)
+    before, after = (load_file(tmp_path / d / "model.safetensors")[name] for d in "ab")
+    changed = found.vectors[0]
+    assert changed.norm == pytest.approx((before.norm().item(), after.norm().item()))
+    assert [v.name for v in found.vectors if v.distance] == [changed.name]
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "b")]) == NO
+    shown = capsys.readouterr().out
+    assert "Gains and biases, the most changed first" in shown and changed.name in shown
+
+
+@pytest.mark.parametrize("change", [1e-30, float("nan")])
+def test_the_smallest_difference_and_nan_are_differences_too(change, tmp_path):
+    save_file({"a.bias": torch.zeros(3), "b.weight": torch.eye(2)}, tmp_path / "a.safetensors")
+    save_file({"a.bias": torch.full((3,), change), "b.weight": torch.eye(2)},
+              tmp_path / "b.safetensors")  # fmt: skip
+    found = compare_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert not found.is_same and found.matrices[0].distance == 0
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_the_command_shows_heads_and_compares(tmp_path, capsys):
     model = trained("gpt2")
     model.save_pretrained(tmp_path / "a")

@@ -10,11 +10,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import sgd_steps, tiny_model
+from report_runs import collapsing
 from safetensors.torch import save_file
 
 import hf_stable
-from hf_stable.cli import BAD_INPUT, CRASH, NO, SUCCESS, app, main
+from hf_stable.cli import BAD_INPUT, BROKEN_PIPE, CRASH, NO, SUCCESS, app, main
+from hf_stable.diagnosis import diagnose
 from hf_stable.trainer_plugin import WRAPPED
 
 COMMANDS = (
@@ -218,8 +221,74 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
     assert [change["target"] for change in report["changes"]] == [w.target for w in WRAPPED]
-    assert all(change["active"] for change in report["changes"] if "peft" not in change["target"])
+    # The hook comes with the first patch, which another test may have made.
+    certain = [c for c in report["changes"] if not re.search("peft|step_post_hook", c["target"])]
+    assert len(certain) > 8 and all(change["active"] for change in certain)
     assert "adamw2" in report["supported"]["optimizers"]
+
+
+def test_doctor_sees_what_is_in_place_and_what_is_not(monkeypatch):
+    def rows():
+        return {change.target: change.active for change in diagnose().changes}
+
+    saving = "transformers.modeling_utils:PreTrainedModel.save_pretrained"
+    handlers = "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS"
+    hook = "torch.optim.optimizer:register_optimizer_step_post_hook"
+    hf_stable.patch(tiny_model("bert"), "sigma_reparam")
+    assert rows()[saving] and rows()[handlers] and rows()[hook]
+    original = transformers.PreTrainedModel.save_pretrained.__wrapped__
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", original)
+    monkeypatch.delitem(transformers.trainer_optimizer._OPTIMIZER_HANDLERS, "adamw2")
+    assert not rows()[saving] and not rows()[handlers] and rows()[hook]
+
+
+@pytest.mark.slow
+def test_before_any_patch_the_hook_is_not_in_place():
+    done = hf_stable_command("doctor", "--json")
+    changes = {c["target"]: c["active"] for c in json.loads(done.stdout)["changes"]}
+    assert not changes["torch.optim.optimizer:register_optimizer_step_post_hook"]
+    assert changes["transformers.trainer:Trainer.log"]
+
+
+def test_a_terminal_without_unicode_gets_text(tmp_path):
+    folder = collapsing(tmp_path / "l\u00e4uft")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    arguments = ("report", folder, "--format", "csv", "--output", tmp_path / "r.csv")
+    done = hf_stable_command(*arguments, env=environment)
+    assert done.returncode == NO and done.stderr == ""
+    assert "l\\xe4uft" in done.stdout and "sigma1(Wq^T Wk)" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_failure(checkpoint):
+    command = [sys.executable, "-m", "hf_stable.cli", "inspect", str(checkpoint)]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == BROKEN_PIPE and done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["report", "fold", "export"])
+def test_long_work_shows_a_bar_on_a_terminal(command, checkpoint, tmp_path):
+    source = collapsing(tmp_path / "run") if command == "report" else checkpoint
+    out = [str(tmp_path / "out")]
+    out = ["--format", "csv", "--output", *out] if command == "report" else out
+    parent, child = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_stable.cli", command, str(source), *out],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+    ) as process:
+        os.close(child)
+        shown = b""
+        while chunk := _read(parent):
+            shown += chunk
+        assert b"\x1b" not in process.stdout.read()
+    os.close(parent)
+    label = {"report": b"Reading runs", "fold": b"Folding", "export": b"Exporting"}[command]
+    assert process.returncode in (SUCCESS, NO) and label in shown
 
 
 def test_doctor_says_no_to_a_version_that_does_not_fit(capsys, monkeypatch):

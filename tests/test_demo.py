@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_stable.demo import PARTS, DemoResult, Reload, run_demo
 from hf_stable.demo_runs import RunResult, run_folder
+from hf_stable.report.reading import read_run
+from hf_stable.report.summary import summarise
 
 SIGMA_PART, ADAMW2_PART = PARTS
 SAME_MODEL = Reload(
@@ -80,6 +82,11 @@ def test_quick_demo_trains_saves_and_reloads(quick):
     page = (output / "report.html").read_text()
     assert result["report"] == str(output / "report.html")
     assert all(run_folder(run, output).name in page for part in PARTS for run in part.runs)
+    for part in PARTS:
+        for run, measured in zip(part.runs, result["runs"][part.title], strict=True):
+            row = summarise(read_run(run_folder(run, output)))
+            assert row.accuracy == measured["accuracy"]
+            assert f"<td>{row.accuracy:.1%}</td>" in page
     assert "train_runtime" in done.stderr  # the Trainer's own log lines, off the JSON's stream
 
 

@@ -17,19 +17,22 @@ import hf_stable
 ROOT = Path(__file__).parents[1]
 
 LEVELS = {
-    0: """spectral product_spectra entropy sharpness method_config modeling_hf_stable alarms
-          stability_log stability_metrics hub_files""",
-    1: "sigma_function settling sigma_layers refreshing adamw2_update adamw2_lora adamw2",
+    0: """spectral product_spectra sigma_tracking entropy sharpness method_config
+          modeling_hf_stable loss_curves alarms
+          stability_log stability_metrics hub_files json_values""",
+    1: """sigma_function settling sigma_layers refreshing adamw2_update adamw2_lora adamw2_options
+          adamw2_state adamw2""",
     2: "architectures",
     3: """sigma_reparam norm_removal patching describing block_terms recording probes lora_layers
-          adamw2_groups standalone card_pictures model_cards sidecar weight_files saved_models
-          checkpoints exporting monitoring rollbacks run_measures cost_model""",
+          provenance adamw2_groups standalone card_pictures model_cards sidecar weight_files
+          saved_models checkpoints exporting monitoring monitor_options rollbacks run_measures
+          gathering sharding cost_model machines""",
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
           bench_scale planning cli_bench
-          block_inspection
+          block_inspection matrix_inspection
           checkpoint_findings checkpoint_comparison inspection folding consolidation diagnosis
-          terminal run
+          terminal run_options script_running run
           cli""",
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules.split()}
@@ -159,7 +162,7 @@ def test_the_file_that_exports_carry_stands_alone():
     assert not [name for name in imports_of(source) if name.startswith("hf_stable")]
 
 
-MEASURES = ("alarms", "cost_model", "entropy", "planning", "spectral")
+MEASURES = ("alarms", "cost_model", "entropy", "loss_curves", "machines", "planning", "spectral")
 """Modules of pure functions that are public beside the package's own names."""
 
 

@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 from conftest import sgd_steps, tiny_model
+from hub_stand_in import Repo
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hf_stable
+from hf_stable.cli import BAD_INPUT, NO, SUCCESS, main
 from hf_stable.inspection import inspect_checkpoint
 from hf_stable.spectral import as_matrix
 
@@ -159,6 +162,69 @@ def test_matrices_that_have_no_sigma_are_shown_with_the_reason(tmp_path):
     assert "norm" not in notes
     assert not report.is_healthy
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["ln_1.weight", "ln_1.bias", "mlp.c_fc.bias"])
+def test_a_gain_or_bias_that_is_not_finite_is_named(part, value, tmp_path, capsys):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == SUCCESS
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"transformer.h.0.{part}"
+    tensors[name][0] = value
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    report = inspect_checkpoint(tmp_path)
+    assert report.nonfinite == (name,) and not report.is_healthy
+    assert report.signs == (f"{name} has NaN or infinite entries",)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path)]) == NO
+    assert "Not healthy" in (shown := capsys.readouterr().out) and name in shown
+    assert main(["inspect", str(tmp_path), "--json"]) == NO
+    content = strict_json(capsys.readouterr().out)
+    assert content["nonfinite"] == [name] and not content["is_healthy"]
+    norms = {norm["name"]: norm["norm"] for norm in content["norms"]}
+    assert (norms["transformer.h.0.ln_1"] is None) == (part == "ln_1.weight")
+    assert norms["transformer.h.1.ln_1"] > 0
+
+
+def strict_json(text):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_spoilt_sidecar_is_named(tmp_path, capsys):
+    trained("gpt2").save_pretrained(tmp_path)
+    path = tmp_path / "hf_stable_state.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = "transformer.h.0.mlp.c_fc.sigma_u"
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata=metadata)
+    assert inspect_checkpoint(tmp_path).nonfinite == (name,)
+    assert main(["inspect", str(tmp_path), "--json"]) == NO
+    assert strict_json(capsys.readouterr().out)["nonfinite"] == [name]
+
+
+def test_weights_of_eight_bits_are_read(tmp_path):
+    weight = torch.eye(4).to(torch.float8_e4m3fn)
+    save_file({"a.weight": weight, "b.bias": weight[0].clone()}, tmp_path / "model.safetensors")
+    report = inspect_checkpoint(tmp_path)
+    assert report.layers[0].sigma == (1.0,) and report.is_healthy
+
+
+def test_an_id_on_the_hub_is_fetched_and_read(hub, tmp_path, capsys):
+    tiny_model("vit").save_pretrained(tmp_path / "model")
+    published = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    hub.repos["me/vit"] = Repo(None, {"main": published | {"notes.txt": b"not needed"}})
+    assert main(["inspect", "me/vit", "--json"]) == SUCCESS
+    there = strict_json(capsys.readouterr().out)
+    here = inspect_checkpoint(tmp_path / "model").to_dict()
+    assert there | {"path": ""} == here | {"path": ""} and there["layers"] and there["blocks"]
+    assert main(["inspect", "me/vit", str(tmp_path / "model")]) == SUCCESS
+    assert "The weights are the same." in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("notes.txt"))
+    assert main(["inspect", "me/other"]) == BAD_INPUT
+    assert "the Hub did not give it" in capsys.readouterr().err
 
 
 def truncate(path):

@@ -16,10 +16,15 @@ from tiny_training import make_trainer
 
 import hf_stable
 from hf_stable.cli import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.probes import TERMS
 from hf_stable.report import FORMATS, write_report
 from hf_stable.report.charts import thin
+from hf_stable.report.images import draw_images
+from hf_stable.report.map_lines import read_maps
 from hf_stable.report.reading import name_runs, read_run
 from hf_stable.report.records import TIDY_COLUMNS, short_names
+from hf_stable.report.sections import build_sections
+from hf_stable.stability_log import StabilityLog
 
 FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
@@ -39,8 +44,8 @@ def real_run(tmp_path_factory):
     return folder
 
 
-def payload_of(page):
-    text = re.search(r'<script type="application/json" id="payload">(.*?)</script>', page)[1]
+def payload_of(page, name="payload"):
+    text = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page)[1]
     return json.loads(text)
 
 
@@ -60,8 +65,9 @@ def test_a_real_run_fills_every_chart(real_run, tmp_path):
     terms = [t for t in titles if t.startswith(("\u03c3\u2081(W", "\u2016"))]
     assert len(terms) >= 15
     assert sum(len(chart["curves"]) for chart in payload["charts"]) > 50
-    assert len(payload["maps"][0]) == 4  # two layers of two heads
-    assert [frame["step"] for frame in payload["maps"][0][0]["frames"]] == [1, 2, 4, 6]
+    maps = payload_of(page, "map-payload")
+    assert len(maps[0]) == 4  # two layers of two heads
+    assert [frame["step"] for frame in maps[0][0]["frames"]] == [1, 2, 4, 6]
     assert "http://" not in page.split("<script>")[0] and "<link rel=" in page  # nothing is fetched
 
 
@@ -116,6 +122,38 @@ def test_png_json_and_csv_hold_the_main_figures_and_every_number(real_run, tmp_p
     assert content["runs"][0]["verdict"]["state"] in ("trained", "warned", "failed")
 
 
+def test_legends_titles_and_ticks_of_images_have_room(tmp_path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    probes = {
+        step: calm(step, 12, 2, sigma_qk=10.0 ** (step % 4)) | {
+            "entropy_bound": {f"vit.layers.{i}": [0.1] * 2 for i in range(12)},
+            "sigma_wq": {f"vit.layers.{i}": 1 + 0.01 * i + step / 100 for i in range(12)},
+            "sigma_wk": {f"vit.layers.{i}": 10.0 ** (step + i) for i in range(12)},
+        }
+        for step in range(1, 9)
+    }  # fmt: skip
+    name = "a-run-with-quite-a-long-name-as-they-come-from-sweeps-lr-0.001-seed-0"
+    run = read_run(write_run(tmp_path / name, FALLING[:8], probes))
+    other = read_run(write_run(tmp_path / "b", FALLING[:8], probes))
+    drawn = {}
+    sections = [s for s in build_sections([run, other]) if s.key in ("entropy", "terms")]
+    for name, figure in draw_images([run, other], sections, [[], []]):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer, page = canvas.get_renderer(), figure.bbox
+        drawn[name] = len(figure.axes)
+        texts = [panel.title for panel in figure.axes] + [figure._suptitle, *figure.legends]
+        for extent in (text.get_window_extent(renderer) for text in texts):
+            assert page.x0 <= extent.x0 <= extent.x1 <= page.x1, name
+            assert page.y0 <= extent.y0 <= extent.y1 <= page.y1, name
+        for panel in figure.axes:
+            labels = [t for t in panel.get_yticklabels(which="both") if t.get_text()]
+            extents = sorted((t.get_window_extent(renderer) for t in labels), key=lambda e: e.y0)
+            assert all(a.y1 <= b.y0 for a, b in zip(extents, extents[1:], strict=False)), name
+    assert drawn["entropy"] == 4 and any(name.startswith("terms") for name in drawn)
+
+
 def test_a_checkpoint_stands_for_the_run_up_to_it(real_run):
     run = read_run(real_run / "checkpoint-3")
     assert run.num_steps == 3 and [probe.step for probe in run.probes] == [1, 2]
@@ -141,7 +179,32 @@ def holes(folder):
     (folder / "stability.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def huge_numbers(folder):
+    lines = [json.loads(line) for line in (folder / "stability.jsonl").open()]
+    lines[0]["step"] = float("inf")
+    lines[1]["step"] = 10**400
+    lines[2]["quantities"]["entropy"][LAYERS[0]] = [10**400, 1]
+    lines[2]["quantities"]["entropy_normalised"][LAYERS[0]] = [10**400, 1]
+    lines[2]["effective_lr"] = {f"{LAYERS[0]}.q.weight": 10**400}
+    text = "".join(json.dumps(line) + "\n" for line in lines).replace("Infinity", "1e999")
+    (folder / "stability.jsonl").write_text(text)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state |= {"global_step": 10**400, "max_steps": 10**400}
+    state["log_history"][0] |= {"step": 10**400}
+    state["log_history"][1] |= {"loss": 10**400}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def deep_nesting(folder):
+    deep = "[" * 100_000
+    (folder / "trainer_state.json").write_text(deep)
+    with (folder / "stability.jsonl").open("a") as file:
+        file.write(deep + "\n" + '{"event": "probe", "quantities": ' + '{"a": ' * 100_000 + "\n")
+
+
 DAMAGES = {
+    "huge numbers": (huge_numbers, "2 lines of stability.jsonl could not be read"),
+    "deep nesting": (deep_nesting, "trainer_state.json is damaged (RecursionError)"),
     "half a state": (damage_state, "trainer_state.json is damaged"),
     "no state": (lambda f: (f / "trainer_state.json").unlink(), "There is no trainer_state.json"),
     "half a log": (damage_log, "5 lines of stability.jsonl could not be read"),
@@ -156,7 +219,7 @@ DAMAGES = {
 def test_what_is_damaged_is_said_and_the_rest_is_shown(damage, note, format, tmp_path):
     folder = collapsing(tmp_path / "run")
     damage(folder)
-    if damage is holes:
+    if damage in (holes, huge_numbers) and format == "csv":
         assert write_report([folder], tmp_path / "figures", format="png").files
     written = write_report([folder], tmp_path / "out", format=format)
     assert all(path.exists() for path in written.files)
@@ -189,15 +252,87 @@ def test_names_cannot_break_the_page(tmp_path):
     assert payload_of(page)["runs"][0]["name"] == name
 
 
-def test_a_long_run_of_a_deep_model_is_small_and_quick(tmp_path):
-    """10,000 steps of 12 layers with 12 heads; the time is printed, and measured for the note."""
-    probes = {s: calm(s, 12, 12, sigma_qk=1 + s / 5000) for s in range(50, 10_001, 50)}
+def deep_probe(step, side, num_layers=12, num_heads=12):
+    """All that a probe of twelve layers records, with maps."""
+    quantities = calm(step, num_layers, num_heads, sigma_qk=1 + step / 5000)
+    layers = list(quantities["mode"])
+    for i, name in enumerate(TERMS):
+        if name not in quantities:
+            per_head = name in ("entropy_bound", "sigma_ov", "stable_rank")
+            value = 1.0 + math.sin(step * (i + 1))
+            quantities[name] = {layer: [value] * num_heads if per_head else value
+                                for layer in layers}  # fmt: skip
+    rows = [[round(abs(math.sin(i * j + step)), 4) for j in range(side)] for i in range(side)]
+    return quantities | {"maps": dict.fromkeys(layers, [rows] * num_heads)}
+
+
+def test_a_long_run_of_a_deep_model_is_small_and_quick(tmp_path, monkeypatch):
+    """10,000 steps, 12 layers of 12 heads, every term, rates and maps: the time is printed."""
+    steps = range(50, 10_001, 50)
+    weights = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2", "norm1", "norm2")
+    names = [f"vit.layers.{i}.{weight}.weight" for i in range(12) for weight in weights]
     losses = [2.0 * 0.9995**s + 0.01 * math.sin(s) for s in range(10_000)]
-    folder = write_run(tmp_path / "run", losses, probes)
+    folder = write_run(tmp_path / "run", losses)
+    log = StabilityLog(folder)
+    for step in steps:
+        rates = {name: 1e-3 * abs(math.sin(step + i)) for i, name in enumerate(names)}
+        values = {"quantities": deep_probe(step, 8), "effective_lr": rates}
+        log.write("probe", 0, step, values)
+    parsed = []
+
+    def counting(log, offset):
+        parsed.append(offset)
+        return read_maps(log, offset)
+
+    monkeypatch.setattr("hf_stable.report.maps.read_maps", counting)
     started = time.perf_counter()
     write_report([folder], tmp_path / "r.html")
     print(f"written in {time.perf_counter() - started:.1f} s")
+    page = (tmp_path / "r.html").read_text()
+    assert len(page.encode()) < 6e6
+    (heads,) = payload_of(page, "map-payload")
+    shown = {frame["step"] for series in heads for frame in series["frames"]}
+    assert {50, 10_000} < shown and len(heads) == 144
+    # The first and the last once more, to see how much there is.
+    assert len(set(parsed)) == len(shown) < len(steps) / 4
+    assert len(parsed) == len(shown) + 2
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert "fc2" in titles and page.count('class="missing"') == 1  # of a browser without scripts
+
+
+def test_many_large_maps_leave_the_page_small(tmp_path):
+    probes = {step: deep_probe(step, 64, 2, 6) for step in range(1, 9)}
+    folder = write_run(tmp_path / "run", FALLING[:8], probes)
+    write_report([folder], tmp_path / "r.html")
+    (heads,) = payload_of((tmp_path / "r.html").read_text(), "map-payload")
+    assert 1 <= len(heads) < 12 and {f["size"] for s in heads for f in s["frames"]} == {64}
     assert (tmp_path / "r.html").stat().st_size < 6e6
+
+
+def test_more_curves_are_drawn_coarser(tmp_path, monkeypatch):
+    probes = {step: calm(step, sec=abs(math.sin(step))) for step in range(1, 301)}
+    run = read_run(write_run(tmp_path, FALLING * 3, probes))
+
+    def lengths():
+        charts = [chart for section in build_sections([run]) for chart in section.charts]
+        return [len(c.points) for chart in charts for c in chart.curves if c.style == "line"]
+
+    assert max(lengths()) == 300
+    monkeypatch.setattr("hf_stable.report.sections.MOST_POINTS", 1)
+    assert 0 < max(lengths()) <= 64 + 16  # one gap of each stretch may stay
+
+
+def test_maps_that_are_damaged_are_said_to_be(tmp_path):
+    probes = {step: deep_probe(step, 4, 1, 1) for step in range(1, 4)}
+    folder = write_run(tmp_path / "run", FALLING[:3], probes)
+    lines = (folder / "stability.jsonl").read_text().splitlines()
+    lines[1] = re.sub(
+        r'"maps": \{"vit.layers.0": \[\[', '"maps": {"vit.layers.0": [[nonsense', lines[1]
+    )
+    (folder / "stability.jsonl").write_text("\n".join(lines) + "\n")
+    write_report([folder], tmp_path / "r.html")
+    ((series,),) = payload_of((tmp_path / "r.html").read_text(), "map-payload")
+    assert [frame["largest"] is None for frame in series["frames"]] == [False, True, False]
 
 
 def test_thinning_keeps_spikes_and_gaps():

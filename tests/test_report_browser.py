@@ -92,6 +92,49 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(driver, page,
     assert driver.execute_script("return document.documentElement.dataset.theme") == theme
 
 
+def test_nothing_can_be_sent_anywhere(driver, page):
+    open_page(driver, page)
+    buttons = "[...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title || '')"
+    titles = driver.execute_script(f"return {buttons}")
+    assert any("Zoom" in title for title in titles)
+    assert not [title for title in titles if "Share" in title or "Cloud" in title]
+    contexts = "[...document.querySelectorAll('.js-plotly-plot')].map((p) => p._context)"
+    for context in driver.execute_script(
+        f"return {contexts}.map((c) => [c.plotlyServerURL, c.showSendToCloud])"
+    ):
+        assert context == ["", False]
+
+
+def test_buttons_cover_no_data(driver, page):
+    open_page(driver, page)
+    overlaps = driver.execute_script("""
+      return [...document.querySelectorAll('figure:not([hidden]) .js-plotly-plot')].map((plot) => {
+        const group = plot.querySelector('.modebar-group');
+        if (!group) return 0;  // a small chart
+        const dataBegins = plot.getBoundingClientRect().top + plot._fullLayout._size.t;
+        return group.getBoundingClientRect().bottom - dataBegins;
+      })""")
+    assert len(overlaps) > 8 and max(overlaps) <= 0
+
+
+def test_a_section_whose_run_is_hidden_says_so(driver, page):
+    open_page(driver, page)
+    assert count(driver, ".all-hidden:not([hidden])") == 0
+    bad, good = driver.find_elements("css selector", "#run-legend button")
+    good.click()
+    drawn(driver)
+    select = driver.find_element("css selector", "#terms select")
+    options = [option.text for option in select.find_elements("tag name", "option")]
+    assert options == ["All runs", "bad", "good"]
+    driver.execute_script(
+        "arguments[0].value = 'good'; arguments[0].dispatchEvent(new Event('change'))", select
+    )
+    wait(driver, "!document.querySelector('#terms .all-hidden').hidden")
+    drawn(driver)
+    good.click()
+    wait(driver, "document.querySelector('#terms .all-hidden').hidden")
+
+
 def test_the_slider_moves_the_map(driver, page):
     open_page(driver, page)
     caption = "document.querySelector('figure.map .mode').textContent"

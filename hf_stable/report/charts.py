@@ -9,12 +9,25 @@ from typing import Literal
 
 from hf_stable.report.records import RunRecords
 
-__all__ = ["Chart", "Curve", "Mark", "Points", "Section", "finish", "marks_of", "thin"]
+__all__ = [
+    "Chart",
+    "Curve",
+    "Mark",
+    "Points",
+    "Section",
+    "finish",
+    "marks_of",
+    "point_limit",
+    "thin",
+]
 
 Points = Sequence[tuple[float, float]]
 
 WIDE_POINTS, SMALL_POINTS = 1000, 160
 """Points of a curve in a chart of full width, and in one of many."""
+
+FEWEST_POINTS = 64
+"""Points that a curve keeps however many there are."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +131,25 @@ def thin(points: Points, limit: int) -> list[tuple[float, float]]:
     return kept
 
 
-def finish(chart: Chart, small: bool, marks: Sequence[Mark]) -> Chart:
-    """Thin a chart's curves and give it the marks of its runs and of its curves' gaps."""
+def point_limit(chart: Chart, small: bool) -> int:
+    """Return how many points each curve of a chart may have where there is room."""
+    if small:
+        return SMALL_POINTS
+    return 2 * SMALL_POINTS if len(chart.curves) > 6 else WIDE_POINTS
+
+
+def finish(chart: Chart, small: bool, marks: Sequence[Mark], share: float = 1.0) -> Chart:
+    """Thin a chart's curves and give it the marks of its runs and of its curves' gaps.
+
+    Args:
+        chart: with all points.
+        small: whether it is one of small multiples.
+        marks: of all runs.
+        share: how much of `point_limit` there is room for.
+    """
     shown = {curve.run for curve in chart.curves}
     gaps = () if small else _gap_marks(chart.curves)
-    limit = SMALL_POINTS if small else WIDE_POINTS
-    if not small and len(chart.curves) > 6:
-        limit = 2 * SMALL_POINTS
+    limit = max(FEWEST_POINTS, int(share * point_limit(chart, small)))
     return replace(
         chart,
         curves=tuple(replace(curve, points=thin(curve.points, limit)) for curve in chart.curves),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["write_images"]
+__all__ = ["draw_images", "write_images"]
 
 DPI = 200
 
@@ -28,6 +29,11 @@ SMALL_PANEL = (2.4, 1.8)
 MAX_MAPS = 6
 
 DASHES = ("-", "--", ":", "-.")
+
+TITLE_SIZE, LEGEND_SIZE = 10, 7
+
+LABEL_WIDTH = 40
+"""Characters of a line in the legend."""
 
 
 def write_images(
@@ -48,7 +54,7 @@ def write_images(
     _require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, figure in _figures(runs, sections, maps):
+    for name, figure in draw_images(runs, sections, maps):
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=DPI)
         files.append(path)
@@ -66,11 +72,12 @@ def _require_matplotlib() -> None:
         ) from error
 
 
-def _figures(
+def draw_images(
     runs: Sequence[RunRecords],
     sections: Sequence[Section],
     maps: Sequence[Sequence[MapSeries]],
 ) -> Iterator[tuple[str, Figure]]:
+    """Yield the name and the figure of each file, one after the other."""
     for section in sections:
         for variant in section.variants:
             charts = [c for c in section.charts if c.variant == variant and c.curves]
@@ -100,7 +107,7 @@ def _draw(
     title = (
         f"{section.title}: {variant}" if variant and len(section.variants) > 1 else section.title
     )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_wrapped(title, columns * width, TITLE_SIZE), fontsize=TITLE_SIZE)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, chart in zip(panels, charts, strict=False):
         _draw_chart(panel, chart, runs, small=section.small)
@@ -124,12 +131,33 @@ def _draw_chart(panel: Axes, chart: Chart, runs: Sequence[RunRecords], *, small:
         else:
             panel.axvline(mark.step, color=colour, linewidth=0.7, linestyle=":")
     if chart.log:
-        panel.set_yscale("log", nonpositive="mask")
-    panel.set_title(chart.title, fontsize=size)
+        _make_logarithmic(panel)
+    width, _ = SMALL_PANEL if small else PANEL
+    panel.set_title(_wrapped(chart.title, width, size), fontsize=size)
     panel.set_xlabel("optimizer step", fontsize=size)
     panel.set_ylabel(chart.unit, fontsize=size)
     panel.tick_params(labelsize=size - 1)
     panel.grid(alpha=0.3)
+
+
+def _wrapped(text: str, width: float, size: float) -> str:
+    """Break a title into lines that fit a width in inches."""
+    # A letter is little more than half as wide as its type is high, in points of 1/72 inch.
+    return textwrap.fill(text, max(12, int(0.9 * width * 72 / (0.6 * size))))
+
+
+def _make_logarithmic(panel: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    panel.set_yscale("log", nonpositive="mask")
+    low, high = panel.get_ylim()
+    axis = panel.yaxis
+    if high > 30 * low:
+        axis.set_major_locator(LogLocator(numticks=5))
+    else:  # powers of ten would be one or none
+        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.3g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _line(curve: Curve, runs: Sequence[RunRecords]) -> dict[str, Any]:
@@ -155,10 +183,23 @@ def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
-    if seen:
-        columns = min(6, len(seen))
-        handles, labels = list(seen.values()), list(seen)
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
+    if not seen:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label in seen]
+    for columns in range(min(6, len(seen)), 0, -1):
+        legend = figure.legend(
+            list(seen.values()), labels, loc="outside lower center", ncols=columns,
+            fontsize=LEGEND_SIZE,
+        )  # fmt: skip
+        extent = legend.get_window_extent(renderer)
+        if columns == 1 or extent.width <= figure.bbox.width:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + extent.height / figure.dpi)
 
 
 def _draw_maps(run: RunRecords, series: Sequence[MapSeries]) -> Figure:
@@ -172,8 +213,10 @@ def _draw_maps(run: RunRecords, series: Sequence[MapSeries]) -> Figure:
     frames = [frame for frame in worst.frames if frame.content is not None]
     chosen = sorted({round(i * (len(frames) - 1) / (MAX_MAPS - 1)) for i in range(MAX_MAPS)})
     shown = [frames[i] for i in chosen if 0 <= i < len(frames)]
-    figure = Figure((2.2 * max(1, len(shown)), 2.8), layout="constrained")
-    figure.suptitle(f"Attention maps: {run.name}, {worst.label}", fontsize=10)
+    width = 2.2 * max(2, len(shown))
+    figure = Figure((width, 2.8), layout="constrained")
+    title = f"Attention maps: {run.name}, {worst.label}"
+    figure.suptitle(_wrapped(title, width, TITLE_SIZE), fontsize=TITLE_SIZE)
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False).ravel()
     for panel, frame in zip(panels, shown, strict=False):
         content = frame.content
@@ -184,7 +227,7 @@ def _draw_maps(run: RunRecords, series: Sequence[MapSeries]) -> Figure:
             for i in range(size)
         ]
         image = panel.imshow(rows, cmap="cividis", vmin=0)
-        panel.set_title(f"step {frame.step}: {frame.mode}", fontsize=7)
+        panel.set_title(_wrapped(f"step {frame.step}: {frame.mode}", 2.0, 7), fontsize=7)
         panel.set_xlabel("key", fontsize=7)
         panel.set_ylabel("query", fontsize=7)
         panel.tick_params(labelsize=6)

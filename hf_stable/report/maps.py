@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hf_stable.report.map_lines import parse_map, read_maps
 from hf_stable.report.records import AttentionMap, Probe, RunRecords, short_names, to_number
 
 __all__ = ["MapFrame", "MapSeries", "choose_maps"]
 
-PAGE_BUDGET = 280_000
-"""Entries of all maps of a report together: one byte each, a third more on the page."""
+MOST_BYTES = 400_000
+"""What all maps of a report may take on its page."""
+
+FRAME_BYTES = 110
+"""What a map takes on a page besides its entries, each of which is a byte, in base64."""
 
 MIN_STEPS, MAX_STEPS = 6, 24
 
 
 @dataclass(frozen=True)
 class MapFrame:
-    """A map at a step, its mode and the entropy of its head; None for a map that is not finite."""
+    """A map at a step, its mode and the entropy of its head; None for a damaged map."""
 
     step: int
     attempt: int
@@ -40,32 +45,45 @@ class MapSeries:
     frames: tuple[MapFrame, ...]
 
 
-def choose_maps(runs: Sequence[RunRecords]) -> list[list[MapSeries]]:
+def choose_maps(runs: Sequence[RunRecords], num_bytes: int = MOST_BYTES) -> list[list[MapSeries]]:
     """Return for each run the heads to show, in the order of the model, and their maps.
 
     Where not all fit, heads whose entropy fell lowest go first, and steps are taken evenly, the
-    first, the last and those of alarms among them. All runs show the same heads.
+    first, the last and those of alarms among them. All runs show the same heads. Of the steps that
+    are not shown no map is parsed.
+
+    Args:
+        runs: as read from disk.
+        num_bytes: room on the page; at least one head at `MIN_STEPS` steps is shown, and no more
+            than fit in `MOST_BYTES`.
     """
-    watched = [[probe for probe in run.probes if probe.maps] for run in runs]
-    order = _heads_by_need(runs, watched)
-    side = max(
-        (
-            m.size
-            for probes in watched
-            for p in probes
-            for maps in p.maps.values()
-            for m in maps
-            if m
-        ),
-        default=1,
-    )
-    budget = PAGE_BUDGET // side**2 // max(1, sum(map(bool, watched)))
-    heads = set(order[: max(1, budget // MIN_STEPS)])
-    num_steps = min(MAX_STEPS, max(MIN_STEPS, budget // max(1, len(heads))))
+    watched = [[probe for probe in run.probes if probe.maps_at is not None] for run in runs]
+    recorded, side = [], 1
+    for run, probes in zip(runs, watched, strict=True):
+        # The first and the last are shown in any case, and tell of which heads there are maps.
+        samples = [_read(run, probe) for probe in (probes[0], probes[-1])] if probes else []
+        recorded.append(list(dict.fromkeys(head for maps in samples for head in maps)))
+        sizes = [len(m) for maps in samples for m in maps.values() if isinstance(m, list)]
+        side = max([side, *sizes])
+    order = _by_need(runs, watched, recorded)
+    per_map = 4 * math.ceil(side**2 / 3) + FRAME_BYTES
+    budget = min(num_bytes, MOST_BYTES) // per_map // max(1, sum(map(bool, watched)))
+    shown = set(order[: max(1, budget // MIN_STEPS)])
+    num_steps = min(MAX_STEPS, max(MIN_STEPS, budget // max(1, len(shown))))
     return [
-        _series(run, _choose_steps(run, probes, num_steps), heads)
-        for run, probes in zip(runs, watched, strict=True)
+        _series(run, _choose_steps(run, probes, num_steps), heads, shown)
+        for run, probes, heads in zip(runs, watched, recorded, strict=True)
     ]
+
+
+def _read(run: RunRecords, probe: Probe) -> dict[tuple[str, int], Any]:
+    """Return the rows of each map of a probe by layer and head."""
+    assert probe.maps_at is not None
+    return {
+        (layer, head): rows
+        for layer, maps in read_maps(run.log, probe.maps_at).items()
+        for head, rows in zip(head_numbers(run, len(maps)), maps, strict=True)
+    }
 
 
 def head_numbers(run: RunRecords, count: int) -> list[int]:
@@ -80,21 +98,24 @@ def head_numbers(run: RunRecords, count: int) -> list[int]:
     return list(range(count))
 
 
-def _heads_by_need(
-    runs: Sequence[RunRecords], watched: Sequence[Sequence[Probe]]
-) -> list[tuple[str, int]]:
-    """Return (short name of layer, head), lowest entropy first."""
-    lowest: dict[tuple[str, int], float] = {}
-    for run, probes in zip(runs, watched, strict=True):
-        names = short_names(run.layers)
-        for probe in probes:
-            for layer, maps in probe.maps.items():
-                for head in head_numbers(run, len(maps)):
-                    key = names.get(layer, layer), head
-                    share = _share(probe, layer, head)
-                    share = share if math.isfinite(share) else 1.0
-                    lowest[key] = min(lowest.get(key, math.inf), share)
-    return sorted(lowest, key=lambda key: lowest[key])
+def _label(run: RunRecords, layer: str, head: int) -> str:
+    return f"layer {short_names(run.layers).get(layer, layer)}, head {head}"
+
+
+def _by_need(
+    runs: Sequence[RunRecords],
+    watched: Sequence[Sequence[Probe]],
+    recorded: Sequence[Sequence[tuple[str, int]]],
+) -> list[str]:
+    """Return the labels of all heads that have maps, lowest entropy first."""
+    lowest: dict[str, float] = {}
+    for run, probes, heads in zip(runs, watched, recorded, strict=True):
+        for layer, head in heads:
+            shares = (_share(probe, layer, head) for probe in probes)
+            least = min(filter(math.isfinite, shares), default=1.0)
+            label = _label(run, layer, head)
+            lowest[label] = min(lowest.get(label, math.inf), least)
+    return sorted(lowest, key=lambda label: lowest[label])
 
 
 def _choose_steps(run: RunRecords, probes: Sequence[Probe], count: int) -> list[Probe]:
@@ -111,28 +132,29 @@ def _choose_steps(run: RunRecords, probes: Sequence[Probe], count: int) -> list[
 
 
 def _series(
-    run: RunRecords, probes: Sequence[Probe], heads: set[tuple[str, int]]
+    run: RunRecords,
+    probes: Sequence[Probe],
+    recorded: Sequence[tuple[str, int]],
+    shown: Collection[str],
 ) -> list[MapSeries]:
-    frames: dict[tuple[str, int], list[MapFrame]] = {}
-    names = short_names(run.layers)
+    order = {layer: position for position, layer in enumerate(run.layers)}
+    labels = {
+        (layer, head): label
+        for layer, head in sorted(recorded, key=lambda key: (order.get(key[0], 0), key))
+        if (label := _label(run, layer, head)) in shown
+    }
+    frames: dict[str, list[MapFrame]] = {label: [] for label in labels.values()}
     for probe in probes:
-        for layer, maps in probe.maps.items():
+        maps = _read(run, probe)
+        for (layer, head), label in labels.items():
             modes = probe.quantities.get("mode", {}).get(layer)
-            for head, content in zip(head_numbers(run, len(maps)), maps, strict=True):
-                key = names.get(layer, layer), head
-                if key in heads:
-                    mode = "mode not recorded"
-                    if isinstance(modes, list) and head < len(modes):
-                        mode = str(modes[head])
-                    share = _share(probe, layer, head)
-                    frame = MapFrame(probe.step, probe.attempt, mode, share, content)
-                    frames.setdefault(key, []).append(frame)
-    order = [names[layer] for layer in run.layers]
-    in_order = sorted(frames, key=lambda key: (order.index(key[0]) if key[0] in order else 0, key))
-    return [
-        MapSeries(f"layer {layer}, head {head}", tuple(frames[layer, head]))
-        for layer, head in in_order
-    ]
+            mode = "mode not recorded"
+            if isinstance(modes, list) and head < len(modes):
+                mode = str(modes[head])
+            content = parse_map(maps.get((layer, head)))
+            share = _share(probe, layer, head)
+            frames[label].append(MapFrame(probe.step, probe.attempt, mode, share, content))
+    return [MapSeries(label, tuple(each)) for label, each in frames.items()]
 
 
 def _share(probe: Probe, layer: str, head: int) -> float:

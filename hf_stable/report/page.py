@@ -16,8 +16,8 @@ from importlib.resources import files
 from typing import Any
 
 from hf_stable.report.charts import Chart, Section
-from hf_stable.report.maps import MapSeries
-from hf_stable.report.records import RunRecords
+from hf_stable.report.maps import MapSeries, choose_maps
+from hf_stable.report.records import RunRecords, to_number
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
 
 __all__ = ["DASHES", "RUN_COLOURS", "build_page"]
@@ -34,7 +34,12 @@ RUN_COLOURS = (
 )
 """Okabe and Ito's colours, which the colour-blind can tell apart, without black and yellow."""
 
+PAGE_BYTES = 5_900_000
+"""Size of a page that its maps are chosen for; the more curves there are, the fewer."""
+
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+HIDDEN = "Its run is hidden: press its name at the top to show it."
 
 STATES = {
     "failed": ("\u2715", "Failed"),
@@ -48,18 +53,16 @@ def build_page(
     runs: Sequence[RunRecords],
     summaries: Sequence[RunSummary],
     sections: Sequence[Section],
-    maps: Sequence[Sequence[MapSeries]],
     *,
     plotly_js: str,
     version: str,
 ) -> str:
-    """Return the whole page.
+    """Return the whole page, with as many attention maps as there is room for.
 
     Args:
         runs: what was read.
         summaries: one per run.
         sections: charts, in order.
-        maps: one list per run.
         plotly_js: source of plotly.js.
         version: of hf_stable.
     """
@@ -70,14 +73,19 @@ def build_page(
         "STYLE": _asset("page.css"),
         "VERDICTS": "\n".join(map(_verdict, runs, summaries)),
         "TABLE": _table(summaries),
-        "SECTIONS": "\n".join(_sections(sections, runs, maps)),
         "ALARMS": _alarms(runs),
         "NOTES": _notes(runs),
         "VERSION": escape(version),
         "PLOTLY": plotly_js.replace("</script", "<\\/script"),
-        "PAYLOAD": _payload(runs, sections, maps),
+        "PAYLOAD": _json(_payload(runs, sections)),
         "SCRIPT": _asset("page.js"),
     }
+    html = list(_sections(sections))
+    size = sum(len(text.encode()) for text in (*content.values(), *(part for _, part in html)))
+    maps = choose_maps(runs, PAGE_BYTES - size)
+    after = {"entropy": _map_section(runs, maps)}
+    content["SECTIONS"] = "\n".join(part + after.get(key, "") for key, part in html)
+    content["MAPS"] = _json([[_map_series(series) for series in per_run] for per_run in maps])
     # In one pass: what a run is called must not be taken for a place to fill.
     return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: content[match[1]], _asset("page.html"))
 
@@ -110,9 +118,8 @@ def _table(summaries: Sequence[RunSummary]) -> str:
     )
 
 
-def _sections(
-    sections: Sequence[Section], runs: Sequence[RunRecords], maps: Sequence[Sequence[MapSeries]]
-) -> Iterable[str]:
+def _sections(sections: Sequence[Section]) -> Iterable[tuple[str, str]]:
+    """Yield the key and the HTML of each section."""
     number = 0
     for section in sections:
         figures = []
@@ -120,13 +127,12 @@ def _sections(
             figures.append(_figure(chart, number))
             number += 1
         yield (
+            section.key,
             f'<section id="{section.key}"><h2>{escape(section.title)}</h2>'
             f"<p>{escape(section.text)}</p>{_variant_select(section)}"
             f'<div class="charts{" small" if section.small else ""}">{"".join(figures)}</div>'
-            "</section>"
+            f'<p class="all-hidden" hidden>{HIDDEN}</p></section>',
         )
-        if section.key == "entropy":
-            yield _map_section(runs, maps)
 
 
 def _figure(chart: Chart, number: int) -> str:
@@ -193,16 +199,20 @@ def _alarms(runs: Sequence[RunRecords]) -> str:
 
 def _what_happened(name: str, values: dict[str, Any]) -> str:
     if name == "rollback":
-        scale = values.get("lr_scale")
+        scale = _number(values.get("lr_scale"))
         return f"went back to step {values.get('to_step')}, rates times {scale}"
     if name == "stop":
         return str(values.get("reason", ""))
     where = f"{values['layer']}, " if values.get("layer") else ""
     where += f"head {values['head']}: " if values.get("head") is not None else ""
-    numbers = (
-        f" ({values.get('quantity')} {values.get('value')}, threshold {values.get('threshold')})"
-    )
+    found, threshold = _number(values.get("value")), _number(values.get("threshold"))
+    numbers = f" ({values.get('quantity')} {found}, threshold {threshold})"
     return f"{where}{values.get('reason', '')}{numbers}. To try: {values.get('advice', '')}"
+
+
+def _number(value: object) -> str:
+    """Return four significant digits of a number that may be written as text."""
+    return f"{to_number(value):.4g}"
 
 
 def _notes(runs: Sequence[RunRecords]) -> str:
@@ -213,11 +223,12 @@ def _notes(runs: Sequence[RunRecords]) -> str:
 # Data for the script
 
 
-def _payload(
-    runs: Sequence[RunRecords],
-    sections: Sequence[Section],
-    maps: Sequence[Sequence[MapSeries]],
-) -> str:
+def _json(content: Any) -> str:
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def _payload(runs: Sequence[RunRecords], sections: Sequence[Section]) -> dict[str, Any]:
     steps: dict[tuple[float, ...], int] = {}
     charts = [_chart(chart, steps) for section in sections for chart in section.charts]
     labels = dict.fromkeys(
@@ -226,7 +237,7 @@ def _payload(
         for curve in chart["curves"]
         if curve["layer"] is not None
     )
-    content = {
+    return {
         "runs": [
             {
                 "name": run.name,
@@ -238,11 +249,8 @@ def _payload(
         ],
         "layers": list(labels),
         "charts": charts,
-        "maps": [[_map_series(series) for series in per_run] for per_run in maps],
         "steps": [list(each) for each in steps],
     }
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")
 
 
 def _chart(chart: Chart, steps: dict[tuple[float, ...], int]) -> dict[str, Any]:

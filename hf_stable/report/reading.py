@@ -6,14 +6,14 @@ Whatever is damaged, half-written or missing becomes a note; what can be read is
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_stable.report.records import AttentionMap, Event, Probe, RunRecords, to_number
+from hf_stable.report.map_lines import cut_maps
+from hf_stable.report.records import Event, Probe, RunRecords, to_number, to_step
 from hf_stable.stability_log import FILE_NAME
 
 __all__ = ["name_runs", "read_run", "read_runs"]
@@ -25,14 +25,26 @@ EVENTS = ("alarm", "rollback", "stop")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[RunRecords]:
+def read_runs(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RunRecords]:
     """Read several runs and give each a name of its own.
+
+    Args:
+        paths: as for `read_run`.
+        on_run: called with (runs done, runs in all) after each.
 
     Raises:
         FileNotFoundError: if one does not exist.
         ValueError: if one is no run at all.
     """
-    return [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
+    runs = []
+    for path, name in zip(paths, name_runs(paths), strict=True):
+        runs.append(read_run(path, name))
+        on_run(len(runs), len(paths))
+    return runs
 
 
 def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecords:
@@ -63,7 +75,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
     last = int(match[1]) if match else None
     probes, events = _read_log(log, last, notes)
     history = _history(state, notes)
-    steps = [_integer(state.get("global_step")) or 0, *(p.step for p in probes)]
+    steps = [to_step(state.get("global_step")) or 0, *(p.step for p in probes)]
     monitor = _dig(state, "stateful_callbacks", "StabilityCallback", "args")
     return RunRecords(
         name=name or name_runs([folder])[0],
@@ -72,8 +84,9 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
         probes=probes,
         events=events,
         num_steps=max([*steps, *(record["step"] for record in history)]),
-        max_steps=_integer(state.get("max_steps")),
+        max_steps=to_step(state.get("max_steps")),
         monitor=monitor,
+        log=log,
         notes=tuple(notes),
     )
 
@@ -114,7 +127,7 @@ def _read_state(folder: Path, notes: list[str]) -> dict[str, Any]:
     if not own and not paths:
         notes.append(f"There is no {STATE_NAME}: no evaluations, no time, few losses.")
     states = [_first_readable(own, notes), _first_readable(paths, notes)]
-    return max(states, key=lambda state: _integer(state.get("global_step")) or 0)
+    return max(states, key=lambda state: to_step(state.get("global_step")) or 0)
 
 
 def _first_readable(paths: Sequence[Path], notes: list[str]) -> dict[str, Any]:
@@ -124,7 +137,7 @@ def _first_readable(paths: Sequence[Path], notes: list[str]) -> dict[str, Any]:
             if isinstance(state, dict):
                 return state
             problem = "no JSON object"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problem = type(error).__name__
         notes.append(f"{'/'.join(path.parts[-2:])} is damaged ({problem}) and was left out.")
     return {}
@@ -135,10 +148,10 @@ def _history(state: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any]
     if not isinstance(records, list):
         notes.append(f"log_history in {STATE_NAME} is no list: losses are missing.")
         return ()
-    whole = [r for r in records if isinstance(r, dict) and _integer(r.get("step")) is not None]
+    whole = [r for r in records if isinstance(r, dict) and to_step(r.get("step")) is not None]
     if len(whole) < len(records):
         notes.append(f"{len(records) - len(whole)} records in {STATE_NAME} have no step.")
-    return tuple(whole)
+    return tuple(record | {"step": to_step(record["step"])} for record in whole)
 
 
 def _read_log(
@@ -154,20 +167,20 @@ def _read_log(
             "callbacks=[hf_stable.StabilityCallback()])."
         )
         return (), ()
-    with path.open(encoding="utf-8", errors="replace") as file:
+    offset, start = 0, 0
+    with path.open("rb") as file:
         for line in file:
+            start, offset = offset, offset + len(line)
             if not line.strip():
                 continue
-            try:
-                content = json.loads(line)
-                attempt, step = int(content["attempt"]), int(content["step"])
-            except (ValueError, TypeError, KeyError, RecursionError):
+            content = _parse(cut_maps(line))
+            attempt, step = to_step(content.get("attempt")), to_step(content.get("step"))
+            if attempt is None or step is None:
                 damaged += 1
+            elif last is not None and step > last:
                 continue
-            if last is not None and step > last:
-                continue
-            if content.get("event") == "probe":
-                probes.append(_probe(attempt, step, content))
+            elif content.get("event") == "probe":
+                probes.append(_probe(attempt, step, start, content))
             elif content.get("event") in EVENTS:
                 events.append(Event(content["event"], attempt, step, content))
             else:
@@ -184,11 +197,17 @@ def _by(last: int | None) -> str:
     return "" if last is None else f" up to step {last}"
 
 
-def _probe(attempt: int, step: int, content: Mapping[str, Any]) -> Probe:
-    quantities = {
-        name: values for name, values in _dig(content, "quantities").items()
-        if isinstance(values, dict)
-    }  # fmt: skip
+def _parse(line: bytes) -> dict[str, Any]:
+    """Return a line's object; an empty one where it is damaged."""
+    try:
+        content = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _probe(attempt: int, step: int, offset: int, content: Mapping[str, Any]) -> Probe:
+    written = _dig(content, "quantities")
     numbers = {
         key: to_number(value)
         for key, value in content.items()
@@ -198,27 +217,15 @@ def _probe(attempt: int, step: int, content: Mapping[str, Any]) -> Probe:
         attempt=attempt,
         step=step,
         loss=to_number(content["loss"]) if "loss" in content else None,
-        maps={
-            layer: tuple(map(_map, maps if isinstance(maps, list) else ()))
-            for layer, maps in quantities.pop("maps", {}).items()
+        maps_at=offset if written.get("maps") else None,
+        quantities={
+            name: values
+            for name, values in written.items()
+            if name != "maps" and isinstance(values, dict)
         },
-        quantities=quantities,
         rates=_dig(content, "effective_lr"),
         numbers=numbers,
     )
-
-
-def _map(rows: Any) -> AttentionMap | None:
-    """Return a map in 256 levels, or None for one with holes."""
-    if not isinstance(rows, list) or not all(isinstance(r, list) for r in rows):
-        return None
-    entries = [to_number(entry) for row in rows for entry in row]
-    if len(entries) != len(rows) ** 2 or not entries or not all(map(math.isfinite, entries)):
-        return None
-    largest = max(entries)
-    scale = 255 / largest if largest > 0 else 0.0
-    levels = bytes(max(0, round(entry * scale)) for entry in entries)
-    return AttentionMap(len(rows), levels, largest)
 
 
 def _dig(content: Any, *keys: str) -> dict[str, Any]:
@@ -226,10 +233,6 @@ def _dig(content: Any, *keys: str) -> dict[str, Any]:
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else {}
-
-
-def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _no_run(folder: Path) -> str:

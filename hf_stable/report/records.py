@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_stable.stability_metrics import LOW_IS_BAD
@@ -19,6 +20,7 @@ __all__ = [
     "short_names",
     "tidy_rows",
     "to_number",
+    "to_step",
     "worst_head",
 ]
 
@@ -52,7 +54,8 @@ class Probe:
         loss: of this step alone; NaN where it is not finite, None where it was not written.
         quantities: quantity -> layer -> number, list of numbers per head, or None; without maps.
         rates: parameter -> rate that AdamW2 used, or list of rates of a fused one.
-        maps: layer -> maps of the recorded heads, None for one that is not finite.
+        maps_at: where the line begins in the log if it holds attention maps, which are not read;
+            else None.
         numbers: what else the line holds, such as sharpness.
     """
 
@@ -61,7 +64,7 @@ class Probe:
     loss: float | None = None
     quantities: dict[str, dict[str, Any]] = field(default_factory=dict)
     rates: dict[str, Any] = field(default_factory=dict)
-    maps: dict[str, tuple[AttentionMap | None, ...]] = field(default_factory=dict)
+    maps_at: int | None = None
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,6 +91,7 @@ class RunRecords:
         num_steps: optimizer steps done, as far as known.
         max_steps: optimizer steps planned, or None.
         monitor: options of the StabilityCallback, empty if there is no trace of one.
+        log: the file with the probes, for what is not kept of them.
         notes: what is missing or damaged, in sentences.
     """
 
@@ -99,6 +103,7 @@ class RunRecords:
     num_steps: int = 0
     max_steps: int | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
+    log: Path = Path()
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -110,6 +115,23 @@ class RunRecords:
                 if name not in OF_MODULES:
                     seen |= dict.fromkeys(by_layer)
         return list(seen)
+
+    @cached_property
+    def last_way(self) -> list[Probe]:
+        """Return the probes on the way to the end: of each attempt those before it went back."""
+        kept: list[Probe] = []
+        limit = math.inf
+        for attempt in sorted({probe.attempt for probe in self.probes}, reverse=True):
+            own = [p for p in self.probes if p.attempt == attempt and p.step <= limit]
+            kept = own + kept
+            targets = [
+                step
+                for event in self.events
+                if event.name == "rollback" and event.attempt == attempt - 1
+                and (step := to_step(event.values.get("to_step"))) is not None
+            ]  # fmt: skip
+            limit = min([limit, *targets, *(probe.step - 1 for probe in own)])
+        return kept
 
     def logged(self, key: str) -> list[tuple[int, float]]:
         """Return (step, value) of each Trainer record that has a key; NaN for what is no number."""
@@ -172,8 +194,15 @@ def to_number(value: Any) -> float:
         return math.nan
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return math.nan
+
+
+def to_step(value: Any) -> int | None:
+    """Return a step, or another count, as an integer; None for what is none."""
+    number = math.nan if isinstance(value, str) else to_number(value)
+    # Beyond 2**53 a float is no longer exact: no run is as long.
+    return int(number) if 0 <= number <= 2**53 else None
 
 
 def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:

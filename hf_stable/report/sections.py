@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hf_stable.report.charts import Chart, Curve, Section, finish, marks_of
-from hf_stable.report.records import RunRecords, short_names, worst_head
+from hf_stable.report.charts import Chart, Curve, Section, finish, marks_of, point_limit
+from hf_stable.report.records import RunRecords, short_names, to_number, worst_head
 
 __all__ = ["build_sections"]
 
@@ -37,6 +37,9 @@ BLOCK_TERMS = (
 
 OUTSIDE = "outside the blocks"
 
+MOST_POINTS = 50_000
+"""Points of all charts together, some 15 bytes each on the page; more make all curves coarser."""
+
 NO_METRIC = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -50,9 +53,17 @@ def build_sections(runs: Sequence[RunRecords]) -> list[Section]:
         _rates_section(runs),
     ]
     marks = tuple(mark for number, run in enumerate(runs) for mark in marks_of(run, number))
+    num_points = sum(
+        min(len(curve.points), point_limit(chart, section.small))
+        for section in sections
+        for chart in section.charts
+        for curve in chart.curves
+    )
+    share = min(1.0, MOST_POINTS / max(1, num_points))
     return [
         replace(
-            section, charts=tuple(finish(chart, section.small, marks) for chart in section.charts)
+            section,
+            charts=tuple(finish(chart, section.small, marks, share) for chart in section.charts),
         )
         for section in sections
     ]
@@ -150,7 +161,8 @@ def _spectra_section(runs: Sequence[RunRecords]) -> Section:
         "spectra",
         "Spectra of Wq\u1d40Wk",
         "A share of energy near 1 with a growing \u03c3\u2081 is what a collapsing head shows. "
-        "Near 1 alone means little: a small initialisation has it too.",
+        "Near 1 alone means little: a small initialisation has it too. Qi et al. 2025 draw "
+        "SEC(d_q, s) against s in Figure 4; here s is 4, and what it does over the steps is shown.",
         tuple(charts),
     )
 
@@ -159,13 +171,13 @@ def _terms_section(runs: Sequence[RunRecords]) -> Section:
     charts = []
     if len(runs) > 1:
         for quantity, title in BLOCK_TERMS:
-            chart = _compared(runs, quantity, title, "largest block")
+            chart = _compared(runs, quantity, title, _term_unit(quantity))
             charts.append(replace(chart, variant=ALL_RUNS, log=True))
     for number, run in enumerate(runs):
         for quantity, title in BLOCK_TERMS:
             chart = _chart(
                 title,
-                "",
+                _term_unit(quantity),
                 _by_layer(run, number, quantity),
                 missing=_not_recorded(run, quantity),
             )
@@ -181,6 +193,10 @@ def _terms_section(runs: Sequence[RunRecords]) -> Section:
     )
 
 
+def _term_unit(quantity: str) -> str:
+    return "l2 norm" if quantity.startswith("norm_") else "singular value"
+
+
 def _rates_section(runs: Sequence[RunRecords]) -> Section:
     charts: list[Chart] = []
     for number, run in enumerate(runs):
@@ -189,11 +205,13 @@ def _rates_section(runs: Sequence[RunRecords]) -> Section:
             if not name.endswith(".weight"):
                 continue
             layer = next((each for each in run.layers if name.startswith(f"{each}.")), None)
-            points = [
-                (probe.step, min(_rates(probe.rates[name]), default=math.nan))
-                for probe in run.probes
-                if name in probe.rates
-            ]
+            points = _segments(
+                [
+                    (probe.attempt, probe.step, worst_head("effective_lr", probe.rates[name])[0])
+                    for probe in run.probes
+                    if name in probe.rates
+                ]
+            )
             if layer is None:
                 curve = Curve(name.removesuffix(".weight"), points, number)
                 panels.setdefault(OUTSIDE, []).append(curve)
@@ -206,7 +224,11 @@ def _rates_section(runs: Sequence[RunRecords]) -> Section:
         for panel, curves in sorted(panels.items(), key=lambda item: item[0] == OUTSIDE):
             with_schedule = [*curves, scheduled] if scheduled.points else curves
             charts.append(
-                replace(_chart(panel, "", with_schedule, missing=""), variant=run.name, log=True)
+                replace(
+                    _chart(panel, "rate per step", with_schedule, missing=""),
+                    variant=run.name,
+                    log=True,
+                )
             )
         if not panels:
             text = "no effective rates: they are recorded of AdamW2 (optim='adamw2') only"
@@ -219,11 +241,6 @@ def _rates_section(runs: Sequence[RunRecords]) -> Section:
         tuple(charts),
         small=True,
     )
-
-
-def _rates(value: object) -> list[float]:
-    values = value if isinstance(value, list) else [value]
-    return [float(each) for each in values if isinstance(each, int | float)]
 
 
 def _chart(title: str, unit: str, curves: Sequence[Curve], *, missing: str) -> Chart:
@@ -295,9 +312,10 @@ def _ceilings(run: RunRecords, number: int) -> list[Curve]:
             entropies = probe.quantities.get("entropy", {}).get(layer)
             shares = probe.quantities.get("entropy_normalised", {}).get(layer)
             if isinstance(entropies, list) and isinstance(shares, list):
-                for entropy, share in zip(entropies, shares, strict=False):
-                    if isinstance(share, int | float) and isinstance(entropy, int | float):
-                        best = max(best, (share, entropy / share if share else math.nan))
+                for pair in zip(entropies, shares, strict=False):
+                    entropy, share = map(to_number, pair)
+                    if best[0] < share < math.inf and math.isfinite(entropy):
+                        best = share, entropy / share
         if best[0] > 0:
             found[layer] = best[1]
     values = sorted(set(found.values()))

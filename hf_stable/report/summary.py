@@ -19,7 +19,7 @@ TABLE_COLUMNS = (
     "best loss",
     "accuracy",
     "min entropy (nats)",
-    "max \u03c3\u2081(Wq\u1d40Wk)",
+    "max sigma1(Wq^T Wk)",
     "divergence step",
     "alarms",
     "rollbacks",

@@ -7,68 +7,25 @@ low entropy nor concentrated energy alone is called harmful: runs with either ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from hf_stable.alarms import ADVICE, SMOOTHING, Thresholds, lost_step, smooth
+from hf_stable.alarms import ADVICE, Thresholds
+from hf_stable.report.findings import (
+    Collapse,
+    LossTrouble,
+    find_collapse,
+    find_growth,
+    find_trouble,
+)
 from hf_stable.report.records import RunRecords, short_names, to_number
 from hf_stable.stability_metrics import UNUSED_SHARE
 
-__all__ = ["Collapse", "Growth", "LossTrouble", "Verdict", "find_collapse", "judge"]
+__all__ = ["Verdict", "judge"]
 
 State = Literal["trained", "warned", "failed", "unknown"]
 
-GROWTH_PROBES = 8
-"""Probes over which a growth of sigma_1(Wq^T Wk) is looked for."""
-
 GROWTH_WORTH_SAYING = 2.0
-
-GIVEN_BACK = 0.2
-"""A loss that ends above its best is lost only if it gave back this share of what it had gained:
-a loss near zero is never within 10 % of its best for long."""
-
-
-class Collapse(NamedTuple):
-    """The first head whose attention became sparse and stayed so.
-
-    Attributes:
-        step: of the probe that saw it first.
-        layer: name of the layer.
-        head: its number.
-        is_malignant: low rank too; otherwise the map is close to the identity.
-        share: entropy over its largest possible value then.
-        rank: of the map, 0 to 1; NaN where it was not recorded.
-        num_heads: how many heads are so at the last probe.
-        total_heads: of how many.
-    """
-
-    step: int
-    layer: str
-    head: int
-    is_malignant: bool
-    share: float
-    rank: float
-    num_heads: int
-    total_heads: int
-
-
-class Growth(NamedTuple):
-    """How sigma_1(Wq^T Wk) of a head grew fastest up to a step."""
-
-    factor: float
-    first_step: int
-    last_step: int
-    before: float
-    after: float
-
-
-class LossTrouble(NamedTuple):
-    """Where the loss left its course, and how: "nonfinite", "lost" or "stalled"."""
-
-    kind: Literal["nonfinite", "lost", "stalled"]
-    step: int
 
 
 @dataclass(frozen=True)
@@ -110,110 +67,24 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
         sentences += _advice(run, trouble, collapse)
     state: State
     if trouble is not None:
-        state, headline = "failed", _failure(trouble, collapse)
+        state, headline = "failed", _failure(run, trouble, collapse)
     elif not _finite_losses(run):
         state, headline = "unknown", "Nothing to judge by: no finite loss was recorded"
     elif alarms:
         state, headline = "warned", f"Trained on after {_count(len(alarms), 'alarm')}"
+    elif collapse is not None and collapse.is_old_habit(limits):
+        heads = f"{collapse.num_heads} of {_count(collapse.total_heads, 'head')}"
+        state, headline = "trained", f"Trained; {heads} sparse from the first probe on"
     elif collapse is not None:
         kind = "malignant" if collapse.is_malignant else "benign"
-        state, headline = "warned", f"Trained, with a {kind} collapse of attention to look at"
+        since = ", there from the first probe on," if collapse.from_start else ""
+        state = "warned"
+        headline = f"Trained, with a {kind} collapse of attention{since} to look at"
     else:
         watched = any("entropy_normalised" in p.quantities for p in run.probes)
         calm = "attention did not collapse" if watched else "attention was not watched"
         state, headline = "trained", f"Trained; {calm}"
     return Verdict(state, headline, tuple(sentences), trouble.step if trouble else None)
-
-
-def find_collapse(run: RunRecords, limits: Thresholds) -> Collapse | None:
-    """Find the first head that becomes sparse and is so at every later probe.
-
-    A head that is sparse at the first probe was so before this run, and is left out. Malignant
-    ones go before benign ones.
-    """
-    history: dict[tuple[str, int], list[tuple[int, float, float]]] = {}
-    for probe in run.probes:
-        shares = probe.quantities.get("entropy_normalised", {})
-        ranks = probe.quantities.get("rank", {})
-        for layer, values in shares.items():
-            for head, value in enumerate(values if isinstance(values, list) else []):
-                entry = probe.step, to_number(value), _entry(ranks.get(layer), head)
-                history.setdefault((layer, head), []).append(entry)
-    found = []
-    for (layer, head), seen in history.items():
-        known = [entry for entry in seen if math.isfinite(entry[1])]
-        stretch = _last_stretch([share < limits.entropy_share for _, share, _ in known])
-        if not stretch:  # not sparse at the end, or from the beginning
-            continue
-        step, share, rank = known[stretch]
-        later = [entry[2] for entry in known[stretch:] if math.isfinite(entry[2])]
-        malignant = bool(later) and later[-1] < limits.rank_share
-        found.append((not malignant, step, share, layer, head, rank))
-    if not found:
-        return None
-    benign, step, share, layer, head, rank = min(found)
-    same = sum(entry[0] == benign for entry in found)
-    return Collapse(step, layer, head, not benign, share, rank, same, len(history))
-
-
-def find_growth(run: RunRecords, layer: str, head: int, until: int) -> Growth | None:
-    """Find the fastest growth of a head's sigma_1(Wq^T Wk) within a few probes, up to a step."""
-    values = [
-        (probe.step, _entry(probe.quantities.get("sigma_qk", {}).get(layer), head))
-        for probe in run.probes
-        if probe.step <= until
-    ]
-    known = [(step, value) for step, value in values if math.isfinite(value) and value > 0]
-    pairs = [
-        Growth(after / before, first, last, before, after)
-        for i, (first, before) in enumerate(known)
-        for last, after in known[i + 1 : i + 1 + GROWTH_PROBES]
-    ]
-    return max(pairs, default=None)
-
-
-def find_trouble(
-    run: RunRecords, collapse: Collapse | None, limits: Thresholds
-) -> LossTrouble | None:
-    """Say where the loss left its course.
-
-    It is "nonfinite" if the run ends with a NaN or infinite loss; "lost" where it never again comes
-    within 10 % of its best and has given back a good part of what it had gained; "stalled" where a
-    malignant collapse goes with a loss that has hardly come down. Without a collapse, a loss that
-    hardly moves is no trouble: it may have been low from the start.
-    """
-    losses = run.losses
-    values = [value for _, value in losses]
-    bad = _last_stretch([not math.isfinite(value) for value in values])
-    if bad is not None:
-        return LossTrouble("nonfinite", losses[bad][0])
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    first = median(finite[: max(1, min(SMOOTHING, len(finite) // 4))])
-    lost, levels = lost_step(values), smooth(values)
-    best = min(levels)
-    if lost is not None and levels[-1] - best > GIVEN_BACK * (first - best):
-        return LossTrouble("lost", losses[lost - 1][0])
-    if collapse is not None and collapse.is_malignant and min(finite) > limits.learnt * first:
-        return LossTrouble("stalled", collapse.step)
-    return None
-
-
-def _last_stretch(flags: Sequence[bool]) -> int | None:
-    """Return where the run of true flags at the end begins, or None if the last is false."""
-    if not flags or not flags[-1]:
-        return None
-    start = len(flags)
-    while start and flags[start - 1]:
-        start -= 1
-    return start
-
-
-def _entry(values: object, head: int) -> float:
-    if not isinstance(values, list) or head >= len(values):
-        return math.nan
-    return to_number(values[head])
 
 
 def _finite_losses(run: RunRecords) -> list[tuple[int, float]]:
@@ -261,13 +132,17 @@ def _about_collapse(
     kind = "malignant" if collapse.is_malignant else "benign"
     shape = "sparse and of low rank" if collapse.is_malignant else "sparse, yet of high rank"
     rank = "" if math.isnan(collapse.rank) else f", rank {collapse.rank:.2g} of 1"
+    where = _where(run, collapse.layer, collapse.head)
+    began = (
+        f"Attention was collapsed at the first probe already (step {collapse.step}) in {where}"
+        if collapse.from_start
+        else f"Collapse of attention began at step {collapse.step} in {where}"
+    )
     sentences = [
-        f"Collapse of attention began at step {collapse.step} in "
-        f"{_where(run, collapse.layer, collapse.head)}: {kind} ({shape}), entropy at "
-        f"{collapse.share:.0%} of its largest possible value{rank}; in the end "
-        f"{collapse.num_heads} of {_count(collapse.total_heads, 'head')}."
+        f"{began}: {kind} ({shape}), entropy at {collapse.share:.0%} of its largest possible "
+        f"value{rank}; in the end {collapse.num_heads} of {_count(collapse.total_heads, 'head')}."
     ]
-    growth = find_growth(run, collapse.layer, collapse.head, collapse.step)
+    growth = find_growth(run, collapse)
     if growth is not None and growth.factor >= GROWTH_WORTH_SAYING:
         sentences.append(
             f"There sigma1(Wq^T Wk) grew {growth.factor:.3g} x in "
@@ -275,10 +150,13 @@ def _about_collapse(
             f"(step {growth.first_step}) to {growth.after:.3g} (step {growth.last_step})."
         )
     if trouble is None:
-        harmless = "The loss did not suffer from it"
-        return [*sentences, harmless + (": sparse attention alone does no harm.")]
-    if trouble.kind == "stalled":
-        return [*sentences, "The loss has stood still since."]
+        harmless = "The loss did not suffer from it: sparse attention alone does no harm."
+        return sentences if collapse.from_start else [*sentences, harmless]
+    if trouble.step is None:
+        when = "from there on" if collapse.from_start else "before it and after"
+        return [*sentences, f"The loss stood still {when}."]
+    if collapse.from_start:
+        return sentences
     delay = trouble.step - collapse.step
     if delay > 0:
         sentences.append(f"The loss followed {_count(delay, 'step')} later.")
@@ -331,21 +209,33 @@ def _about_events(run: RunRecords) -> list[str]:
     return sentences
 
 
-def _failure(trouble: LossTrouble, collapse: Collapse | None) -> str:
+def _failure(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) -> str:
     what = {
         "nonfinite": f"Failed: the loss is not finite from step {trouble.step} on",
         "lost": f"Failed: the loss was lost at step {trouble.step}",
-        "stalled": "Failed: the loss hardly came down",
+        "stalled": "Failed: the loss never came down",
     }[trouble.kind]
     if collapse is None or not collapse.is_malignant:
         return what
-    if trouble.kind != "stalled" and collapse.step > trouble.step:
+    if collapse.from_start:
+        return f"{what}; attention was collapsed at the first probe, step {collapse.step}"
+    if trouble.step is None:
+        alarms = [
+            event.step
+            for event in run.events
+            if event.name == "alarm" and event.values.get("kind") == "collapse"
+        ]
+        first = min([collapse.step, *alarms])
+        alarm = "" if first == collapse.step else f" an alarm was raised at step {first},"
+        return f"{what};{alarm} attention was found collapsed at step {collapse.step}"
+    if collapse.step > trouble.step:
         return what
     return f"{what}, after attention collapsed at step {collapse.step}"
 
 
 def _advice(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) -> list[str]:
-    if collapse is None or collapse.step > trouble.step:
+    later = collapse is None or (trouble.step is not None and collapse.step > trouble.step)
+    if later:
         advice = ADVICE["nonfinite" if trouble.kind == "nonfinite" else "spike"]
         return [f"To try: {advice}."]
     has_adamw2 = any(probe.rates for probe in run.probes)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_stable.json_values import as_json_value
 from hf_stable.report.images import write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page
@@ -51,6 +51,7 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     format: str = "html",
+    on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenReport:
     """Read runs and write a report on them.
 
@@ -60,6 +61,7 @@ def write_report(
         format: "html", one page that opens offline; "png", the main figures; "json" or "csv", the
             values as one row each (`hf_stable.report.records.TIDY_COLUMNS`), maps left out; "json"
             has verdicts and notes too.
+        on_run: called with (runs read, runs in all) after each.
 
     Raises:
         FileNotFoundError: if a run does not exist.
@@ -75,16 +77,15 @@ def write_report(
         )
     plotly_js = require_plotly() if format == "html" else ""
     target = Path(FORMATS[format] if output is None else output)
-    runs = read_runs(paths)
+    runs = read_runs(paths, on_run=on_run)
     summaries = tuple(map(summarise, runs))
     files: tuple[Path, ...] = (target,)
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))
     elif format == "html":
         page = build_page(
-            runs, summaries, build_sections(runs), choose_maps(runs),
-            plotly_js=plotly_js, version=version("hf-stable"),
-        )  # fmt: skip
+            runs, summaries, build_sections(runs), plotly_js=plotly_js, version=version("hf-stable")
+        )
         _write(target, page)
     elif format == "json":
         _write(target, json.dumps(_content(runs, summaries), allow_nan=False) + "\n")
@@ -136,18 +137,9 @@ def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dic
     """Return everything for JSON, the rows as lists in the order of "columns"."""
     return {
         "runs": [
-            _finite(asdict(summary)) | {"path": run.path, "notes": list(run.notes)}
+            as_json_value(asdict(summary)) | {"path": run.path, "notes": list(run.notes)}
             for run, summary in zip(runs, summaries, strict=True)
         ],
         "columns": list(TIDY_COLUMNS),
-        "rows": [_finite(list(row.values())) for run in runs for row in tidy_rows(run)],
+        "rows": [as_json_value(list(row.values())) for run in runs for row in tidy_rows(run)],
     }
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

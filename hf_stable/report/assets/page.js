@@ -1,7 +1,8 @@
 /* Draws the charts of the page from its payload, and lets runs and layers be hidden. */
 "use strict";
 (() => {
-  const payload = JSON.parse(document.getElementById("payload").textContent);
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const payload = read("payload"), maps = read("map-payload");
   const root = document.documentElement;
   const figures = [...document.querySelectorAll("figure.chart")];
   const hidden = { runs: new Set(), layers: new Set() };
@@ -13,6 +14,7 @@
     [68, 1, 84], [72, 40, 120], [62, 73, 137], [49, 104, 142], [38, 130, 142],
     [31, 158, 137], [53, 183, 121], [110, 206, 88], [181, 222, 43], [253, 231, 37],
   ];
+  const BUTTONS = 40;  // height kept free for plotly's buttons, which would cover data
   const SYMBOLS = {
     collapse: "triangle-down", spike: "triangle-up", nonfinite: "x", nan: "x",
     rollback: "triangle-left", stop: "square",
@@ -92,7 +94,7 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
       font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
-      margin: small ? { l: 8, r: 6, t: 6, b: 8 } : { l: 10, r: 12, t: 12, b: 10 },
+      margin: small ? { l: 8, r: 6, t: 6, b: 8 } : { l: 10, r: 12, t: BUTTONS, b: 10 },
       xaxis: {
         ...axis, title: { text: small ? "step" : "optimizer step", font: { size: small ? 10 : 12 }, standoff: 4 },
         rangemode: "tozero", nticks: small ? 4 : 8, exponentformat: "none",
@@ -117,8 +119,9 @@
     return high / low > 100;
   }
 
+  // Nothing leaves the page: no button that uploads a chart, and no address to upload it to.
   const CONFIG = {
-    responsive: true, displaylogo: false,
+    responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "",
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
   };
 
@@ -139,7 +142,12 @@
       const select = figure.closest("section").querySelector("select.variant");
       const runs = chartOf(figure).curves.map((curve) => curve.run);
       const other = select !== null && figure.dataset.variant !== select.value;
-      figure.hidden = other || (runs.length > 0 && runs.every((run) => hidden.runs.has(run)));
+      const owner = payload.runs.findIndex((run) => run.name === figure.dataset.variant);
+      figure.hidden = other || hidden.runs.has(owner)
+        || (runs.length > 0 && runs.every((run) => hidden.runs.has(run)));
+    }
+    for (const note of document.querySelectorAll(".all-hidden")) {
+      note.hidden = note.parentElement.querySelector("figure.chart:not([hidden])") !== null;
     }
     for (const figure of document.querySelectorAll("figure.map")) {
       figure.hidden = hidden.runs.has(Number(figure.dataset.run));
@@ -237,7 +245,7 @@
 
   const head = document.getElementById("map-head");
   const slider = document.getElementById("map-step");
-  const mapSteps = [...new Set(payload.maps.flat().flatMap((s) => s.frames.map((f) => f.step)))]
+  const mapSteps = [...new Set(maps.flat().flatMap((s) => s.frames.map((f) => f.step)))]
     .sort((a, b) => a - b);
 
   function frameAt(series, step) {
@@ -259,11 +267,11 @@
     slider.setAttribute("aria-valuetext", `step ${step}`);
     for (const figure of document.querySelectorAll("figure.map")) {
       if (figure.hidden) continue;
-      const series = payload.maps[Number(figure.dataset.run)].find((s) => s.label === head.value);
+      const series = maps[Number(figure.dataset.run)].find((s) => s.label === head.value);
       const caption = figure.querySelector(".mode"), plot = figure.querySelector(".plot");
       const frame = series && frameAt(series, step);
       if (!frame || frame.largest === null) {
-        caption.textContent = frame ? `step ${frame.step}: the map is not finite` : "not recorded";
+        caption.textContent = frame ? `step ${frame.step}: the map is damaged or not finite` : "not recorded";
         Plotly.purge(plot);
         continue;
       }
@@ -276,7 +284,7 @@
         colorbar: { title: { text: "attention", side: "right" }, thickness: 12, exponentformat: "power" },
         hovertemplate: "query %{y}, key %{x}: %{z:.3g}<extra></extra>",
       }], {
-        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 10, r: 10, t: 10, b: 10 },
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 10, r: 10, t: BUTTONS, b: 10 },
         font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
         xaxis: { ...axis, title: { text: "key" } },
         yaxis: { ...axis, title: { text: "query" }, autorange: "reversed", scaleanchor: "x" },
