@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hf_stable.recording import Records
+from hf_stable.records import Records
 from hf_stable.run_measures import values_of_all_ranks
 
 __all__ = ["combine_records", "gather_records"]

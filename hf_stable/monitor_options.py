@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_stable.alarms import Thresholds
 from hf_stable.entropy import sample_queries
-from hf_stable.recording import check_maps, resolve_terms
+from hf_stable.records import check_maps, resolve_terms
 
 __all__ = ["ACTIONS", "action_name", "as_thresholds", "check_options"]
 

@@ -25,15 +25,13 @@ from transformers import (
 )
 
 from hf_stable.architectures.registry import Block, UnsupportedModelError, find_blocks, lookup
-from hf_stable.recording import (
+from hf_stable.recording import AttentionCall, Recorder, is_recomputing
+from hf_stable.records import (
     ATTENTION_TERMS,
     DEFAULT_TERMS,
     TERMS,
-    AttentionCall,
-    Recorder,
     Records,
     check_maps,
-    is_recomputing,
     resolve_terms,
 )
 

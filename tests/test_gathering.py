@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from hf_stable.gathering import combine_records, gather_records
 from hf_stable.probes import probe
-from hf_stable.recording import Records
+from hf_stable.records import Records
 
 SPLIT_TERMS = ("rank", "mode", "maps")
 """Of the first sequence of each process, so not those of one process."""

@@ -23,8 +23,8 @@ LEVELS = {
     1: """sigma_function settling sigma_layers refreshing adamw2_update adamw2_lora adamw2_options
           adamw2_state adamw2""",
     2: "architectures",
-    3: """sigma_reparam norm_removal patching describing block_terms recording probes lora_layers
-          provenance adamw2_groups standalone card_pictures model_cards sidecar weight_files
+    3: """sigma_reparam norm_removal patching describing block_terms records recording probes
+          lora_layers provenance adamw2_groups standalone card_pictures model_cards sidecar weight_files
           saved_models checkpoints exporting monitoring monitor_options rollbacks run_measures
           gathering sharding cost_model machines""",
     4: "trainer_plugin callback",

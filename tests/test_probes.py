@@ -24,7 +24,7 @@ from hf_stable.block_terms import WEIGHT_TERMS
 from hf_stable.entropy import attention_entropy
 from hf_stable.patching import fold, patch, sigma_layers
 from hf_stable.probes import ATTENTION_TERMS, TERMS, probe
-from hf_stable.recording import MAP_SIZE
+from hf_stable.records import MAP_SIZE
 
 FIFTEEN = (
     "sigma_wq", "sigma_wk", "sigma_wv", "sigma_wo", "sigma_w1", "sigma_w2", "sigma_qk", "sigma_ov",
