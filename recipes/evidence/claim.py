@@ -12,8 +12,22 @@ from recipes.evidence.runs import Variant
 from recipes.settings import Settings
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
+"""By variant, what is committed of each run: see `records.summary`."""
+
 Verdict = tuple[str, str]
-"""reproduced, partly, refuted or not at this scale; and a sentence with the numbers."""
+"""A word of `VERDICTS`, and a sentence with the numbers."""
+
+VERDICTS = {
+    "reproduced": "every part of the claim shows, in every set-up that tests it",
+    "partly": "some parts of it show, or in some of the set-ups; the sentence says which",
+    "not at this scale": "it shows in none of the set-ups, and neither does its opposite",
+    "refuted": "its opposite shows in every set-up that tests it",
+    "measured": "there is no claim, only numbers",
+    "we win": "AdamW2 or sigmaReparam is best, by more than 5 %, at every rate and over the rates",
+    "mixed": "one of them is so at some rates, or over the rates; the sentence says where we lose",
+    "we lose": "neither of them is at any rate",
+}
+"""The words of verdicts and what they mean."""
 
 WORSE = 1.05
 """A loss beyond this times another is worse than it."""
@@ -25,6 +39,38 @@ the labels are; next tokens of text are worth little more in so few steps, so th
 ROWS_SPARSE = 0.5
 """Share of its largest value below which entropy counts as fallen."""
 
+SPIKE = 1.5
+"""A training loss beyond this times that of knowing nothing is a spike."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of a figure: its title, what of a series is drawn, and whether on a log scale."""
+
+    title: str
+    key: str
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Courses of runs: a row of panels for each group of variants, a line for each variant.
+
+    Attributes:
+        rows: names of variants.
+        panels: of each row.
+        log_steps: whether steps are on a log scale, for what happens in the first ones.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    panels: tuple[Panel, ...]
+    log_steps: bool = False
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the variants that are drawn."""
+        return frozenset(name for row in self.rows for name in row)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -33,8 +79,12 @@ class Claim:
     Attributes:
         key: its name on the command line.
         text: what is claimed, and where.
-        variants: the runs; shared ones are done once.
-        judge: from results to a verdict.
+        variants: the runs; those that several claims or names have in common are done once.
+        judge: from what is committed of the runs to a verdict.
+        needs: what the judge reads beyond losses, accuracies and lowest entropies, which are there
+            for every run.
+        figure: what is drawn of the seed that ended best.
+        appendix: gives lines of the page that come from files beside the runs.
         seeds: how many, at least.
         quick: a few of the variants that show the sign in seconds.
     """
@@ -43,6 +93,9 @@ class Claim:
     text: str
     variants: tuple[Variant, ...]
     judge: Callable[[Results], Verdict]
+    needs: frozenset[str] = frozenset()
+    figure: Figure | None = None
+    appendix: Callable[[], list[str]] | None = None
     seeds: int = 3
     quick: tuple[str, ...] = ()
 
@@ -59,12 +112,44 @@ def failures(results: Results, name: str) -> int:
     return sum(loss > share * run["reference"] for loss, share, run in runs)
 
 
+def mostly_fails(results: Results, name: str) -> bool:
+    """Return whether more than half of the runs of a variant failed."""
+    return failures(results, name) > len(results[name]) / 2
+
+
+def crash_step(
+    losses: Sequence[float | None], reference: float, lost_step: int | None
+) -> int | None:
+    """Return the step at which a failed run crashed: its first spike, or where its loss was lost.
+
+    Args:
+        losses: of training, steps 1, 2, ...; None where not finite.
+        reference: the loss of knowing nothing; a spike is beyond `SPIKE` times it.
+        lost_step: see `hf_stable.loss_curves.lost_step`.
+
+    Returns:
+        Whichever comes first; None for a run that stalls without either.
+    """
+    spikes = (
+        step
+        for step, loss in enumerate(losses, start=1)
+        if loss is None or loss > SPIKE * reference
+    )
+    steps = [step for step in (next(spikes, None), lost_step) if step is not None]
+    return min(steps, default=None)
+
+
 def text_of(values: Sequence[float], digits: int = 3) -> str:
     """Return mean and standard deviation."""
     if any(not math.isfinite(v) for v in values):
         return "NaN"
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
+
+
+def short(value: float) -> str:
+    """Return three digits of a mean loss; NaN where a run ended in it."""
+    return f"{value:.3g}" if math.isfinite(value) else "NaN"
 
 
 def of(settings: Mapping[str, Settings]) -> tuple[Variant, ...]:

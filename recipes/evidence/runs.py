@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ class Variant:
     settings: Settings
 
 
+def changes(settings: Settings) -> dict[str, Any]:
+    """Return what settings say that is not the default, but for seed and output folder."""
+    defaults = asdict(Settings())
+    return {
+        key: value
+        for key, value in asdict(settings).items()
+        if value != defaults[key] and key not in ("seed", "output")
+    }
+
+
 def do_runs(
     variants: Iterable[Variant],
     seeds: Iterable[int],
@@ -45,32 +56,60 @@ def do_runs(
 ) -> dict[str, list[dict[str, Any]]]:
     """Do what is not done yet; return the results by variant, one per seed.
 
-    A result is kept in `folder`, and taken from there if its settings are the same.
+    Args:
+        variants: under whatever names; equal settings are run once.
+        seeds: of each.
+        folder: results are kept in it, and whatever lies in it with the same settings is taken.
+        workers: processes.
+        on_done: hears the name of each run that came to its end, how many are there, and of how
+            many.
     """
-    work = {}
+    variants, seeds = tuple(variants), tuple(seeds)
+    names: dict[tuple[str, int], str] = {}
+    work: dict[str, Settings] = {}
     for variant in variants:
         for seed in seeds:
-            output = folder / variant.name.replace(" ", "_").replace("/", "-") / f"seed{seed}"
-            work[variant.name, seed] = replace(variant.settings, seed=seed, output=str(output))
-    results = {key: found for key, s in work.items() if (found := _kept(s)) is not None}
+            settings = replace(variant.settings, seed=seed)
+            key = key_of(settings)
+            output = folder / f"{_file_name(variant.name)}-{key[:8]}" / f"seed{seed}"
+            work.setdefault(key, replace(settings, output=str(output)))
+            names[variant.name, seed] = key
+    kept = _kept(folder)
+    results = {key: kept[key] for key in work if key in kept}
     missing = {key: settings for key, settings in work.items() if key not in results}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
         pending = {pool.submit(run, settings): key for key, settings in missing.items()}
         for future in as_completed(pending):
-            results[pending[future]] = future.result()
-            on_done(pending[future][0], len(results), len(work))
-    names = dict.fromkeys(name for name, _ in work)
-    return {name: [results[key] for key in work if key[0] == name] for name in names}
+            key = pending[future]
+            results[key] = future.result()
+            name = next(name for (name, _), each in names.items() if each == key)
+            on_done(name, len(results), len(work))
+    return {v.name: [results[names[v.name, seed]] for seed in seeds] for v in variants}
 
 
-def _kept(settings: Settings) -> dict[str, Any] | None:
-    path = Path(settings.output) / "results.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    # Settings that came later have their defaults in results from before.
-    return result if Settings(**result["settings"]) == settings else None
+def key_of(settings: Settings) -> str:
+    """Return a short text that equal settings have in common, seed included, output folder not."""
+    # By what is not the default: settings that came later do not make other runs of old ones.
+    content = changes(settings) | {"seed": settings.seed}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return all results in a folder by their settings; those of a setting that is gone are not."""
+    found = {}
+    for path in sorted(folder.rglob("results.json")):
+        result = json.loads(path.read_text())
+        try:
+            settings = Settings(**result["settings"])
+        except TypeError:
+            continue
+        found[key_of(settings)] = result
+    return found
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "_").replace("/", "-")
 
 
 def _quiet() -> None:
