@@ -345,7 +345,15 @@ def _write_minus_rank_one(
     """Write `_minus_rank_one` to `result`, which may be `grad`, in one pass; on a CPU only."""
     outs, grads = (_matrix_blocks(t, len(scales), dim) for t in (result, grad))
     for out, block, s, c, left, right in zip(outs, grads, scales, coefficients, u, v, strict=True):
-        torch.addr(block, left, right, beta=s, alpha=-s * c, out=out)
+        torch.addr(
+            block, left, right, beta=_in_range(s, out), alpha=_in_range(-s * c, out), out=out
+        )
+
+
+def _in_range(value: float, like: Tensor) -> float:
+    """Round a number as the dtype of a tensor does: torch refuses a factor beyond its range."""
+    largest = torch.finfo(like.dtype).max
+    return math.copysign(math.inf, value) if abs(value) > largest else value
 
 
 def _is_traced(tensor: Tensor) -> bool:

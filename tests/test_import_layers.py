@@ -25,8 +25,8 @@ LEVELS = {
     2: "architectures",
     3: """sigma_reparam norm_removal patching describing block_terms records recording probes
           lora_layers provenance adamw2_groups standalone card_pictures model_cards sidecar
-          weight_files saved_models checkpoints exporting monitoring monitor_options rollbacks run_measures
-          gathering sharding cost_model machines""",
+          weight_files saved_models checkpoints exporting monitoring monitor_options rollbacks
+          run_measures gathering sharding cost_model machines""",
     4: "trainer_plugin callback",
     5: """report demo demo_runs demo_reload bench bench_sigma bench_adamw2 bench_monitor
           bench_scale planning cli_bench

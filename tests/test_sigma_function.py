@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
+from hf_stable import sigma_function
 from hf_stable.sigma_function import effective_weight, scaled_linear, scales_in_product
 from hf_stable.sigma_layers import SigmaLayer, install, prepare
 
@@ -421,3 +422,13 @@ def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
     with torch.no_grad():
         layer.eval()
         assert count_large(layer, layer, tokens) == (0, 0)  # it scales the activations
+
+
+def test_a_diverging_gradient_becomes_infinite_as_other_arithmetic_does():
+    grad, u, v = torch.randn(4, 3), torch.full((4,), 0.5), torch.tensor([1.0, 0.0, 0.0])
+    out = torch.empty_like(grad)
+    # 1e30 * 1e20 is a Python number, and none of float32.
+    sigma_function._write_minus_rank_one(out, grad, [1e30], [1e20], u[None], v[None], 0)
+    assert torch.isinf(out[:, 0]).all() and (out[:, 0] < 0).all()
+    sigma_function._write_minus_rank_one(out, grad, [2.0], [3.0], u[None], v[None], 0)
+    torch.testing.assert_close(out, 2 * (grad - 3 * torch.outer(u, v)))
