@@ -71,7 +71,9 @@ def keeping_record(trainer: Any) -> Iterator[None]:
         yield
     finally:
         model, state = _trained_by(trainer), trainer.state
-        if is_patched(model) or is_standalone(model) or hasattr(model, RECORD_ATTRIBUTE):
+        if model is not None and (
+            is_patched(model) or is_standalone(model) or hasattr(model, RECORD_ATTRIBUTE)
+        ):
             record = {
                 "settings": _settings_in_force(model),
                 # The Trainer's own list: what is evaluated after the training joins it.
@@ -144,7 +146,9 @@ def restore_provenance(model: Any, provenance: Mapping[str, Any]) -> None:
 
 
 def _trained_by(trainer: Any) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model)
+    """Return the Trainer's model, or None before a trial of a search has built it."""
+    model = trainer.model
+    return None if model is None else trainer.accelerator.unwrap_model(model)
 
 
 def _settings_in_force(model: Any) -> dict[str, Any]:

@@ -415,12 +415,13 @@ def _training_step(
 )  # fmt: skip
 def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     state = trainer.accelerator.state
-    refuse_unfit_sharding(
-        trainer.model,
-        fsdp_plugin=getattr(state, "fsdp_plugin", None),
-        deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
-        mixed_precision=state.mixed_precision,
-    )
+    if trainer.model is not None:  # a search for hyperparameters builds each trial's model later
+        refuse_unfit_sharding(
+            trainer.model,
+            fsdp_plugin=getattr(state, "fsdp_plugin", None),
+            deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
+            mixed_precision=state.mixed_precision,
+        )
     with keeping_record(trainer):
         return train_with_rollbacks(original, trainer, *args, **kwargs)
 
