@@ -24,6 +24,7 @@ from hf_stable.product_spectra import (
     ov_singular_values,
     qk_singular_values,
     spectral_energy_concentration,
+    spectral_energy_curve,
     stable_rank,
 )
 from hf_stable.sigma_function import scale_blocks
@@ -48,9 +49,10 @@ WEIGHT_TERMS = (
     "norm_gamma2",
     "norm_beta2",
     "sec",
+    "sec_curve",
     "stable_rank",
 )
-"""What `weight_terms` knows: thirteen terms of Eq. 1 and two shapes of the spectrum of Wq^T Wk."""
+"""What `weight_terms` knows: thirteen terms of Eq. 1, three shapes of the spectrum of Wq^T Wk."""
 
 SEC_VALUES = 4
 """How many singular values of Wq^T Wk count as dominant: the paper's SEC(d_q, 4)."""
@@ -74,19 +76,22 @@ def weight_terms(module: nn.Module, block: Block, wanted: Collection[str]) -> di
 
     Returns:
         float32 (float64 for a float64 model) tensors: (heads,) for `sigma_qk`, `sigma_ov`, `sec`
-        and `stable_rank`, () for all others. Terms that the block has no parameter for (betas of
-        an RMSNorm, norms that were removed) are missing. NaN for non-finite weights.
+        and `stable_rank`, (n,) for `sec_curve`, () for all others. Terms that the block has no
+        parameter for (betas of an RMSNorm, norms that were removed) are missing. NaN for
+        non-finite weights.
     """
     weights = _BlockWeights(module, block)
     with torch.autocast(next(module.parameters()).device.type, enabled=False):
         terms = _norm_terms(module, block)
         terms |= _tracked(module, {k: v() for k, v in weights.products.items() if k in wanted})
-        if not {"sigma_qk", "sec", "stable_rank"}.isdisjoint(wanted):
+        if not {"sigma_qk", "sec", "sec_curve", "stable_rank"}.isdisjoint(wanted):
             query, key, _ = weights.qkv
             spectrum = qk_singular_values(query, key, weights.num_heads)
             dominant = min(SEC_VALUES, spectrum.shape[1])
             terms["sigma_qk"] = spectrum[:, 0]
             terms["sec"] = spectral_energy_concentration(spectrum, dominant)
+            most = terms["sec"].nan_to_num(-1.0).argmax()
+            terms["sec_curve"] = spectral_energy_curve(spectrum[most])
             terms["stable_rank"] = stable_rank(spectrum)
         if "sigma_ov" in wanted:
             spectrum = ov_singular_values(weights.output, weights.qkv[2], weights.num_heads)

@@ -15,6 +15,7 @@ __all__ = [
     "ov_singular_values",
     "qk_singular_values",
     "spectral_energy_concentration",
+    "spectral_energy_curve",
     "stable_rank",
 ]
 
@@ -88,6 +89,23 @@ def spectral_energy_concentration(singular_values: Tensor, s: int) -> Tensor:
         )
     energy = _relative_energy(singular_values)
     return (energy.topk(s).values.sum(-1) / energy.sum(-1)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def spectral_energy_curve(singular_values: Tensor) -> Tensor:
+    """Measure SEC(d_q, s) for s = 1, 2, 4, ...: Figure 4 of Qi et al. 2025 at the powers of two.
+
+    Args:
+        singular_values: (..., d_q), of Wq^T Wk per head, in any order.
+
+    Returns:
+        (..., n), of s = 2^i for i = 0 to n - 1, the powers of two up to d_q; never falling. NaN for
+        a zero matrix.
+    """
+    energy = _relative_energy(singular_values).sort(-1, descending=True).values
+    sizes = torch.tensor([2**i for i in range(energy.shape[-1].bit_length())], device=energy.device)
+    share = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
+    return share[..., sizes - 1].clamp(max=1.0)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ TOKEN_TERMS = ("norm_x", "norm_dx", "nonfinite_x", "nonfinite_dx")
 
 TERMS = (*ATTENTION_TERMS, "entropy_bound", *WEIGHT_TERMS, *TOKEN_TERMS)
 
-DEFAULT_TERMS = (*ATTENTION_TERMS, "sigma_qk", "sec", *TOKEN_TERMS)
+DEFAULT_TERMS = (*ATTENTION_TERMS, "sigma_qk", "sec", "sec_curve", *TOKEN_TERMS)
 
 MAP_SIZE = 64
 """Longer maps are subsampled to this many rows and bins of keys."""
@@ -78,7 +78,7 @@ class Records:
 
     Layers are blocks, by their qualified name, in the order of the model; attention that
     belongs to no known block, or is a block's second, goes by the name of its own module. Values
-    are float32 tensors on the model's device, (heads,) or (), means over what ran.
+    are float32 tensors on the model's device, mostly (heads,) or (), means over what ran.
 
     Attributes:
         entropy: (heads,) nats, mean over the rows that see a key.
@@ -97,6 +97,8 @@ class Records:
         norm_gamma1: () l2 norm of the first norm's gain; likewise `norm_beta1`, `norm_gamma2`,
             `norm_beta2`. Blocks without that parameter are missing.
         sec: (heads,) spectral energy concentration SEC(d_q, 4) of Wq^T Wk.
+        sec_curve: (n,) SEC(d_q, s) at s = 1, 2, 4, ..., the powers of two up to d_q, of the head
+            with the highest `sec`.
         stable_rank: (heads,) stable rank of Wq^T Wk.
         norm_x: () l2 norm of the block's whole input, over batch, tokens and features.
         norm_dx: () l2 norm of the loss's gradient with respect to it.
@@ -125,6 +127,7 @@ class Records:
     norm_gamma2: dict[str, Tensor] = field(default_factory=dict)
     norm_beta2: dict[str, Tensor] = field(default_factory=dict)
     sec: dict[str, Tensor] = field(default_factory=dict)
+    sec_curve: dict[str, Tensor] = field(default_factory=dict)
     stable_rank: dict[str, Tensor] = field(default_factory=dict)
     norm_x: dict[str, Tensor] = field(default_factory=dict)
     norm_dx: dict[str, Tensor] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from hf_stable.product_spectra import (
     ov_singular_values,
     qk_singular_values,
     spectral_energy_concentration,
+    spectral_energy_curve,
     stable_rank,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "qk_singular_values",
     "spectral_dtype",
     "spectral_energy_concentration",
+    "spectral_energy_curve",
     "split_blocks",
     "stable_rank",
 ]

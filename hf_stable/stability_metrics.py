@@ -41,7 +41,8 @@ LOW_IS_BAD = (
 
 COUNTS = ("nonfinite_x", "nonfinite_dx")
 
-NOT_NUMBERS = ("mode", "maps")
+LEFT_OUT = ("mode", "maps", "sec_curve")
+"""No numbers per head; the report draws them."""
 
 UNUSED_SHARE = 0.99
 """A head whose entropy is at least this share of log T looks everywhere alike: it is not used."""
@@ -61,7 +62,7 @@ def aggregate(
     """
     logs: dict[str, float] = {}
     for name, by_layer in quantities.items():
-        if name in NOT_NUMBERS:
+        if name in LEFT_OUT:
             continue
         if name in COUNTS:
             logs[f"stability/{name}"] = math.fsum(_numbers(list(by_layer.values())))

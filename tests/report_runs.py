@@ -10,6 +10,11 @@ from hf_stable.stability_log import StabilityLog
 LAYERS = ("vit.layers.0", "vit.layers.1")
 
 
+def energy_curve(share):
+    """SEC(16, s) at s = 1, 2, 4, 8, 16 of a head that has this share at 4."""
+    return [share * 0.6, share * 0.8, share, (1 + share) / 2, share / share]
+
+
 def calm(step: int, num_layers: int = 2, num_heads: int = 2, **head):
     """What a probe records of healthy layers; `head` replaces values of layer 0, head 0."""
     values = dict(entropy=2.5, entropy_normalised=0.9, rank=0.9, sigma_qk=1.0, sec=0.5)
@@ -18,6 +23,9 @@ def calm(step: int, num_layers: int = 2, num_heads: int = 2, **head):
         quantities[name] = {f"vit.layers.{i}": [value] * num_heads for i in range(num_layers)}
         if name in head:
             quantities[name]["vit.layers.0"][0] = head[name]
+    quantities["sec_curve"] = {
+        layer: energy_curve(max(heads)) for layer, heads in quantities["sec"].items()
+    }
     modes = {f"vit.layers.{i}": ["normal"] * num_heads for i in range(num_layers)}
     return quantities | {"mode": modes}
 

@@ -232,6 +232,10 @@ def test_fifteen_terms_equal_their_definitions(model_type):
         energy = spectra.square().detach()
         torch.testing.assert_close(records.sec[layer], energy[:, :4].sum(1) / energy.sum(1))
         torch.testing.assert_close(records.stable_rank[layer], energy.sum(1) / energy[:, 0])
+        most = energy[records.sec[layer].argmax()]
+        sizes = [s for s in (1, 2, 4, 8, 16) if s <= len(most)]
+        shares = torch.stack([most[:s].sum() / most.sum() for s in sizes])
+        torch.testing.assert_close(records.sec_curve[layer], shares)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "new", "reentrant"])

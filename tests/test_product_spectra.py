@@ -12,6 +12,7 @@ from hf_stable.product_spectra import (
     ov_singular_values,
     qk_singular_values,
     spectral_energy_concentration,
+    spectral_energy_curve,
     stable_rank,
 )
 
@@ -105,6 +106,16 @@ def test_concentration_and_stable_rank():
     torch.testing.assert_close(huge, torch.tensor([16 / 21, 1 / 4]))
     assert spectral_energy_concentration(torch.zeros(2, 4), 1).isnan().all()
     assert stable_rank(torch.zeros(4)).isnan()
+
+
+@pytest.mark.parametrize("size", [1, 4, 6, 64])
+def test_the_curve_of_concentration_is_that_of_the_powers_of_two(size):
+    values = torch.rand(3, size, generator=torch.Generator().manual_seed(0))
+    curve = spectral_energy_curve(values)
+    sizes = [s for s in (1, 2, 4, 8, 16, 32, 64) if s <= size]
+    expected = [spectral_energy_concentration(values, s) for s in sizes]
+    torch.testing.assert_close(curve, torch.stack(expected, -1))
+    assert spectral_energy_curve(torch.zeros(size)).isnan().all()
 
 
 @pytest.mark.parametrize("s", [0, 5])

@@ -87,6 +87,63 @@ def test_the_numbers_in_the_page_are_those_of_the_run(real_run, tmp_path):
     assert shown[0][0] == pytest.approx(lowest, rel=1e-3)
 
 
+def charts_of(page, section):
+    """Title, variant and payload of each chart of a section."""
+    html = page.split(f'<section id="{section}">')[1].split("</section>")[0]
+    found = re.findall(
+        r'data-chart="(\d+)" data-variant="(.*?)"><figcaption>(.*?)</figcaption>', html
+    )
+    charts = payload_of(page)["charts"]
+    return [(title, variant, charts[int(number)]) for number, variant, title in found]
+
+
+def test_concentration_is_drawn_against_its_size(real_run, tmp_path):
+    write_report([real_run], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    lines = [json.loads(line) for line in (real_run / "stability.jsonl").open()]
+    charts = charts_of(page, "concentration")
+    assert [title for title, *_ in charts] == [f"step {line['step']}" for line in lines]
+    for (_, _, chart), line in zip(charts, lines, strict=True):
+        recorded = line["quantities"]["sec_curve"]
+        assert [curve["y"] for curve in chart["curves"]] == [
+            pytest.approx(values, rel=1e-3) for values in recorded.values()
+        ]
+        sizes = [2**i for i in range(len(next(iter(recorded.values()))))]
+        assert chart["axis"]["ticks"] == sizes and chart["axis"]["name"] == "s"
+        assert payload_of(page)["steps"][chart["curves"][0]["x"]] == sizes
+        assert chart["marks"] == [] and chart["limits"] == [0, 1.02]
+    first, last = (chart["curves"][0]["y"] for _, _, chart in (charts[0], charts[-1]))
+    assert first != last
+    others = [chart for chart in payload_of(page)["charts"] if not chart["axis"]["ticks"]]
+    assert len(others) > 20 and all(chart["axis"]["name"] == "step" for chart in others)
+
+
+def test_concentration_of_a_collapse_beside_a_calm_run(tmp_path):
+    losses = [2.0 * 0.98**s + 0.1 for s in range(30)]
+    good = write_run(tmp_path / "good", losses, {s: calm(s) for s in (1, 20)})
+    lost = write_run(tmp_path / "lost", losses, {1: calm(1), 20: calm(20, sec=math.nan)})
+    old = write_run(tmp_path / "old", losses, {1: {"sec": calm(1)["sec"]}})
+    runs = [collapsing(tmp_path / "bad"), good, lost, old]
+    write_report(runs, tmp_path / "r.html")
+    charts = charts_of((tmp_path / "r.html").read_text(), "concentration")
+    variants = dict.fromkeys(variant for _, variant, _ in charts)
+    assert list(variants) == ["All runs", "bad", "good", "lost", "old"]
+    by_name = {}
+    for title, variant, chart in charts:
+        values = {curve["label"]: curve["y"] for curve in chart["curves"]}
+        by_name.setdefault(variant, {})[title] = values
+    compared = by_name["All runs"]
+    assert len(compared) == 4
+    last = compared["step 140, most concentrated layer"]
+    assert last["bad"] == [0.597, 0.796, 0.995, 0.9975, 1] and last["good"][2] == 0.5
+    assert "old" not in last
+    # The step of its alarm is among them, and of what is NaN there is no curve.
+    assert "step 80" in by_name["bad"] and by_name["bad"]["step 80"]["layer 0"][2] == 0.995
+    assert by_name["bad"]["step 10"]["layer 0"][2] == 0.5
+    assert list(by_name["lost"]["step 20"]) == ["layer 1"]
+    assert list(by_name["old"].values()) == [{}]
+
+
 def test_several_runs_are_compared(real_run, tmp_path, capsys):
     bad = collapsing(tmp_path / "bad")
     assert main(["report", str(real_run), str(bad), "--output", str(tmp_path / "r.html")]) == NO
@@ -100,7 +157,7 @@ def test_several_runs_are_compared(real_run, tmp_path, capsys):
 def test_png_json_and_csv_hold_the_main_figures_and_every_number(real_run, tmp_path):
     images = write_report([real_run], tmp_path / "figures", format="png").files
     names = {path.name for path in images}
-    assert {"loss.png", "entropy.png", "spectra.png"} <= names
+    assert {"loss.png", "entropy.png", "spectra.png", "concentration.png"} <= names
     assert any(name.startswith("maps") for name in names)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in images)
 
@@ -108,6 +165,9 @@ def test_png_json_and_csv_hold_the_main_figures_and_every_number(real_run, tmp_p
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert tuple(rows[0]) == TIDY_COLUMNS
     lines = [json.loads(line) for line in (real_run / "stability.jsonl").open()]
+    sizes = [row["quantity"] for row in rows if row["quantity"].startswith("sec_")]
+    curves = [value for line in lines for value in line["quantities"]["sec_curve"].values()]
+    assert sorted(sizes) == sorted(f"sec_{2**i}" for curve in curves for i in range(len(curve)))
     for name in ("entropy", "sigma_w2w1", "gamma", "effective_lr"):
         expected = sum(
             len(value) if isinstance(value, list) else 1
@@ -137,7 +197,8 @@ def test_legends_titles_and_ticks_of_images_have_room(tmp_path):
     run = read_run(write_run(tmp_path / name, FALLING[:8], probes))
     other = read_run(write_run(tmp_path / "b", FALLING[:8], probes))
     drawn = {}
-    sections = [s for s in build_sections([run, other]) if s.key in ("entropy", "terms")]
+    shown = ("entropy", "terms", "concentration")
+    sections = [s for s in build_sections([run, other]) if s.key in shown]
     for name, figure in draw_images([run, other], sections, [[], []]):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -152,6 +213,26 @@ def test_legends_titles_and_ticks_of_images_have_room(tmp_path):
             extents = sorted((t.get_window_extent(renderer) for t in labels), key=lambda e: e.y0)
             assert all(a.y1 <= b.y0 for a, b in zip(extents, extents[1:], strict=False)), name
     assert drawn["entropy"] == 4 and any(name.startswith("terms") for name in drawn)
+
+
+def test_rates_after_a_rollback_begin_a_new_line(tmp_path):
+    folder = write_run(tmp_path / "run", FALLING[:9])
+    log = StabilityLog(folder)
+    name = "vit.layers.0.attention.q_proj.weight"
+    for attempt, step, rate in ((0, 3, 1e-3), (0, 6, 1e-3), (1, 6, 5e-4), (1, 9, 4e-4)):
+        values = {"quantities": calm(step), "effective_lr": {name: rate}}
+        log.write("probe", attempt, step, values)
+        if (attempt, step) == (0, 6):
+            log.write("rollback", 0, 6, {"to_step": 3, "lr_scale": 0.5})
+    sections = {section.key: section for section in build_sections([read_run(folder)])}
+    (chart,) = sections["rates"].charts
+    used, scheduled = chart.curves
+    steps, rates = zip(*used.points, strict=True)
+    assert steps == (3, 6, 5.5, 6, 9) and scheduled.label == "scheduled"
+    assert math.isnan(rates[2]) and rates[:2] + rates[3:] == (1e-3, 1e-3, 5e-4, 4e-4)
+    assert [mark.kind for mark in chart.marks] == ["rollback"]
+    titles = [chart.title for chart in sections["concentration"].charts]
+    assert titles == ["step 3", "step 6", "step 6, after rollback 1", "step 9, after rollback 1"]
 
 
 def test_a_checkpoint_stands_for_the_run_up_to_it(real_run):

@@ -92,6 +92,18 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(driver, page,
     assert driver.execute_script("return document.documentElement.dataset.theme") == theme
 
 
+def test_concentration_stands_over_its_sizes(driver, page):
+    open_page(driver, page)
+    panel = "document.querySelector('#concentration figure.chart:not([hidden])')"
+    assert count(driver, "#concentration figure.chart:not([hidden])") == 4
+    # At step 1 there is no probe of the other run yet.
+    assert count(driver, "#concentration figure.chart:not([hidden]) path.js-line") == 1 + 3 * 2
+    ticks = driver.execute_script(
+        f"return [...{panel}.querySelectorAll('.xtick text')].map((each) => each.textContent)"
+    )
+    assert ticks == ["1", "2", "4", "8", "16"]
+
+
 def test_nothing_can_be_sent_anywhere(driver, page):
     open_page(driver, page)
     buttons = "[...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title || '')"

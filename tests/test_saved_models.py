@@ -146,6 +146,21 @@ def test_push_uploads_what_export_writes(checkpoint, hub, capsys):
     assert "# By hand" in card_of(hub, "me/digits").text
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize(
+    ("command", "label"),
+    [("inspect", "Reading"), ("fold", "Folding"), ("export", "Exporting"), ("push", "Uploading")],
+)
+def test_long_work_shows_a_bar_on_a_terminal_alone(
+    command, label, is_terminal, checkpoint, hub, tmp_path, capsys, monkeypatch
+):
+    targets = {"inspect": [], "push": ["me/digits"]}.get(command, [str(tmp_path / "out")])
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if is_terminal else "0")
+    assert main([command, str(checkpoint[0]), *targets]) == SUCCESS
+    printed = capsys.readouterr()
+    assert (label in printed.err) is is_terminal and label not in printed.out
+
+
 def test_a_push_that_the_hub_refuses_is_one_line(checkpoint, hub, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert main(["push", str(checkpoint[0]), "me/digits"]) == BAD_INPUT

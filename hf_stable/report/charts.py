@@ -10,13 +10,19 @@ from typing import Literal
 from hf_stable.report.records import RunRecords
 
 __all__ = [
+    "ALL_RUNS",
+    "STEPS",
+    "Axis",
     "Chart",
     "Curve",
     "Mark",
     "Points",
     "Section",
+    "choose_steps",
     "finish",
+    "make_chart",
     "marks_of",
+    "not_recorded",
     "point_limit",
     "thin",
 ]
@@ -25,6 +31,9 @@ Points = Sequence[tuple[float, float]]
 
 WIDE_POINTS, SMALL_POINTS = 1000, 160
 """Points of a curve in a chart of full width, and in one of many."""
+
+ALL_RUNS = "All runs"
+"""The form of a section that compares runs."""
 
 FEWEST_POINTS = 64
 """Points that a curve keeps however many there are."""
@@ -36,7 +45,7 @@ class Curve:
 
     Attributes:
         label: what tells it from the others.
-        points: (step, value); NaN makes a gap.
+        points: (step, value), or the place on another `Axis` in the step's; NaN makes a gap.
         run: number of its run.
         layer: position of its layer among the run's, or None.
         style: "line", "dashed" (a bound or a ceiling), or "dotted".
@@ -60,8 +69,26 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """A horizontal axis.
+
+    Attributes:
+        name: what a point's place is called.
+        title: label.
+        ticks: all places that there are, on a logarithmic scale; empty for a linear scale.
+    """
+
+    name: str
+    title: str
+    ticks: tuple[int, ...] = ()
+
+
+STEPS = Axis("step", "optimizer step")
+
+
+@dataclass(frozen=True)
 class Chart:
-    """Curves over optimizer steps.
+    """Curves, of most charts over optimizer steps.
 
     Attributes:
         title: what is shown.
@@ -71,6 +98,8 @@ class Chart:
         log: whether the vertical axis is logarithmic.
         missing: why there are no curves.
         marks: on the time axis.
+        axis: the horizontal one.
+        limits: of the vertical axis where panels are to be compared by eye; else as the data is.
     """
 
     title: str
@@ -80,6 +109,8 @@ class Chart:
     log: bool = False
     missing: str = ""
     marks: tuple[Mark, ...] = ()
+    axis: Axis = STEPS
+    limits: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +162,38 @@ def thin(points: Points, limit: int) -> list[tuple[float, float]]:
     return kept
 
 
+def choose_steps(steps: Sequence[int], alarms: Sequence[int], count: int) -> list[int]:
+    """Return the positions of so many steps to show: first, last, those next to alarms, even ones.
+
+    Args:
+        steps: rising.
+        alarms: steps at which something happened; they take a quarter of the room at most.
+        count: how many, two or more.
+    """
+    if len(steps) <= count:
+        return list(range(len(steps)))
+    wanted = {0, len(steps) - 1}
+    for alarm in alarms[: max(1, count // 4)]:
+        wanted.add(min(range(len(steps)), key=lambda i: abs(steps[i] - alarm)))
+    for number in range(count):
+        if len(wanted) < count:
+            wanted.add(round(number * (len(steps) - 1) / (count - 1)))
+    return sorted(wanted)
+
+
+def make_chart(title: str, unit: str, curves: Iterable[Curve], *, missing: str) -> Chart:
+    """Return a chart of the curves that have points, or that says why there are none."""
+    kept = tuple(curve for curve in curves if curve.points)
+    return Chart(title, unit, kept, missing="" if kept else missing)
+
+
+def not_recorded(run: RunRecords, quantity: str) -> str:
+    """Say why a run has no curve of a quantity."""
+    if not run.probes:
+        return f"{run.name} was not watched by a StabilityCallback"
+    return f"{run.name} did not record {quantity} (terms='all' of StabilityCallback records all)"
+
+
 def point_limit(chart: Chart, small: bool) -> int:
     """Return how many points each curve of a chart may have where there is room."""
     if small:
@@ -141,12 +204,16 @@ def point_limit(chart: Chart, small: bool) -> int:
 def finish(chart: Chart, small: bool, marks: Sequence[Mark], share: float = 1.0) -> Chart:
     """Thin a chart's curves and give it the marks of its runs and of its curves' gaps.
 
+    One that is not over steps stays as it is.
+
     Args:
         chart: with all points.
         small: whether it is one of small multiples.
         marks: of all runs.
         share: how much of `point_limit` there is room for.
     """
+    if chart.axis != STEPS:
+        return chart
     shown = {curve.run for curve in chart.curves}
     gaps = () if small else _gap_marks(chart.curves)
     limit = max(FEWEST_POINTS, int(share * point_limit(chart, small)))

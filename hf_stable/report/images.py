@@ -132,9 +132,14 @@ def _draw_chart(panel: Axes, chart: Chart, runs: Sequence[RunRecords], *, small:
             panel.axvline(mark.step, color=colour, linewidth=0.7, linestyle=":")
     if chart.log:
         _make_logarithmic(panel)
+    if chart.axis.ticks:
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(chart.axis.ticks, [str(tick) for tick in chart.axis.ticks])
+    if chart.limits:
+        panel.set_ylim(chart.limits)
     width, _ = SMALL_PANEL if small else PANEL
     panel.set_title(_wrapped(chart.title, width, size), fontsize=size)
-    panel.set_xlabel("optimizer step", fontsize=size)
+    panel.set_xlabel(chart.axis.title, fontsize=size)
     panel.set_ylabel(chart.unit, fontsize=size)
     panel.tick_params(labelsize=size - 1)
     panel.grid(alpha=0.3)

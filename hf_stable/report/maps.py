@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_stable.report.charts import choose_steps
 from hf_stable.report.map_lines import parse_map, read_maps
 from hf_stable.report.records import AttentionMap, Probe, RunRecords, short_names, to_number
 
@@ -71,7 +72,7 @@ def choose_maps(runs: Sequence[RunRecords], num_bytes: int = MOST_BYTES) -> list
     shown = set(order[: max(1, budget // MIN_STEPS)])
     num_steps = min(MAX_STEPS, max(MIN_STEPS, budget // max(1, len(shown))))
     return [
-        _series(run, _choose_steps(run, probes, num_steps), heads, shown)
+        _series(run, _choose_probes(run, probes, num_steps), heads, shown)
         for run, probes, heads in zip(runs, watched, recorded, strict=True)
     ]
 
@@ -118,17 +119,10 @@ def _by_need(
     return sorted(lowest, key=lambda label: lowest[label])
 
 
-def _choose_steps(run: RunRecords, probes: Sequence[Probe], count: int) -> list[Probe]:
-    if len(probes) <= count:
-        return list(probes)
+def _choose_probes(run: RunRecords, probes: Sequence[Probe], count: int) -> list[Probe]:
     alarms = [event.step for event in run.events if event.name == "alarm"]
-    wanted = {0, len(probes) - 1}
-    for step in alarms[: count // 4]:
-        wanted.add(min(range(len(probes)), key=lambda i: abs(probes[i].step - step)))
-    for number in range(count):
-        if len(wanted) < count:
-            wanted.add(round(number * (len(probes) - 1) / (count - 1)))
-    return [probes[i] for i in sorted(wanted)]
+    steps = [probe.step for probe in probes]
+    return [probes[i] for i in choose_steps(steps, alarms, count)]
 
 
 def _series(

@@ -271,7 +271,15 @@ def _chart(chart: Chart, steps: dict[tuple[float, ...], int]) -> dict[str, Any]:
         {"kind": mark.kind, "step": mark.step, "run": mark.run, "text": mark.text}
         for mark in chart.marks
     ]
-    return {"unit": chart.unit, "log": chart.log, "curves": curves, "marks": marks}
+    axis = {"name": chart.axis.name, "title": chart.axis.title, "ticks": chart.axis.ticks}
+    return {
+        "unit": chart.unit,
+        "log": chart.log,
+        "axis": axis,
+        "limits": chart.limits,
+        "curves": curves,
+        "marks": marks,
+    }
 
 
 def _map_series(series: MapSeries) -> dict[str, Any]:

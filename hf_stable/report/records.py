@@ -17,6 +17,7 @@ __all__ = [
     "Event",
     "Probe",
     "RunRecords",
+    "curve_points",
     "short_names",
     "tidy_rows",
     "to_number",
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 TIDY_COLUMNS = ("run", "attempt", "step", "quantity", "layer", "head", "value", "text")
+
+MOST_SIZES = 32
+"""Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
 
 OF_MODULES = ("gamma",)
 """Quantities whose names are not those of layers but of the modules within them."""
@@ -188,6 +192,12 @@ def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
     return min(finite) if quantity in LOW_IS_BAD else max(finite)
 
 
+def curve_points(value: Any) -> list[tuple[int, float]]:
+    """Return (s, SEC(d_q, s)) of a recorded `sec_curve`; none of anything else a file may hold."""
+    entries = value if isinstance(value, list) else []
+    return [(2**i, to_number(entry)) for i, entry in enumerate(entries[:MOST_SIZES])]
+
+
 def to_number(value: Any) -> float:
     """Return a number, also one that was written as text; NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -208,7 +218,8 @@ def to_step(value: Any) -> int | None:
 def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
     """Yield one row per value, with the columns `TIDY_COLUMNS`; maps are left out.
 
-    `value` is a float, NaN where the quantity was not defined. `text` is what has no number: the
+    `value` is a float, NaN where the quantity was not defined. `sec_8` is SEC(d_q, 8) of the
+    layer's most concentrated head. `text` is what has no number: the
     mode of a map, and what an alarm says.
     """
 
@@ -229,6 +240,10 @@ def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
         everything = {**probe.quantities, "effective_lr": probe.rates}
         for quantity, by_layer in everything.items():
             for layer, value in by_layer.items():
+                if quantity == "sec_curve":
+                    for s, entry in curve_points(value):
+                        yield row(*at, f"sec_{s}", layer, None, entry, None)
+                    continue
                 heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
                 for head, entry in heads:
                     if quantity == "mode":

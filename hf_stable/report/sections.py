@@ -9,12 +9,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hf_stable.report.charts import Chart, Curve, Section, finish, marks_of, point_limit
+from hf_stable.report.charts import (
+    ALL_RUNS,
+    Chart,
+    Curve,
+    Section,
+    finish,
+    make_chart,
+    marks_of,
+    not_recorded,
+    point_limit,
+)
+from hf_stable.report.concentration import concentration_section
 from hf_stable.report.records import RunRecords, short_names, to_number, worst_head
 
 __all__ = ["build_sections"]
-
-ALL_RUNS = "All runs"
 
 BLOCK_TERMS = (
     ("sigma_wq", "\u03c3\u2081(Wq)"),
@@ -49,6 +58,7 @@ def build_sections(runs: Sequence[RunRecords]) -> list[Section]:
         _loss_section(runs),
         _entropy_section(runs),
         _spectra_section(runs),
+        concentration_section(runs),
         _terms_section(runs),
         _rates_section(runs),
     ]
@@ -71,7 +81,7 @@ def build_sections(runs: Sequence[RunRecords]) -> list[Section]:
 
 def _loss_section(runs: Sequence[RunRecords]) -> Section:
     charts = [
-        _chart(
+        make_chart(
             "Training loss",
             "loss (nats for cross-entropy)",
             [Curve(run.name, run.losses, i) for i, run in enumerate(runs)],
@@ -102,7 +112,7 @@ def _loss_section(runs: Sequence[RunRecords]) -> Section:
 
 def _logged(runs: Sequence[RunRecords], key: str, title: str, unit: str) -> Chart:
     curves = [Curve(run.name, run.logged(key), i) for i, run in enumerate(runs)]
-    return _chart(title, unit, curves, missing=f"no run logged {key}")
+    return make_chart(title, unit, curves, missing=f"no run logged {key}")
 
 
 def _entropy_section(runs: Sequence[RunRecords]) -> Section:
@@ -117,11 +127,11 @@ def _entropy_section(runs: Sequence[RunRecords]) -> Section:
             for curve in _by_layer(run, number, "entropy_bound")
         ]
         charts.append(
-            _chart(
+            make_chart(
                 _of_run("Lowest head of each layer", run, runs),
                 "entropy (nats)",
                 [*curves, *bounds, *ceilings],
-                missing=_not_recorded(run, "entropy"),
+                missing=not_recorded(run, "entropy"),
             )
         )
     return Section(
@@ -150,19 +160,18 @@ def _spectra_section(runs: Sequence[RunRecords]) -> Section:
             )
         for number, run in enumerate(runs):
             curves = _by_layer(run, number, quantity)
-            chart = _chart(
+            chart = make_chart(
                 _of_run(f"{title}: worst head of each layer", run, runs),
                 unit,
                 curves,
-                missing=_not_recorded(run, quantity),
+                missing=not_recorded(run, quantity),
             )
             charts.append(replace(chart, log=log))
     return Section(
         "spectra",
         "Spectra of Wq\u1d40Wk",
         "A share of energy near 1 with a growing \u03c3\u2081 is what a collapsing head shows. "
-        "Near 1 alone means little: a small initialisation has it too. Qi et al. 2025 draw "
-        "SEC(d_q, s) against s in Figure 4; here s is 4, and what it does over the steps is shown.",
+        "Near 1 alone means little: a small initialisation has it too.",
         tuple(charts),
     )
 
@@ -175,11 +184,11 @@ def _terms_section(runs: Sequence[RunRecords]) -> Section:
             charts.append(replace(chart, variant=ALL_RUNS, log=True))
     for number, run in enumerate(runs):
         for quantity, title in BLOCK_TERMS:
-            chart = _chart(
+            chart = make_chart(
                 title,
                 _term_unit(quantity),
                 _by_layer(run, number, quantity),
-                missing=_not_recorded(run, quantity),
+                missing=not_recorded(run, quantity),
             )
             charts.append(replace(chart, variant=run.name, log=True))
     return Section(
@@ -225,14 +234,15 @@ def _rates_section(runs: Sequence[RunRecords]) -> Section:
             with_schedule = [*curves, scheduled] if scheduled.points else curves
             charts.append(
                 replace(
-                    _chart(panel, "rate per step", with_schedule, missing=""),
+                    make_chart(panel, "rate per step", with_schedule, missing=""),
                     variant=run.name,
                     log=True,
                 )
             )
         if not panels:
             text = "no effective rates: they are recorded of AdamW2 (optim='adamw2') only"
-            charts.append(replace(_chart(run.name, "", [], missing=text), variant=run.name))
+            charts.append(replace(make_chart(run.name, "", [], missing=text), variant=run.name))
+    charts.sort(key=lambda chart: bool(chart.missing))  # a reader sees the first form first
     return Section(
         "rates",
         "Effective learning rate of each matrix",
@@ -243,19 +253,8 @@ def _rates_section(runs: Sequence[RunRecords]) -> Section:
     )
 
 
-def _chart(title: str, unit: str, curves: Sequence[Curve], *, missing: str) -> Chart:
-    kept = tuple(curve for curve in curves if curve.points)
-    return Chart(title, unit, kept, missing="" if kept else missing)
-
-
 def _of_run(title: str, run: RunRecords, runs: Sequence[RunRecords]) -> str:
     return title if len(runs) == 1 else f"{run.name}: {title[0].lower()}{title[1:]}"
-
-
-def _not_recorded(run: RunRecords, quantity: str) -> str:
-    if not run.probes:
-        return f"{run.name} was not watched by a StabilityCallback"
-    return f"{run.name} did not record {quantity} (terms='all' of StabilityCallback records all)"
 
 
 def _by_layer(run: RunRecords, number: int, quantity: str) -> list[Curve]:
@@ -296,7 +295,7 @@ def _compared(runs: Sequence[RunRecords], quantity: str, title: str, unit: str) 
             )
         ]
         curves.append(Curve(run.name, _segments(entries), number))
-    return _chart(title, unit, curves, missing=f"no run recorded {quantity}")
+    return make_chart(title, unit, curves, missing=f"no run recorded {quantity}")
 
 
 def _ceilings(run: RunRecords, number: int) -> list[Curve]:

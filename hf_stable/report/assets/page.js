@@ -53,7 +53,7 @@
           dash: curve.style === "dashed" ? "dash" : curve.style === "dotted" ? "dot"
             : isLayer || single ? "solid" : run.dash,
         },
-        hovertemplate: "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        hovertemplate: `${chart.axis.name} %{x}: %{y:.4g}<extra>%{fullData.name}</extra>`,
         visible: isShown(curve),
       };
     });
@@ -96,13 +96,16 @@
       font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
       margin: small ? { l: 8, r: 6, t: 6, b: 8 } : { l: 10, r: 12, t: BUTTONS, b: 10 },
       xaxis: {
-        ...axis, title: { text: small ? "step" : "optimizer step", font: { size: small ? 10 : 12 }, standoff: 4 },
-        rangemode: "tozero", nticks: small ? 4 : 8, exponentformat: "none",
+        ...axis, title: { text: small ? chart.axis.name : chart.axis.title, font: { size: small ? 10 : 12 }, standoff: 4 },
+        ...(chart.axis.ticks.length ? { type: "log", tickvals: chart.axis.ticks }
+          : { rangemode: "tozero", nticks: small ? 4 : 8 }),
+        exponentformat: "none",
       },
       yaxis: {
         ...axis, type: chart.log ? "log" : "linear", nticks: small ? 5 : 8,
         title: { text: chart.unit, font: { size: small ? 10 : 12 }, standoff: 6 },
         dtick: chart.log && spansDecades(chart) ? 1 : undefined,
+        range: chart.limits || undefined,
       },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       shapes, hovermode: "closest", dragmode: touch ? false : "zoom",
@@ -177,7 +180,7 @@
       const low = known.reduce((a, b) => (b[0] < a[0] ? b : a), known[0]);
       const high = known.reduce((a, b) => (b[0] > a[0] ? b : a), known[0]);
       const last = curve.y[curve.y.length - 1];
-      const at = (pair) => (pair ? `${pair[0]} at step ${pair[1]}` : "-");
+      const at = (pair) => (pair ? `${pair[0]} at ${chart.axis.name} ${pair[1]}` : "-");
       return [curve.label, at(low), at(high), last === null ? "not finite" : String(last)];
     });
     const table = element("table");

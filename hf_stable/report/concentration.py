@@ -1,0 +1,106 @@
+"""How many directions carry a head: SEC(d_q, s) against s, Figure 4 of Qi et al. 2025."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hf_stable.report.charts import (
+    ALL_RUNS,
+    Axis,
+    Chart,
+    Curve,
+    Section,
+    choose_steps,
+    make_chart,
+    not_recorded,
+)
+from hf_stable.report.records import Probe, RunRecords, curve_points, short_names
+
+__all__ = ["concentration_section"]
+
+PANELS = 4
+"""Steps that are shown of a run."""
+
+UNIT = "share of energy (0 to 1)"
+
+
+def concentration_section(runs: Sequence[RunRecords]) -> Section:
+    """Return panels at a few steps of each run, and of several runs panels that compare them."""
+    charts: list[Chart] = []
+    watched = [[probe for probe in run.probes if _curves(probe)] for run in runs]
+    if len(runs) > 1:
+        charts += _compared(runs, watched)
+    for number, (run, probes) in enumerate(zip(runs, watched, strict=True)):
+        steps = [probe.step for probe in probes]
+        for position in choose_steps(steps, _alarms([run]), PANELS):
+            charts.append(replace(_of_layers(run, number, probes[position]), variant=run.name))
+        if not probes:
+            missing = not_recorded(run, "sec_curve")
+            charts.append(
+                replace(make_chart(run.name, UNIT, [], missing=missing), variant=run.name)
+            )
+    return Section(
+        "concentration",
+        "Where the energy of Wq\u1d40Wk is",
+        "SEC(d_q, s), the share that the s largest singular values have, at s = 1, 2, 4, ... (Qi "
+        "et al. 2025, Figure 4), of the most concentrated head of each layer. Energy in all "
+        "directions comes up slowly; in a collapsed head a few of them hold it all.",
+        tuple(charts),
+        small=True,
+    )
+
+
+def _compared(runs: Sequence[RunRecords], watched: Sequence[Sequence[Probe]]) -> list[Chart]:
+    """Return a chart for each of a few steps, in which each run has its most concentrated layer."""
+    steps = sorted({probe.step for probes in watched for probe in probes})
+    charts = []
+    for position in choose_steps(steps, sorted(_alarms(runs)), PANELS):
+        curves = []
+        for number, (run, probes) in enumerate(zip(runs, watched, strict=True)):
+            past = [probe for probe in probes if probe.step <= steps[position]]
+            if past:
+                # The highest of all layers at each s; those of a run have the same sizes.
+                best: dict[int, float] = {}
+                for points in _curves(past[-1]).values():
+                    for s, share in points:
+                        best[s] = max(best.get(s, 0.0), share)
+                curves.append(Curve(run.name, sorted(best.items()), number))
+        chart = make_chart(
+            f"step {steps[position]}, most concentrated layer", UNIT, curves, missing=""
+        )
+        charts.append(replace(_over_sizes(chart), variant=ALL_RUNS))
+    return charts
+
+
+def _of_layers(run: RunRecords, number: int, probe: Probe) -> Chart:
+    names = short_names(run.layers)
+    curves = [
+        Curve(f"layer {names[layer]}", points, number, run.layers.index(layer))
+        for layer, points in _curves(probe).items()
+    ]
+    again = f", after rollback {probe.attempt}" if probe.attempt else ""
+    return _over_sizes(make_chart(f"step {probe.step}{again}", UNIT, curves, missing=""))
+
+
+def _curves(probe: Probe) -> dict[str, list[tuple[int, float]]]:
+    """Return the points of each layer whose weights are finite."""
+    found = {
+        layer: curve_points(value) for layer, value in probe.quantities.get("sec_curve", {}).items()
+    }
+    return {
+        layer: points
+        for layer, points in found.items()
+        if points and all(math.isfinite(share) for _, share in points)
+    }
+
+
+def _alarms(runs: Sequence[RunRecords]) -> list[int]:
+    return [event.step for run in runs for event in run.events if event.name == "alarm"]
+
+
+def _over_sizes(chart: Chart) -> Chart:
+    sizes = sorted({int(s) for curve in chart.curves for s, _ in curve.points})
+    axis = Axis("s", "s, singular values counted", tuple(sizes))
+    return replace(chart, axis=axis, limits=(0.0, 1.02))
