@@ -29,6 +29,15 @@ DEFAULT_HEADS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what may take longest first: at the end one process would wait for another's."""
+
+    def allowed(item: pytest.Item) -> float:
+        return max((mark.args[0] for mark in item.iter_markers("timeout")), default=0)
+
+    items.sort(key=allowed, reverse=True)
+
+
 def tiny_config(model_type: str, **overrides) -> transformers.PreTrainedConfig:
     """A config of a model with two blocks (Swin: 2 stages of 2), dropout off unless asked for."""
     if model_type == "gpt2":

@@ -1,16 +1,12 @@
-"""AdamW2 over real processes, gloo on the CPU: this file is also the script of every rank."""
+"""AdamW2 over real processes, gloo on the CPU."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gloo_ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -105,14 +101,16 @@ def shard(model):
     return model
 
 
-def worker_ddp(rank, world, folder):
+def worker_ddp(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(Net())
     optimizer = AdamW2(make_groups(model.module), **OPTIONS)
     losses = run_steps(model, optimizer, range(STEPS), rank, world)
     report(model.module, optimizer, losses, folder, "ddp")
 
 
-def worker_fsdp2(rank, world, folder):
+def worker_fsdp2(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = shard(Net())
     optimizer = AdamW2(make_groups(model), **OPTIONS)
     calls = 0
@@ -138,7 +136,8 @@ def worker_fsdp2(rank, world, folder):
     report(model, optimizer, [*losses, loss.item() / world], folder, "fsdp2")
 
 
-def worker_zero(rank, world, folder):
+def worker_zero(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(Net())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW2, **OPTIONS)
     losses = run_steps(model, optimizer, range(STEPS), rank, world)
@@ -151,7 +150,8 @@ def worker_zero(rank, world, folder):
     dist.barrier()
 
 
-def worker_zero_again(rank, world, folder):
+def worker_zero_again(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(Net())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), AdamW2, **OPTIONS)
     losses = run_steps(model, optimizer, range(STEPS // 2), rank, world)
@@ -169,8 +169,9 @@ def worker_zero_again(rank, world, folder):
     dist.barrier()
 
 
-def worker_nan(rank, world, folder):
+def worker_nan(folder):
     """A gradient that is NaN on one rank alone: all ranks keep the same finite vectors."""
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = shard(Net())
     optimizer = AdamW2(make_groups(model), **OPTIONS)
     run_steps(model, optimizer, range(2), rank, world)
@@ -194,7 +195,8 @@ def worker_nan(rank, world, folder):
     assert all(all(map(torch.equal, other, vectors)) for other in gathered)
 
 
-def worker_save(rank, world, folder):
+def worker_save(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = shard(Net())
     optimizer = AdamW2(make_groups(model), **OPTIONS)
     run_steps(model, optimizer, range(STEPS // 2), rank, world)
@@ -202,7 +204,8 @@ def worker_save(rank, world, folder):
     dcp.save(dict(model=weights, optimizer=state), checkpoint_id=folder / "dcp")
 
 
-def worker_load(rank, world, folder):
+def worker_load(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
     model = Net()
     with torch.no_grad():  # weights that are not the saved ones
         for param in model.parameters():
@@ -216,24 +219,6 @@ def worker_load(rank, world, folder):
         assert optimizer.state[param]["weight_v"].dtype == torch.float32
     losses = run_steps(model, optimizer, range(STEPS // 2, STEPS), rank, world)
     report(model, optimizer, losses, folder, f"load{world}")
-
-
-def launch(worker, world, folder):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, worker, str(folder)],
-            env=os.environ
-            | dict(
-                RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1"
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
 def run_alone(*, blocks=True):
@@ -264,7 +249,7 @@ def check(saved, expected, *, first=0):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero"])
 def test_many_processes_train_as_one(way, world, tmp_path):
-    launch(f"worker_{way}", world, tmp_path)
+    run_ranks(globals()[f"worker_{way}"], world, tmp_path)
     saved = torch.load(tmp_path / f"{way}.pt", weights_only=True)
     expected = run_alone(blocks=way != "zero")
     check(saved, expected)
@@ -272,28 +257,18 @@ def test_many_processes_train_as_one(way, world, tmp_path):
 
 
 def test_a_consolidated_state_of_zero_redundancy_continues(tmp_path):
-    launch("worker_zero_again", 2, tmp_path)
+    run_ranks(worker_zero_again, 2, tmp_path)
     check(torch.load(tmp_path / "zero_again.pt", weights_only=True), run_alone(blocks=False))
 
 
 def test_a_gradient_that_is_not_finite_spares_the_vectors_of_all_ranks(tmp_path):
-    launch("worker_nan", 2, tmp_path)
+    run_ranks(worker_nan, 2, tmp_path)
 
 
 def test_a_state_saved_on_two_processes_continues_on_one_and_on_three(tmp_path):
-    launch("worker_save", 2, tmp_path)
+    run_ranks(worker_save, 2, tmp_path)
     expected = run_alone()
     for world in (1, 3):
-        launch("worker_load", world, tmp_path)
+        run_ranks(worker_load, world, tmp_path)
         saved = torch.load(tmp_path / f"load{world}.pt", weights_only=True)
         check(saved, expected, first=STEPS // 2)
-
-
-if __name__ == "__main__":
-    worker, folder = globals()[sys.argv[1]], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rendezvous = f"file://{folder}/{worker.__name__}-{world}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    worker(rank, world, folder)
-    dist.barrier()
-    dist.destroy_process_group()

@@ -269,14 +269,21 @@ def test_a_reader_that_goes_away_is_no_failure(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["report", "fold", "export"])
-def test_long_work_shows_a_bar_on_a_terminal(command, checkpoint, tmp_path):
-    source = collapsing(tmp_path / "run") if command == "report" else checkpoint
-    out = [str(tmp_path / "out")]
-    out = ["--format", "csv", "--output", *out] if command == "report" else out
+def test_long_work_shows_a_bar_on_a_real_terminal(tmp_path):
+    source, out = collapsing(tmp_path / "run"), tmp_path / "r.csv"
     parent, child = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-m", "hf_stable.cli", command, str(source), *out],
+        [
+            sys.executable,
+            "-m",
+            "hf_stable.cli",
+            "report",
+            source,
+            "--format",
+            "csv",
+            "--output",
+            out,
+        ],
         stdout=subprocess.PIPE,
         stderr=child,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
@@ -287,8 +294,7 @@ def test_long_work_shows_a_bar_on_a_terminal(command, checkpoint, tmp_path):
             shown += chunk
         assert b"\x1b" not in process.stdout.read()
     os.close(parent)
-    label = {"report": b"Reading runs", "fold": b"Folding", "export": b"Exporting"}[command]
-    assert process.returncode in (SUCCESS, NO) and label in shown
+    assert process.returncode == NO and b"Reading runs" in shown
 
 
 def test_doctor_says_no_to_a_version_that_does_not_fit(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from conftest import DEFAULT_HEADS, MODEL_TYPES, tiny_batch, tiny_model
-from tiny_training import dataset, losses, make_trainer
+from gloo_ranks import run_ranks
+from tiny_training import dataset, losses, make_trainer, shard_on_cpus
+from torch.distributed.tensor import DTensor
 
 import hf_stable
+from hf_stable.checkpoints import fold_state_dict
 from hf_stable.cli import main
 from hf_stable.patching import STATE_FILE
 from hf_stable.stability_log import read_log
@@ -80,60 +85,51 @@ def train(model_type, folder, num_processes=1, resume=None, batches=4, **options
     return trainer
 
 
-PRELUDE = """
-import hashlib, json, os, sys
+def train_on_ranks(folder, mode, cases):
+    """Train each case on this process group; what is found, the same on every rank."""
+    world = dist.get_world_size()
+    if mode != "ddp":
+        shard_on_cpus()
+    found = {}
+    for case in cases:
+        model_type, _, variant = case.partition("-")
+        options = {}
+        if mode == "fsdp2":
+            options = fsdp_options(model_type, "FULL_STATE_DICT", cpu_offload=variant == "offload")
+        if variant == "uneven":
+            options |= dict(batches=3 / world, accelerator_config={"even_batches": False})
+        out = Path(folder) / case
+        trainer = train(model_type, out, world, save_strategy="steps", save_steps=20, **options)
+        layers = [m for m in trainer.model.modules() if hasattr(m, "gamma")]
+        whole = [
+            t.full_tensor() if isinstance(t, DTensor) else t
+            for layer in layers
+            for t in (layer.gamma.detach(), layer.sigma, layer.sigma_u, layer.sigma_v)
+        ]
+        numbers = b"".join(t.contiguous().numpy().tobytes() for t in whole)
+        digests = [None] * world
+        dist.all_gather_object(digests, hashlib.sha256(numbers).hexdigest())
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        found[case] = {
+            "losses": losses(trainer),
+            "same": len(set(digests)) == 1,
+            "layers": len(layers),
+            "sharded": all(isinstance(layer.weight, DTensor) for layer in layers),
+            "offload": repr(getattr(plugin, "cpu_offload", None)),
+        }
+    return found
+
+
+UNDER_TORCHRUN = """
+import json, os, sys
 sys.path.insert(0, sys.argv[1])
-folder, mode, *cases = sys.argv[2:]
-import accelerate.state as state
-import torch
+from accelerate import PartialState
 import torch.distributed as dist
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor import DTensor
+from test_parity import train_on_ranks
 
-if mode != "ddp":
-    # accelerate takes its FSDP branch for accelerators only, and runs DDP on CPUs without a word.
-    started = state.PartialState.__init__
-    def start(self, *args, **kwargs):
-        started(self, *args, **kwargs)
-        if self.distributed_type == state.DistributedType.MULTI_CPU:
-            self.distributed_type = state.DistributedType.MULTI_GPU
-    state.PartialState.__init__ = start
-    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # there is no device to pin memory for
-
-from test_parity import fsdp_options, train
-from tiny_training import losses
-"""
-
-RANK = (
-    PRELUDE
-    + """
-world = int(os.environ["WORLD_SIZE"])
-found = {}
-for case in cases:
-    model_type, _, variant = case.partition("-")
-    options = {}
-    if mode == "fsdp2":
-        options = fsdp_options(model_type, "FULL_STATE_DICT", cpu_offload=variant == "offload")
-    if variant == "uneven":
-        options |= dict(batches=3 / world, accelerator_config={"even_batches": False})
-    out = os.path.join(folder, case)
-    trainer = train(model_type, out, world, save_strategy="steps", save_steps=20, **options)
-    layers = [m for m in trainer.model.modules() if hasattr(m, "gamma")]
-    whole = [
-        t.full_tensor() if isinstance(t, DTensor) else t
-        for layer in layers
-        for t in (layer.gamma.detach(), layer.sigma, layer.sigma_u, layer.sigma_v)
-    ]
-    digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in whole)).hexdigest()
-    digests = [None] * world
-    dist.all_gather_object(digests, digest)
-    found[case] = {
-        "losses": losses(trainer), "same": len(set(digests)) == 1, "layers": len(layers),
-        "sharded": all(isinstance(layer.weight, DTensor) for layer in layers),
-        "offload": repr(
-            getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "cpu_offload", None)
-        ),
-    }
+folder, mode, *cases = sys.argv[2:]
+PartialState(cpu=True)  # joins the others, as the Trainer's arguments do
+found = train_on_ranks(folder, mode, cases)
 if dist.get_rank() == 0:
     print("RESULT", json.dumps(found))
 dist.barrier()
@@ -141,41 +137,32 @@ dist.destroy_process_group()
 sys.stdout.flush()
 os._exit(0)  # at times a thread of gloo that is left aborts an interpreter that takes its time
 """
-)
 
-SHARDED = (
-    PRELUDE
-    + """
-from hf_stable.checkpoints import fold_state_dict
-from test_parity import RESUMED
 
-world = int(os.environ["WORLD_SIZE"])
-found = {}
-for model_type, state_dict_type in RESUMED.items():
-    options = dict(
-        save_strategy="steps", save_steps=10, **fsdp_options(model_type, state_dict_type)
-    )
-    out = os.path.join(folder, model_type)
-    begun = os.path.join(out, "checkpoint-10")
-    found[model_type] = {}
-    if mode == "begin":
-        trainer = train(model_type, out, world, **options)
-        found[model_type]["whole"] = losses(trainer)
-        model = trainer.model
-        assert all(isinstance(p, DTensor) for p in model.parameters())
-        plain, _ = fold_state_dict(model, model.state_dict())
-        if dist.get_rank() == 0:
-            torch.save(plain, os.path.join(out, "plain.pt"))
-    trainer = train(model_type, out + "-resumed", world, resume=begun, **options)
-    found[model_type]["resumed"] = losses(trainer)
-if dist.get_rank() == 0:
-    print("RESULT", json.dumps(found))
-dist.barrier()
-dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # at times a thread of gloo that is left aborts an interpreter that takes its time
-"""
-)
+def resume_on_ranks(folder, mode):
+    """Begin sharded runs, or go on with those that others began; losses by model."""
+    shard_on_cpus()
+    world = dist.get_world_size()
+    found = {}
+    for model_type, state_dict_type in RESUMED.items():
+        options = dict(
+            save_strategy="steps", save_steps=10, **fsdp_options(model_type, state_dict_type)
+        )
+        out = folder / model_type
+        found[model_type] = {}
+        if mode == "begin":
+            trainer = train(model_type, out, world, **options)
+            found[model_type]["whole"] = losses(trainer)
+            model = trainer.model
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            plain, _ = fold_state_dict(model, model.state_dict())
+            if dist.get_rank() == 0:
+                torch.save(plain, out / "plain.pt")
+        again, begun = folder / f"{model_type}-resumed", str(out / "checkpoint-10")
+        trainer = train(model_type, again, world, resume=begun, **options)
+        found[model_type]["resumed"] = losses(trainer)
+    return found
+
 
 DYING = """
 import os, sys
@@ -221,16 +208,20 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("mode", "num_processes", "cases"),
+    ("mode", "num_processes", "cases", "launcher"),
     [
-        ("ddp", 3, MODEL_TYPES),
-        ("ddp", 2, ("vit", "gpt2-uneven")),
-        ("fsdp2", 2, (*MODEL_TYPES, "gpt2-offload")),
-        ("fsdp2", 3, ("swin", "bert")),
+        ("ddp", 3, MODEL_TYPES, None),
+        ("ddp", 2, ("vit", "gpt2-uneven"), "torchrun"),
+        ("fsdp2", 2, (*MODEL_TYPES, "gpt2-offload"), None),
+        ("fsdp2", 3, ("swin", "bert"), None),
     ],
 )
-def test_many_processes_train_and_log_as_one(mode, num_processes, cases, alone, tmp_path):
-    result = result_of(launch(RANK, num_processes, tmp_path, tmp_path, mode, *cases))
+def test_many_processes_train_and_log_as_one(mode, num_processes, cases, launcher, alone, tmp_path):
+    if launcher is None:
+        result, *_ = run_ranks(train_on_ranks, num_processes, tmp_path, mode, cases)
+    else:
+        done = launch(UNDER_TORCHRUN, num_processes, tmp_path, tmp_path, mode, *cases)
+        result = result_of(done)
     expected, folder = alone
     assert list(result) == list(cases)
     for case, found in result.items():
@@ -246,8 +237,9 @@ def test_many_processes_train_and_log_as_one(mode, num_processes, cases, alone, 
         assert [e["step"] for e in log] == [e["step"] for e in log_alone]  # once, not per rank
         if variant == "uneven":  # ranks with more and with fewer batches: no step is one's own
             continue
+        mine = by_step(found["losses"])
         for step, (loss, _) in expected[name].items():
-            assert found["losses"][str(step)][0] == pytest.approx(loss, rel=1e-5, abs=1e-5), name
+            assert mine[step][0] == pytest.approx(loss, rel=1e-5, abs=1e-5), name
         # The steps do something: equal losses are not those of a model that stands still.
         only = [loss for loss, _ in expected[name].values()]
         assert max(only) - min(only) > 0.02
@@ -284,6 +276,11 @@ def check_checkpoint(folder, name):
         )
 
 
+def by_step(losses):
+    """Losses by number: JSON has texts for keys."""
+    return {int(step): values for step, values in losses.items()}
+
+
 def result_of(done):
     assert done.returncode == 0, done.stderr[-9000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
@@ -291,16 +288,16 @@ def result_of(done):
 
 
 def test_checkpoints_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
-    begun = result_of(launch(SHARDED, 2, tmp_path, tmp_path, "begin"))
-    on_three = result_of(launch(SHARDED, 3, tmp_path, tmp_path, "resume"))
+    begun, _ = run_ranks(resume_on_ranks, 2, tmp_path, "begin")
+    on_three, *_ = run_ranks(resume_on_ranks, 3, tmp_path, "resume")
     expected, _ = alone
     for name, state_dict_type in RESUMED.items():
         whole, resumed = begun[name]["whole"], begun[name]["resumed"]
         assert resumed == whole  # exactly, on as many processes
         for step, (loss, _) in expected[name].items():
-            assert whole[str(step)][0] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+            assert whole[step][0] == pytest.approx(loss, rel=1e-5, abs=1e-5)
             if step > 10:
-                assert on_three[name]["resumed"][str(step)][0] == pytest.approx(loss, rel=1e-5)
+                assert on_three[name]["resumed"][step][0] == pytest.approx(loss, rel=1e-5)
         checkpoint, plain = tmp_path / name / f"checkpoint-{STEPS}", tmp_path / f"{name}-plain"
         if state_dict_type == "FULL_STATE_DICT":
             check_checkpoint(checkpoint, name)

@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_batch, tiny_model
+from gloo_ranks import run_processes
 from safetensors.torch import load_file, save_file
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import Trainer
 
-import hf_stable
+import hf_stable.sidecar
 from hf_stable.checkpoints import is_complete
 from hf_stable.patching import STATE_FILE
 
@@ -281,57 +281,50 @@ def test_checkpoint_that_is_saved_again_is_not_picked_until_it_is_whole(patched,
     assert same_state(resumed.model, expected.model)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import safetensors.torch, torch, transformers
-import hf_stable, hf_stable.sidecar
-from test_resume import run
+def run_and_die(folder, point, again):
+    """Train until a file of the second checkpoint is half written, and be killed there."""
 
-def die(path):
-    if "checkpoint-4" in str(path):
-        open(path, "wb").write(b"half of it")
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die(path):
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def dying(function, position):
-    def write(*args, **kwargs):
-        die(args[position])
-        return function(*args, **kwargs)
-    return write
+    def dying(function, position):
+        def write(*args, **kwargs):
+            die(args[position])
+            return function(*args, **kwargs)
 
-target, function, position = {
-    "weights": (transformers.modeling_utils, "safe_save_file", 1),
-    "sidecar": (hf_stable.sidecar, "save_file", 1),
-    "trainer state": (transformers.TrainerState, "save_to_json", 1),
-}.get(sys.argv[3], (None, None, None))
-if sys.argv[3] == "optimizer":
-    save = torch.save
-    torch.save = lambda obj, path, *rest: (
-        die(path) if str(path).endswith("optimizer.pt") else None, save(obj, path, *rest)
-    )
-else:
-    setattr(target, function, dying(getattr(target, function), position))
-run(sys.argv[2], save_steps=2, optim="adamw2", resume=sys.argv[4] or None)
-"""
+        return write
+
+    def save(obj, path, *rest):
+        if str(path).endswith("optimizer.pt"):
+            die(path)
+        torch_save(obj, path, *rest)
+
+    torch_save = torch.save
+    if point == "optimizer":
+        torch.save = save
+    else:
+        target, function, position = {
+            "weights": (transformers.modeling_utils, "safe_save_file", 1),
+            "sidecar": (hf_stable.sidecar, "save_file", 1),
+            "trainer state": (transformers.TrainerState, "save_to_json", 1),
+        }[point]
+        setattr(target, function, dying(getattr(target, function), position))
+    run(folder, save_steps=2, optim="adamw2", resume=again)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True], ids=["new folder", "existing folder"])
 @pytest.mark.parametrize("point", ["weights", "sidecar", "optimizer", "trainer state"])
 def test_killed_while_saving(point, existing, tmp_path):
-    again = ""
+    again = None
     if existing:
         run(tmp_path / "run", save_steps=2, optim="adamw2")
         shutil.rmtree(tmp_path / "run" / "checkpoint-6")
         again = str(tmp_path / "run" / "checkpoint-2")
-    arguments = [str(Path(__file__).parent), str(tmp_path / "run"), point, again]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    ((code, printed),) = run_processes([(run_and_die, (tmp_path / "run", point, again))], tmp_path)
+    assert code == -signal.SIGKILL, printed[-2000:]
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
     with pytest.warns(UserWarning, match="checkpoint-4 was not saved.*checkpoint-2 instead"):
         resumed = run(tmp_path / "run", resume=True, save_steps=2, optim="adamw2")

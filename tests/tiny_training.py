@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import accelerate
 import torch
 from conftest import tiny_batch, tiny_model
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 DROPOUT = {
@@ -53,6 +55,22 @@ def make_trainer(model, folder, *, callbacks=(), model_init=None, **options):
         eval_dataset=dataset(examples, seed=2),
         callbacks=list(callbacks),
     )
+
+
+def shard_on_cpus() -> None:
+    """Make accelerate take its FSDP branch in this process.
+
+    It takes it for accelerators only, and runs DDP on CPUs without a word.
+    """
+    started = accelerate.state.PartialState.__init__
+
+    def start(self, *args, **kwargs):
+        started(self, *args, **kwargs)
+        if self.distributed_type == accelerate.state.DistributedType.MULTI_CPU:
+            self.distributed_type = accelerate.state.DistributedType.MULTI_GPU
+
+    accelerate.state.PartialState.__init__ = start
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # there is no device to pin memory for
 
 
 def losses(trainer) -> dict[int, tuple[float, float]]:
