@@ -6,10 +6,10 @@ weights are read two at a time.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -52,13 +52,15 @@ class BlockSpectrum:
 
     Attributes:
         name: of the block in the model.
+        head_size: d_q, and so how many singular values each head has.
         sigma_qk: largest singular value.
         sec: share of energy in the four largest singular values, SEC(d_q, 4).
         stable_rank: sum of squared singular values over the largest squared.
-        finite: whether all weights involved are finite; otherwise the rest is empty.
+        finite: whether all weights involved are finite; otherwise there are no values.
     """
 
     name: str
+    head_size: int
     sigma_qk: tuple[float, ...]
     sec: tuple[float, ...]
     stable_rank: tuple[float, ...]
@@ -114,6 +116,7 @@ def inspect_blocks(weights: WeightFiles, model: ModelOutline) -> tuple[BlockSpec
     """Compute the spectra of Wq^T Wk of every head; blocks whose weights are not here are left out.
 
     Raises:
+        UnsupportedModelError: if config.json describes heads that the weights cannot be cut into.
         ValueError: if a file is damaged.
     """
     architecture = lookup(model.model)
@@ -142,22 +145,32 @@ def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, 
 
 
 def _build(folder: Path) -> PreTrainedModel:
-    if not os.path.isfile(folder / "config.json"):
+    path = folder / "config.json"
+    if not path.is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnsupportedModelError(f"config.json cannot be read: {reason}") from error
-    name = (getattr(config, "architectures", None) or [""])[0]
-    source = modeling_hf_stable if name.startswith(PREFIX) else transformers
-    model_class = getattr(source, name, None)
-    if model_class is None:
+        # Code that lies beside the weights is neither run nor asked about: this only looks.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = _model_class(config.architectures)
+        if model_class is not None:
+            with torch.device("meta"):
+                return model_class(config)
+    except Exception as error:  # which one an impossible value raises is up to the model
+        reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedModelError(
-            f"config.json names {name!r} under 'architectures', which is no class of transformers"
-        )
-    with torch.device("meta"):
-        return model_class(config)
+            f"{path} describes no model that transformers can build: {reason}"
+        ) from error
+    raise UnsupportedModelError(
+        f"{path} has {config.architectures!r} under 'architectures'; it takes a list whose first "
+        "entry is the name of a model class of transformers"
+    )
+
+
+def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
+    """Return the class that a config names under "architectures", or None if it is no model's."""
+    name = str(architectures[0]) if architectures else ""
+    found = getattr(modeling_hf_stable if name.startswith(PREFIX) else transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def _query_and_key(
@@ -174,12 +187,19 @@ def _query_and_key(
 
 
 def _block_spectrum(name: str, query: Tensor, key: Tensor, num_heads: int) -> BlockSpectrum:
-    values = qk_singular_values(query, key, num_heads)
+    try:
+        values = qk_singular_values(query, key, num_heads)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"config.json does not fit the weights of {name}: {error}"
+        ) from error
+    head_size = values.shape[1]
     if not values.isfinite().all():
-        return BlockSpectrum(name, (), (), (), finite=False)
-    dominant = min(SEC_VALUES, values.shape[1])
+        return BlockSpectrum(name, head_size, (), (), (), finite=False)
+    dominant = min(SEC_VALUES, head_size)
     return BlockSpectrum(
         name,
+        head_size,
         tuple(values[:, 0].tolist()),
         tuple(spectral_energy_concentration(values, dominant).nan_to_num(0.0).tolist()),
         tuple(stable_rank(values).nan_to_num(0.0).tolist()),

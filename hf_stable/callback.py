@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -113,6 +114,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.rollbacks = Rollbacks(max_rollbacks, rollback_lr_factor)
         self._folder = ""
         self._alarm_step = 0
+        self._started = 0.0
         self._begin()
 
     def _begin(self) -> None:
@@ -141,6 +143,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse what cannot work, now and not at the first probe; take up a resumed run."""
         self._stack.close()
+        self._started = time.perf_counter()
         model = kwargs["model"]
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if isinstance(saved, list):
@@ -265,8 +268,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found; write down how long it took."""
         self.abandon_step()
+        seconds = round(time.perf_counter() - self._started, 1)
+        self._write("end", state.global_step, {"seconds": seconds})
 
     def abandon_step(self) -> None:
         """Undo what was done to the model for a step that will not be finished."""
@@ -373,6 +378,9 @@ class StabilityCallback(TrainerCallback, ExportableState):
         elif self.on_collapse == "checkpoint":
             control.should_save = True
         elif self.on_collapse == "stop":
+            self._alarm_step = alarm.step
+            if not control.should_training_stop:
+                self._write("stop", alarm.step, {"reason": f"on_collapse='stop', {alarm.kind}"})
             control.should_training_stop = True
         elif self.on_collapse == "rollback" and self.rollbacks.planned is None:
             control.should_training_stop, control.should_save = True, False

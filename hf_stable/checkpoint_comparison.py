@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.block_inspection import BlockSpectrum, inspect_blocks, outline
+from hf_stable.block_inspection import BlockSpectrum, ModelOutline, inspect_blocks, outline
 from hf_stable.json_values import as_json_value
 from hf_stable.matrix_inspection import is_finite, largest_sigma
 from hf_stable.spectral import as_matrix
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointComparison",
     "HeadChange",
     "MatrixChange",
+    "ShapeChange",
     "VectorChange",
     "compare_checkpoints",
 ]
@@ -58,6 +59,14 @@ class VectorChange:
 
 
 @dataclass(frozen=True)
+class ShapeChange:
+    """One tensor that has another shape in the second checkpoint: both, as they are on disk."""
+
+    name: str
+    shape: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class HeadChange:
     """One attention head in both checkpoints: sigma_1(Wq^T Wk) and SEC, before and after."""
 
@@ -76,14 +85,16 @@ class CheckpointComparison:
         matrices: those in both with the same shape, the most changed first.
         vectors: likewise, tensors of fewer than two dimensions: biases and gains.
         heads: those in both, the most grown first; empty if the architecture is not known.
-        only_first: tensors that only the first has, or that have another shape in the second.
-        only_second: the other way round.
+        reshaped: tensors in both with different shapes, in the order of the first.
+        only_first: names of the tensors that only the first has.
+        only_second: likewise of the second.
     """
 
     paths: tuple[str, str]
     matrices: tuple[MatrixChange, ...]
     vectors: tuple[VectorChange, ...]
     heads: tuple[HeadChange, ...]
+    reshaped: tuple[ShapeChange, ...]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
@@ -92,7 +103,7 @@ class CheckpointComparison:
         """Return whether both hold the same tensors, every entry finite and equal."""
         changes: tuple[MatrixChange | VectorChange, ...] = (*self.matrices, *self.vectors)
         same = all(change.distance == 0 for change in changes)
-        return same and not self.only_first and not self.only_second
+        return same and not (self.reshaped or self.only_first or self.only_second)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; NaN and infinity become None."""
@@ -117,13 +128,17 @@ def compare_checkpoints(
         ValueError: if one has no safetensors, or is damaged.
     """
     both = open_weights(first), open_weights(second)
-    names = [_names(weights) for weights in both]
-    blocks = [_blocks(weights) for weights in both]
-    shared = [
-        name
+    models = _outline(both[0]), _outline(both[1])
+    # Names on disk are not always those in the model, and a checkpoint may lack a config.json of
+    # its own: the other's tells its names too.
+    names = _names(both[0], models[0] or models[1]), _names(both[1], models[1] or models[0])
+    blocks = [_blocks(weights, model) for weights, model in zip(both, models, strict=True)]
+    shapes = {
+        name: (both[0].shapes[key], both[1].shapes[names[1][name]])
         for name, key in names[0].items()
-        if name in names[1] and both[0].shapes[key] == both[1].shapes[names[1][name]]
-    ]
+        if name in names[1]
+    }
+    shared = [name for name, (before, after) in shapes.items() if before == after]
     matrices: list[MatrixChange] = []
     vectors: list[VectorChange] = []
     for count, name in enumerate(shared, start=1):
@@ -138,24 +153,31 @@ def compare_checkpoints(
         matrices=tuple(sorted(matrices, key=_how_much, reverse=True)),
         vectors=tuple(sorted(vectors, key=_how_much, reverse=True)),
         heads=_heads(*blocks),
-        only_first=tuple(name for name in names[0] if name not in shared),
-        only_second=tuple(name for name in names[1] if name not in shared),
+        reshaped=tuple(
+            ShapeChange(name, pair) for name, pair in shapes.items() if pair[0] != pair[1]
+        ),
+        only_first=tuple(name for name in names[0] if name not in shapes),
+        only_second=tuple(name for name in names[1] if name not in shapes),
     )
 
 
-def _names(weights: WeightFiles) -> dict[str, str]:
+def _outline(weights: WeightFiles) -> ModelOutline | None:
+    try:
+        return outline(weights)
+    except UnsupportedModelError:
+        return None
+
+
+def _names(weights: WeightFiles, model: ModelOutline | None) -> dict[str, str]:
     """Return the name on disk of each tensor of the plain model, by that in the model if known."""
     own = [key for key in weights.shapes if not weights.belongs_to_raw_layer(key)]
-    try:
-        in_model = outline(weights).in_model
-    except UnsupportedModelError:
-        in_model = {}
+    in_model = {} if model is None else model.in_model
     return {in_model.get(key, key): key for key in own}
 
 
-def _blocks(weights: WeightFiles) -> tuple[BlockSpectrum, ...]:
+def _blocks(weights: WeightFiles, model: ModelOutline | None) -> tuple[BlockSpectrum, ...]:
     try:
-        return inspect_blocks(weights, outline(weights))
+        return () if model is None else inspect_blocks(weights, model)
     except UnsupportedModelError:
         return ()
 

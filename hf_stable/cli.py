@@ -21,6 +21,7 @@ import hf_stable
 from hf_stable.cli_bench import Debug, Json, bench
 from hf_stable.terminal import (
     demo_table,
+    indented,
     make_console,
     make_table,
     print_comparison,
@@ -251,11 +252,10 @@ def report(
         written = write_report(runs, output, format=format, on_run=on_run)
     if as_json:
         rows = [
-            dict(zip(TABLE_COLUMNS, table_cells(row), strict=True)) for row in written.summaries
+            asdict(row) | {"notes": [note for run, note in written.notes if run == row.run]}
+            for row in written.summaries
         ]
-        verdicts = [row.verdict.headline for row in written.summaries]
-        files = list(map(str, written.files))
-        print_json({"files": files, "runs": rows, "verdicts": verdicts, "notes": written.notes})
+        print_json({"files": list(map(str, written.files)), "runs": rows})
     else:
         console = make_console()
         table = make_table(*TABLE_COLUMNS)
@@ -264,6 +264,8 @@ def report(
         console.print(table)
         for row in written.summaries:
             console.print(f"{row.run}: {row.verdict.headline}.")
+            if row.verdict.state in ("failed", "warned"):
+                console.print(*indented(row.verdict.sentences), sep="")
         for run, note in written.notes:
             console.print(f"{run}: {note}")
         console.print(*written.files, sep="\n")

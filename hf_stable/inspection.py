@@ -161,9 +161,9 @@ def _blocks_and_norms(
 ) -> tuple[tuple[BlockSpectrum, ...], tuple[NormGain, ...], str | None]:
     try:
         model = outline(weights)
+        return inspect_blocks(weights, model), inspect_norms(weights, model), None
     except UnsupportedModelError as error:
         return (), (), str(error)
-    return inspect_blocks(weights, model), inspect_norms(weights, model), None
 
 
 def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import Progress
 from rich.table import Table
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "demo_table",
+    "indented",
     "make_console",
     "make_table",
     "print_comparison",
@@ -51,6 +53,11 @@ def make_table(*columns: str) -> Table:
     return table
 
 
+def indented(sentences: Sequence[str]) -> list[Padding]:
+    """Return sentences that are printed indented, also where a terminal wraps them."""
+    return [Padding.indent(sentence, 2) for sentence in sentences]
+
+
 def demo_table(results: Sequence[RunResult]) -> Table:
     """Return the runs of one part of the demo, one per row."""
     table = make_table("run", "test loss", "accuracy", "min sigma", "min gamma", "seconds")
@@ -68,7 +75,7 @@ def print_inspection(report: CheckpointReport) -> None:
     columns = ("layer", "shape", "dtype", "sigma", "stable rank")
     table = make_table(*columns, *(("gamma", "raw sigma") * patched))
     for layer in report.layers:
-        cells = ["x".join(map(str, layer.shape)), layer.dtype, layer.note or _numbers(layer.sigma)]
+        cells = [_shape(layer.shape), layer.dtype, layer.note or _numbers(layer.sigma)]
         cells.append(_numbers(layer.stable_rank))
         if patched:
             cells += [_numbers(layer.gamma), _numbers(layer.raw_sigma)]
@@ -121,6 +128,11 @@ def print_comparison(report: CheckpointComparison) -> None:
             pairs = [" -> ".join(f"{v:.4g}" for v in pair) for pair in (head.sigma_qk, head.sec)]
             heads.add_row(head.block, str(head.head), *pairs)
         console.print("Heads, the most grown first", heads, "", sep="\n")
+    if report.reshaped:
+        reshaped = make_table("tensor", "shape before", "shape after")
+        for each in report.reshaped:
+            reshaped.add_row(each.name, *map(_shape, each.shape))
+        console.print("Of another shape, and so not compared", reshaped, "", sep="\n")
     for label, names in (("first", report.only_first), ("second", report.only_second)):
         if names:
             console.print(f"Only in the {label}: {', '.join(names)}")
@@ -140,6 +152,10 @@ def print_diagnosis(report: Diagnosis) -> None:
     console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
     for name, values in report.supported.items():
         console.print(f"{name}: {', '.join(values)}")
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _number(value: float | None) -> str:

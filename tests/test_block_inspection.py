@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 
@@ -106,6 +107,42 @@ def test_what_stands_out_is_said(tmp_path):
     assert "has NaN or infinite entries" in " ".join(report.signs)
 
 
+def large(tensors, block, rank):
+    """Give each of the four heads of a GPT-2 block `rank` singular values of Wq^T Wk, all 1600."""
+    weight = tensors[f"transformer.h.{block}.attn.c_attn.weight"]
+    width, size = len(weight), len(weight) // 4
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, 2 * width, size):
+        directions = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
+        weight[:, start : start + size] = 40 * directions @ torch.eye(rank, size)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "blocks", "said"),
+    [
+        (32, 1, [0, 1, 2], "transformer.h.1: 4 of 4 heads look collapsed"),
+        (32, 1, [1], "transformer.h.1, head 3 looks collapsed"),
+        (32, 8, [0, 1, 2], None),
+        (32, 8, [1], None),
+        (16, 4, [0, 1, 2], None),  # d_q is 4: its full rank
+        (16, 4, [1], None),
+    ],
+)
+def test_heads_that_collapsed_are_said_and_large_ones_of_full_rank_are_not(
+    width, rank, blocks, said, tmp_path
+):
+    model = tiny_model("gpt2", n_embd=width, n_head=4, n_layer=3)
+    model.save_pretrained(tmp_path)
+    assert inspect_checkpoint(tmp_path).signs == ()
+    edit(tmp_path, lambda tensors: [large(tensors, block, rank) for block in blocks])
+    report = inspect_checkpoint(tmp_path)
+    changed = report.blocks[1]
+    assert changed.head_size == width // 4 and changed.sigma_qk == pytest.approx([1600] * 4)
+    assert (min(changed.sec) > 0.99) == (rank <= 4)
+    signs = [sign for sign in report.signs if "collapsed" in sign]
+    assert any(said in sign for sign in signs) if said else not signs
+
+
 def test_two_checkpoints_differ_by_what_was_trained_between(model_type, tmp_path):
     model = trained(model_type)
     model.save_pretrained(tmp_path / "a")
@@ -162,6 +199,108 @@ def test_the_smallest_difference_and_nan_are_differences_too(change, tmp_path):
     found = compare_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert not found.is_same and found.matrices[0].distance == 0
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def grow(tensors):
+    for name in list(tensors):
+        if name.endswith("wte.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.zeros(3, 16)])
+        elif name.endswith("h.0.ln_1.bias"):
+            tensors[name] = tensors[name].new_zeros(())
+
+
+def test_a_tensor_of_another_shape_is_shown_with_both_shapes(tmp_path, capsys):
+    tiny_model("gpt2").save_pretrained(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    same = compare_checkpoints(tmp_path / "a", tmp_path / "b")
+    assert same.reshaped == () and same.is_same
+    edit(tmp_path / "b", grow)
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "b")]) == NO
+    shown = capsys.readouterr().out
+    assert re.search(r"transformer\.wte\.weight +37x16 +40x16\b", shown)
+    assert re.search(r"transformer\.h\.0\.ln_1\.bias +16 +scalar\b", shown)
+    assert "Only in the" not in shown and "The weights differ." in shown
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]) == NO
+    content = json.loads(capsys.readouterr().out)
+    assert {each["name"]: each["shape"] for each in content["reshaped"]} == {
+        "transformer.wte.weight": [[37, 16], [40, 16]],
+        "transformer.h.0.ln_1.bias": [[16], []],
+    }
+    assert content["only_first"] == content["only_second"] == [] and not content["is_same"]
+    assert all(change["distance"] == 0 for change in content["matrices"] + content["vectors"])
+
+
+@pytest.mark.parametrize("spoilt", ["a", "b"])
+def test_tensors_of_a_checkpoint_without_a_usable_config_have_the_names_of_the_other(
+    spoilt, tmp_path
+):
+    for folder in ("a", "b"):
+        tiny_model("vit").save_pretrained(tmp_path / folder)
+    (tmp_path / spoilt / "config.json").write_text("{")
+    found = compare_checkpoints(tmp_path / "a", tmp_path / "b")
+    assert found.is_same and not found.heads
+    assert "vit.layers.0.mlp.fc1" in [change.name for change in found.matrices]
+    edit(tmp_path / "b", lambda tensors: tensors["classifier.weight"].add_(1))
+    assert not compare_checkpoints(tmp_path / "a", tmp_path / "b").is_same
+
+
+BAD_VALUES = [
+    ({"n_head": 0}, "describes no model that transformers can build"),
+    ({"n_head": "two"}, "n_head"),
+    ({"n_head": 3}, "num_heads"),
+    ({"n_head": -2}, "config.json does not fit the weights of transformer.h.0"),
+    ({"n_embd": -3}, "-3"),
+    ({"n_embd": 32, "n_head": 32}, "cannot cut weights of shapes (16, 16) and (16, 16)"),
+    ({"activation_function": "none such"}, "none such"),
+    ({"architectures": ["GPT2Config"]}, "has ['GPT2Config'] under 'architectures'"),
+    ({"architectures": ["pipeline"]}, "the name of a model class of transformers"),
+    ({"architectures": ["AutoModel"]}, "the name of a model class of transformers"),
+    ({"architectures": ["PreTrainedModel"]}, "this PreTrainedModel does not have"),
+    ({"architectures": ["BertForMaskedLM"]}, "GPT2Config"),
+    ({"architectures": [5]}, "has [5] under 'architectures'"),
+    ({"architectures": None}, "has None under 'architectures'"),
+    ({"model_type": "none_such"}, "none_such"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_VALUES, ids=lambda value: str(value)[:40])
+def test_a_bad_config_costs_the_heads_and_says_why(change, reason, tmp_path, capsys):
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert main(["inspect", str(tmp_path)]) == SUCCESS
+    shown, errors = capsys.readouterr()
+    (note,) = [line for line in shown.splitlines() if line.startswith("No heads and norms: ")]
+    assert reason in note and ("config.json" in note or "PreTrainedModel" in reason)
+    assert "Traceback" not in errors and "hf-stable: error" not in errors
+    assert re.search(r"transformer\.h\.1\.mlp\.c_fc +16x64 +float32 +[\d.]+", shown)
+    assert "heads were not looked at" in shown and "Wq^T Wk of each head" not in shown
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null"])
+def test_a_config_that_is_none_costs_the_heads_and_says_why(content, tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    report = inspect_checkpoint(tmp_path)
+    assert report.layers and not report.blocks
+    assert report.blocks_note.startswith(f"{tmp_path / 'config.json'} describes no model")
+    assert "\n" not in report.blocks_note
+
+
+def test_code_beside_the_weights_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask, and run it for a yes."""
+    tiny_model("gpt2").save_pretrained(tmp_path)
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+        "import transformers\n"
+        "class OwnConfig(transformers.PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "cache")
+    assert "describes no model" in inspect_checkpoint(tmp_path).blocks_note
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_command_shows_heads_and_compares(tmp_path, capsys):

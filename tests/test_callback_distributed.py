@@ -87,5 +87,7 @@ def test_a_loss_that_is_lost_on_one_process_takes_both_back(tmp_path):
         *(("probe", 0, step) for step in (1, 2, 4)),
         ("alarm", 0, 5),
         ("rollback", 0, 5),
+        ("end", 0, 5),
         *(("probe", 1, step) for step in (6, 8)),
+        ("end", 1, 8),
     ]

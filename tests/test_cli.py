@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import sgd_steps, tiny_model
-from report_runs import collapsing
+from report_runs import calm, collapsing, write_run
 from safetensors.torch import save_file
 
 import hf_stable
@@ -209,6 +209,81 @@ def test_fold_writes_a_plain_folder(capsys, checkpoint, tmp_path):
     assert "nothing to fold" in capsys.readouterr().err
     assert main(["fold", str(checkpoint), str(tmp_path / "json"), "--json"]) == SUCCESS
     assert json.loads(capsys.readouterr().out)["num_layers"] == 8
+
+
+@pytest.fixture
+def three_runs(tmp_path):
+    """A run that failed, one that is warned of, and one that trained well."""
+    losses = [2.0 * 0.98**step for step in range(60)]
+    probes = {step: calm(step) for step in range(10, 61, 10)}
+    return [
+        collapsing(tmp_path / "bad"),
+        collapsing(tmp_path / "odd", lost=False),
+        write_run(tmp_path / "good", losses, probes),
+    ]
+
+
+def test_report_as_json_has_numbers_and_the_verdict_of_each_run(capsys, three_runs, tmp_path):
+    losses = [2.0, 1.5, 1.0] + [float("nan")] * 40
+    spoilt = write_run(tmp_path / "spoilt", losses)
+    with (spoilt / "stability.jsonl").open("a") as log:
+        log.write("no json\n")
+    output = str(tmp_path / "report.csv")
+    arguments = ["report", *map(str, [*three_runs, spoilt]), "--format", "csv", "--output", output]
+    assert main([*arguments, "--json"]) == NO
+    content = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert content.keys() == {"files", "runs"} and content["files"] == [output]
+    rows = {row["run"]: row for row in content["runs"]}
+    assert list(rows) == ["bad", "odd", "good", "spoilt"]
+    assert [row["verdict"]["state"] for row in rows.values()][:3] == ["failed", "warned", "trained"]
+    bad = rows["bad"]
+    assert (bad["num_steps"], bad["max_steps"], bad["accuracy"], bad["seconds"]) == (
+        140, 140, 0.5, 83.0
+    )  # fmt: skip
+    assert bad["last_loss"] == 4.0 and bad["largest_sigma_qk"] == 40.0 and bad["alarms"] == 1
+    assert bad["verdict"]["divergence_step"] == 81
+    assert rows["good"]["verdict"]["divergence_step"] is None
+    assert any(each.startswith("To try: ") for each in bad["verdict"]["sentences"])
+    assert rows["spoilt"]["last_loss"] is None and rows["spoilt"]["best_loss"] == 1.0
+    assert rows["spoilt"]["notes"] and rows["good"]["notes"] == []
+
+
+def test_report_gives_the_reasons_of_runs_that_failed_or_warned(capsys, three_runs, tmp_path):
+    bad, odd, good = map(str, three_runs)
+    arguments = ["report", bad, good, odd, "--format", "csv", "--output", str(tmp_path / "r.csv")]
+    assert main(arguments) == NO
+    lines = capsys.readouterr().out.splitlines()
+    headlines = [i for i, line in enumerate(lines) if re.match("(bad|good|odd): ", line)]
+    of_bad, of_good, of_odd = (
+        lines[start + 1 : end]
+        for start, end in zip(headlines, [*headlines[1:], len(lines) - 1], strict=True)
+    )
+    assert of_good == []
+    for sentences in (of_bad, of_odd):
+        assert len(sentences) > 2 and all(re.match(r"  \S.*\.$", each) for each in sentences)
+    assert of_bad[-1].startswith("  To try: ") and "The loss did not suffer" in of_odd[-1]
+
+
+@pytest.mark.slow
+def test_report_indents_what_a_terminal_wraps(three_runs, tmp_path):
+    parent, child = pty.openpty()
+    command = ["report", three_runs[0], "--format", "csv", "--output", tmp_path / "r.csv"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_stable.cli", *map(str, command)],
+        stdout=child,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "60"},
+    ) as process:
+        os.close(child)
+        output = b""
+        while chunk := _read(parent):
+            output += chunk
+    os.close(parent)
+    assert process.returncode == NO
+    lines = output.decode().splitlines()
+    first = next(i for i, line in enumerate(lines) if "From step 81 on" in line)
+    last = next(i for i, line in enumerate(lines) if "slow the growth down" in line)
+    assert last > first + 5 and all(line.startswith("  ") for line in lines[first : last + 1])
 
 
 def test_doctor_lists_versions_support_and_every_change(capsys):

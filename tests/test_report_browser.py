@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 
 import pytest
 from report_runs import calm, collapsing, write_run
+from test_report_pictures import alarm, going_back, small_maps
 
 from hf_stable.report import write_report
 
@@ -20,6 +22,8 @@ pytestmark = [
     ),
 ]
 
+FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
+
 SIZES = {"desktop": (1200, 900), "phone": (390, 800)}
 
 
@@ -27,13 +31,20 @@ SIZES = {"desktop": (1200, 900), "phone": (390, 800)}
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
 
-    def maps(step):
-        rows = [[1.0 if j == (i + step) % 4 else 0.0 for j in range(4)] for i in range(4)]
-        return {"maps": {"vit.layers.0": [rows, rows], "vit.layers.1": [rows, rows]}}
-
-    losses = [2.0 * 0.98**s + 0.1 for s in range(100)]
-    good = write_run(folder / "good", losses, {s: calm(s) | maps(s) for s in (1, 50, 99)})
+    probes = {s: calm(s) | small_maps(shift=s) for s in (1, 50, 99)}
+    good = write_run(folder / "good", FALLING, probes)
     write_report([collapsing(folder / "bad"), good], folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two layers beside one of twelve that went back, both with maps and alarms."""
+    folder = tmp_path_factory.mktemp("pair")
+    probes = {s: calm(s) | small_maps(shift=s) for s in (10, 50, 90)}
+    found = alarm("a head looks at one key only <b>", layer="a.long.name." * 6)
+    shallow = write_run(folder / "shallow", FALLING, probes, [("alarm", 40, found)])
+    write_report([shallow, going_back(folder / "deep")], folder / "report.html")
     return folder / "report.html"
 
 
@@ -96,8 +107,9 @@ def test_concentration_stands_over_its_sizes(driver, page):
     open_page(driver, page)
     panel = "document.querySelector('#concentration figure.chart:not([hidden])')"
     assert count(driver, "#concentration figure.chart:not([hidden])") == 4
-    # At step 1 there is no probe of the other run yet.
-    assert count(driver, "#concentration figure.chart:not([hidden]) path.js-line") == 1 + 3 * 2
+    # At step 1 there is no probe of the one run yet, at step 140 none of the other any more.
+    lines = "#concentration figure.chart:not([hidden]) path.js-line"
+    assert count(driver, lines) == 1 + 2 + 2 + 1
     ticks = driver.execute_script(
         f"return [...{panel}.querySelectorAll('.xtick text')].map((each) => each.textContent)"
     )
@@ -160,6 +172,32 @@ def test_the_slider_moves_the_map(driver, page):
     assert driver.execute_script(f"return {image}") != before[1]
 
 
+def test_the_slider_reaches_the_maps_of_every_attempt(driver, pair):
+    open_page(driver, pair)
+    slider = driver.find_element("id", "map-step")
+    assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("0", "5")
+    # What the slider says, and the captions of the run that never went back and of the other.
+    expected = [
+        ("step 90, after rollback 1", "step 90", "step 90, after rollback 1"),
+        ("step 50, after rollback 1", "step 90", "step 50, after rollback 1"),
+        ("step 90", "step 90", "step 50"),
+        ("step 50", "step 50", "step 50"),
+        ("step 30", "step 10", "step 30"),
+        ("step 10", "step 10", "step 10"),
+    ]
+    texts = "[...document.querySelectorAll('figure.map .mode')].map((each) => each.textContent)"
+    plots = "[...document.querySelectorAll('figure.map .plot')].map((each) => each.data[0].z)"
+    maps = []
+    for said, *captions in expected:
+        wanted = [f"{caption}: normal, entropy at 90 % of its largest" for caption in captions]
+        wait(driver, f"JSON.stringify({texts}) === JSON.stringify({json.dumps(wanted)})")
+        assert slider.get_attribute("aria-valuetext") == said
+        assert driver.find_element("id", "map-step-value").text == said.removeprefix("step ")
+        maps.append(driver.execute_script(f"return {plots}")[1])
+        slider.send_keys("\ue012")
+    assert maps[2] == maps[3] and maps[1] != maps[2] != maps[4]
+
+
 def test_a_press_in_the_legend_hides_a_run_everywhere_and_brings_it_back(driver, page):
     open_page(driver, page)
     lines = "document.querySelectorAll('figure.chart:not([hidden]) path.js-line').length"
@@ -173,6 +211,111 @@ def test_a_press_in_the_legend_hides_a_run_everywhere_and_brings_it_back(driver,
     driver.execute_script("arguments[0].focus()", button)
     button.send_keys(" ")
     wait(driver, f"{lines} === {before}")
+
+
+def test_the_focus_stays_on_the_button_that_hides_all_layers(driver, pair):
+    open_page(driver, pair)
+    driver.find_element("css selector", "#layer-details summary").click()
+    everything, nothing, *layers = driver.find_elements("css selector", "#layer-legend button")
+    assert [everything.text, nothing.text, len(layers)] == ["all", "none", 12]
+    lines = "document.querySelectorAll('#terms figure.chart:not([hidden]) path.js-line').length"
+    entropy = "document.querySelectorAll('#entropy figure.chart:not([hidden]) path.js-line').length"
+    before = driver.execute_script(f"return [{lines}, {entropy}]")
+    for button, pressed in ((nothing, "false"), (everything, "true")):
+        driver.execute_script("arguments[0].focus()", button)
+        driver.switch_to.active_element.send_keys(" ")
+        drawn(driver)
+        assert driver.switch_to.active_element == button
+        assert {layer.get_attribute("aria-pressed") for layer in layers} == {pressed}
+        after = driver.execute_script(f"return [{lines}, {entropy}]")
+        assert (after == before) == (pressed == "true")
+    layers[0].click()
+    drawn(driver)
+    assert [layer.get_attribute("aria-pressed") for layer in layers] == ["false"] + 11 * ["true"]
+
+
+LAYER_COLOURS = """
+  const colours = {};
+  for (const button of document.querySelectorAll('#layer-legend button[aria-pressed]')) {
+    colours[button.textContent] = [button.querySelector('line').getAttribute('stroke')];
+  }
+  for (const plot of document.querySelectorAll('figure.chart .js-plotly-plot')) {
+    for (const curve of plot.data) {
+      const label = curve.name.split(':')[0];
+      if (label in colours) colours[label].push(curve.line.color);
+    }
+  }
+  return colours"""
+
+
+def test_a_layer_has_the_colour_of_the_legend_in_runs_of_any_depth(driver, pair):
+    open_page(driver, pair)
+    by_theme = []
+    for theme in ("light", "dark"):
+        wait(driver, f"document.documentElement.dataset.theme === '{theme}'")
+        drawn(driver)
+        colours = driver.execute_script(LAYER_COLOURS)
+        assert len(colours) == 12 and all(len(found) > 3 for found in colours.values())
+        assert all(len(set(found)) == 1 for found in colours.values())
+        by_theme.append(colours)
+        driver.find_element("id", "theme").click()
+        driver.find_element("id", "theme").click()
+    assert by_theme[0] != by_theme[1]
+
+
+MARKS = """
+  const plots = document.querySelectorAll('figure.chart:not([hidden]) .js-plotly-plot');
+  return [...plots].map((plot) => {
+    const events = plot.data.find((trace) => trace.name === 'events');
+    return {
+      section: plot.closest('section').id,
+      runs: [...new Set(plot.data.map((trace) => trace.name))],
+      lines: plot.layout.shapes.map((shape) => shape.x0),
+      marks: events ? events.x : [], texts: events ? events.text : [],
+    };
+  })"""
+
+
+def test_alarms_are_marked_in_the_charts_over_steps_of_their_runs(driver, pair):
+    open_page(driver, pair)
+    charts = driver.execute_script(MARKS)
+    assert {chart["section"] for chart in charts} > {"loss", "entropy", "spectra", "terms"}
+    of_both, large = [40, 50, 50], ("loss", "entropy", "spectra")
+    for chart in charts:
+        if chart["section"] == "concentration":
+            assert chart["lines"] == chart["marks"] == []
+        elif "shallow" in chart["runs"]:
+            assert chart["lines"] == of_both
+            assert chart["marks"] == (of_both if chart["section"] in large else [])
+        else:
+            assert chart["lines"] in ([40], [50, 50])
+    loss = charts[0]
+    # Long texts are broken into lines, and what is in them is no markup.
+    assert loss["texts"][0].startswith("shallow: collapse in<br>a.long.name.")
+    assert "a head looks at one key only &lt;b>" in loss["texts"][0].replace("<br>", " ")
+    assert loss["texts"][1].startswith("deep: collapse in vit.layers.0, head 0: because")
+    driver.find_elements("css selector", "#run-legend button")[1].click()
+    drawn(driver)
+    assert driver.execute_script(MARKS)[0]["lines"] == [40]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_alarms_can_be_read_on_a_phone(driver, pair, theme):
+    open_page(driver, pair, "phone", theme)
+    box = driver.find_element("css selector", "#alarms .scroll")
+    wide, room = driver.execute_script(
+        "return [arguments[0].scrollWidth, arguments[0].clientWidth]", box
+    )
+    assert wide <= room
+    rows = driver.find_elements("css selector", "#alarms tbody tr")
+    assert [row.text.splitlines()[0] for row in rows] == ["shallow", "deep", "deep"]
+    for row in rows:
+        what = row.find_elements("css selector", "td")[-1]
+        assert what.rect["width"] > 0.95 * room
+        assert row.rect["height"] < 250
+    open_page(driver, pair)
+    head = driver.find_element("css selector", "#alarms thead").rect
+    assert head["x"] >= 0 and head["width"] > 900
 
 
 def test_the_theme_button_and_the_numbers_of_a_chart(driver, page):

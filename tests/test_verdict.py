@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
+import tiny_training
+from conftest import tiny_model
 from report_runs import calm, collapsing, write_run
+from transformers import Trainer
 
+import hf_stable
 from hf_stable.report.reading import read_run
 from hf_stable.report.verdict import judge
 from hf_stable.stability_log import StabilityLog
@@ -76,11 +81,11 @@ def test_a_run_that_stands_still_with_collapsed_heads_has_stalled(tmp_path):
         "Failed: the loss never came down; attention was found collapsed at step 11"
     )
     assert found.divergence_step is None and "stood still before it and after" in text(found)
-    # Without the collapse it may have been low from the start.
+    # Without the collapse it may have been low from the start, which is not to have trained.
     quiet = {step: calm(step) for step in range(1, 100, 10)}
-    assert verdict(write_run(tmp_path, [2.3 - 0.001 * s for s in range(100)], quiet)).state == (
-        "trained"
-    )
+    found = verdict(write_run(tmp_path / "q", [2.3 - 0.001 * s for s in range(100)], quiet))
+    assert found.state == "warned" and found.divergence_step is None
+    assert found.headline == "The loss hardly moved; attention did not collapse"
 
 
 SPARSE = dict(entropy=0.1, entropy_normalised=0.03, rank=0.02, sigma_qk=60.0, sec=0.999)
@@ -189,6 +194,110 @@ def test_a_collapse_that_a_rollback_undid_is_past(tmp_path):
     assert "went back to step 20" in text(found)
     again = verdict(rolled_back(tmp_path / "again", first, lambda s: first(s - 50), losses))
     assert "Collapse of attention began at step 90" in text(again)
+
+
+def test_a_loss_that_the_trainer_hides_is_not_finite(tmp_path):
+    """It logs the mean of what is finite, and zero where nothing is."""
+    losses = FALLING[:80] + [0.0] * 40
+    probes = {s: calm(s) for s in (1, 50, 100)}
+    folder = write_run(tmp_path / "watched", losses, every=10)
+    assert verdict(folder).state == "trained"  # of the records alone there is no telling
+    log = StabilityLog(folder)
+    alarm = {"kind": "nonfinite", "layer": None, "head": None, "reason": "NaN"}
+    log.write("alarm", 0, 79, alarm)
+    for step, quantities in probes.items():
+        loss, count = (None, step - 78) if step > 78 else (losses[step - 1], 0)
+        values = {"loss": loss, "quantities": quantities, "nonfinite_steps": count}
+        log.write("probe", 0, step, values)
+    found = verdict(folder)
+    assert found.state == "failed" and found.divergence_step == 80
+    assert "from 2.1 (step 10)" not in text(found) and "to 0.5" in text(found)
+    run = read_run(folder)
+    assert [step for step, loss in run.losses if math.isnan(loss)] == [80, 90, 100, 110, 120]
+    # A step that was skipped on the way hides nothing.
+    once = write_run(tmp_path / "once", FALLING, every=10)
+    log = StabilityLog(once)
+    for step, count in ((1, 0), (50, 1), (100, 1)):
+        values = {"loss": FALLING[step - 1], "quantities": calm(step), "nonfinite_steps": count}
+        log.write("probe", 0, step, values)
+    assert all(math.isfinite(loss) for _, loss in read_run(once).losses)
+
+
+def test_a_zero_beside_a_gradient_that_is_not_finite_is_no_loss(tmp_path):
+    folder = write_run(tmp_path, FALLING[:50] + [0.0] * 50)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    for record in state["log_history"]:
+        if record.get("loss") == 0:
+            record["grad_norm"] = math.nan
+    assert verdict(folder).state == "trained"  # a loss may be zero
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert verdict(folder).headline == "Failed: the loss is not finite from step 51 on"
+
+
+@pytest.mark.filterwarnings("ignore:StabilityCallback")
+def test_a_real_run_that_ends_in_nan_has_failed(tmp_path, monkeypatch):
+    class Diverges(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss * math.nan if self.state.global_step >= 5 else loss
+
+    monkeypatch.setattr(tiny_training, "Trainer", Diverges)
+    monitor = hf_stable.StabilityCallback(every=4)
+    options = dict(max_steps=12, logging_steps=2, save_strategy="no", callbacks=[monitor])
+    trainer = tiny_training.make_trainer(tiny_model("vit"), tmp_path, **options)
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == 0  # as transformers has it
+    trainer.save_state()
+    found = verdict(tmp_path)
+    assert found.state == "failed" and found.divergence_step == 6
+    assert read_run(tmp_path).seconds > 0
+
+
+def test_a_run_that_an_alarm_stopped_has_failed(tmp_path):
+    alarm = {"kind": "collapse", "layer": "vit.layers.0", "head": 1, "reason": "it rises"}
+    probes = {step: calm(step, **(SPARSE if step > 40 else {})) for step in range(10, 81, 10)}
+    events = [("alarm", 80, alarm), ("stop", 80, {"reason": "on_collapse='stop', collapse"})]
+    found = verdict(write_run(tmp_path / "stopped", FALLING[:80], probes, events))
+    assert found.headline == "Failed: stopped at step 80 by an alarm: collapse in layer 0, head 1"
+    assert found.state == "failed" and found.divergence_step == 80
+    assert "did not suffer" not in text(found) and "stopped at step 80: on_coll" in text(found)
+    # One that went on from there has not.
+    on = verdict(write_run(tmp_path / "on", FALLING, probes, events))
+    assert on.state == "warned" and on.headline == "Trained on after 1 alarm"
+
+
+def test_alarms_of_a_kind_are_told_once(tmp_path):
+    alarm = {"kind": "spike", "layer": None, "head": None, "reason": "it rose"}
+    events = [("alarm", step, alarm) for step in range(10, 41, 10)]
+    events.insert(1, ("alarm", 15, alarm | {"kind": "collapse"}))
+    said = verdict(write_run(tmp_path, FALLING, {}, events)).sentences
+    assert "Alarm at step 10, spike: it rose (3 more of its kind, the last at step 40)." in said
+    assert "Alarm at step 15, collapse: it rose." in said
+    assert sum(sentence.startswith("Alarm") for sentence in said) == 2
+
+
+def test_losses_that_a_rollback_undid_are_past(tmp_path):
+    folder = write_run(tmp_path, [])
+    log = StabilityLog(folder)
+    for step in range(10, 61, 10):
+        loss = None if step == 60 else 2.0 - step / 100
+        log.write("probe", 0, step, {"loss": loss, "quantities": calm(step)})
+    log.write("rollback", 0, 60, {"to_step": 20, "lr_scale": 0.5})
+    for step in (30, 40):
+        log.write("probe", 1, step, {"loss": 2.0 - step / 50, "quantities": calm(step)})
+    assert [step for step, _ in read_run(folder).losses] == [10, 20, 30, 40]
+    assert verdict(folder).state == "trained"
+
+
+def test_heads_that_were_always_sparse_explain_no_failure(tmp_path):
+    few = {step: calm(step, **SPARSE) for step in range(1, 100, 10)}
+    found = verdict(write_run(tmp_path / "few", FALLING[:50] + [math.nan] * 50, few))
+    assert found.headline == "Failed: the loss is not finite from step 51 on"
+    assert "resume from an earlier checkpoint" in text(found) and "would cap" not in text(found)
+    # Nor do maps that are the identity: they are benign.
+    folder = collapsing(tmp_path / "benign", malignant=False)
+    assert "would cap" not in text(verdict(folder))
+    assert "would cap" in text(verdict(collapsing(tmp_path / "malignant")))
 
 
 def test_uniform_heads_are_called_unused_and_not_healthy(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from hf_stable.report.records import RunRecords
@@ -21,8 +22,10 @@ __all__ = [
     "choose_steps",
     "finish",
     "make_chart",
+    "layer_label",
     "marks_of",
     "not_recorded",
+    "order_layers",
     "point_limit",
     "thin",
 ]
@@ -166,7 +169,7 @@ def choose_steps(steps: Sequence[int], alarms: Sequence[int], count: int) -> lis
     """Return the positions of so many steps to show: first, last, those next to alarms, even ones.
 
     Args:
-        steps: rising.
+        steps: in the order of time, lower again after a rollback.
         alarms: steps at which something happened; they take a quarter of the room at most.
         count: how many, two or more.
     """
@@ -175,10 +178,40 @@ def choose_steps(steps: Sequence[int], alarms: Sequence[int], count: int) -> lis
     wanted = {0, len(steps) - 1}
     for alarm in alarms[: max(1, count // 4)]:
         wanted.add(min(range(len(steps)), key=lambda i: abs(steps[i] - alarm)))
-    for number in range(count):
-        if len(wanted) < count:
-            wanted.add(round(number * (len(steps) - 1) / (count - 1)))
-    return sorted(wanted)
+    return _fill_gaps(sorted(wanted), count)
+
+
+def _fill_gaps(places: Sequence[int], count: int) -> list[int]:
+    """Return places, two or more, with others between them that make the widest gap narrow."""
+    gaps = list(pairwise(places))
+    parts = [1] * len(gaps)
+    for _ in range(count - len(places)):
+        widest = max(range(len(gaps)), key=lambda i: (gaps[i][1] - gaps[i][0]) / parts[i])
+        parts[widest] += 1
+    between = [
+        start + part * (end - start) // number
+        for (start, end), number in zip(gaps, parts, strict=True)
+        for part in range(number)
+    ]
+    return [*between, places[-1]]
+
+
+def layer_label(curve: Curve) -> str:
+    """Return what the layer of a curve is called, without what is shown of it."""
+    return curve.label.partition(":")[0]
+
+
+def order_layers(charts: Iterable[Chart]) -> list[str]:
+    """Return the labels of the layers of all runs by depth: a layer has one colour everywhere.
+
+    Of runs that saw different layers, the one that saw most before a layer tells where it is.
+    """
+    depths: dict[str, int] = {}
+    for curve in (curve for chart in charts for curve in chart.curves):
+        if curve.layer is not None:
+            label = layer_label(curve)
+            depths[label] = max(depths.get(label, 0), curve.layer)
+    return sorted(depths, key=lambda label: depths[label])
 
 
 def make_chart(title: str, unit: str, curves: Iterable[Curve], *, missing: str) -> Chart:
@@ -191,6 +224,8 @@ def not_recorded(run: RunRecords, quantity: str) -> str:
     """Say why a run has no curve of a quantity."""
     if not run.probes:
         return f"{run.name} was not watched by a StabilityCallback"
+    if any(probe.quantities.get(quantity) for probe in run.probes):
+        return f"{quantity} of {run.name} was at no probe a finite number"
     return f"{run.name} did not record {quantity} (terms='all' of StabilityCallback records all)"
 
 

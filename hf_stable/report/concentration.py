@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hf_stable.block_terms import SEC_VALUES
 from hf_stable.report.charts import (
     ALL_RUNS,
     Axis,
@@ -29,7 +30,7 @@ UNIT = "share of energy (0 to 1)"
 def concentration_section(runs: Sequence[RunRecords]) -> Section:
     """Return panels at a few steps of each run, and of several runs panels that compare them."""
     charts: list[Chart] = []
-    watched = [[probe for probe in run.probes if _curves(probe)] for run in runs]
+    watched = [[p for p in run.probes if p.quantities.get("sec_curve")] for run in runs]
     if len(runs) > 1:
         charts += _compared(runs, watched)
     for number, (run, probes) in enumerate(zip(runs, watched, strict=True)):
@@ -53,47 +54,56 @@ def concentration_section(runs: Sequence[RunRecords]) -> Section:
 
 
 def _compared(runs: Sequence[RunRecords], watched: Sequence[Sequence[Probe]]) -> list[Chart]:
-    """Return a chart for each of a few steps, in which each run has its most concentrated layer."""
+    """Return a chart for each of a few steps, in which each run has its most concentrated layer.
+
+    A run has a curve from its first probe to its last, that of the latest probe by then; none
+    where its weights were not finite there, or it had ended.
+    """
     steps = sorted({probe.step for probes in watched for probe in probes})
     charts = []
     for position in choose_steps(steps, sorted(_alarms(runs)), PANELS):
+        step = steps[position]
         curves = []
         for number, (run, probes) in enumerate(zip(runs, watched, strict=True)):
-            past = [probe for probe in probes if probe.step <= steps[position]]
-            if past:
-                # The highest of all layers at each s; those of a run have the same sizes.
-                best: dict[int, float] = {}
-                for points in _curves(past[-1]).values():
-                    for s, share in points:
-                        best[s] = max(best.get(s, 0.0), share)
-                curves.append(Curve(run.name, sorted(best.items()), number))
-        chart = make_chart(
-            f"step {steps[position]}, most concentrated layer", UNIT, curves, missing=""
-        )
+            past = [probe for probe in probes if probe.step <= step]
+            if past and any(probe.step >= step for probe in probes):
+                layers = _curves(past[-1])
+                most = max(layers.values(), key=_concentration, default=[])
+                curves.append(Curve(run.name, most, number))
+        missing = f"at step {step} no run has finite weights"
+        chart = make_chart(f"step {step}, most concentrated layer", UNIT, curves, missing=missing)
         charts.append(replace(_over_sizes(chart), variant=ALL_RUNS))
     return charts
 
 
 def _of_layers(run: RunRecords, number: int, probe: Probe) -> Chart:
     names = short_names(run.layers)
+    found = _curves(probe)
     curves = [
         Curve(f"layer {names[layer]}", points, number, run.layers.index(layer))
-        for layer, points in _curves(probe).items()
+        for layer, points in found.items()
     ]
     again = f", after rollback {probe.attempt}" if probe.attempt else ""
-    return _over_sizes(make_chart(f"step {probe.step}{again}", UNIT, curves, missing=""))
+    lost = len(probe.quantities["sec_curve"]) - len(found)
+    broken = f" ({lost} of {lost + len(found)} layers not finite)" if lost and found else ""
+    missing = f"at step {probe.step} the weights of no layer were finite"
+    title = f"step {probe.step}{again}{broken}"
+    return _over_sizes(make_chart(title, UNIT, curves, missing=missing))
 
 
 def _curves(probe: Probe) -> dict[str, list[tuple[int, float]]]:
     """Return the points of each layer whose weights are finite."""
-    found = {
-        layer: curve_points(value) for layer, value in probe.quantities.get("sec_curve", {}).items()
-    }
+    found = {layer: curve_points(value) for layer, value in probe.quantities["sec_curve"].items()}
     return {
         layer: points
         for layer, points in found.items()
         if points and all(math.isfinite(share) for _, share in points)
     }
+
+
+def _concentration(points: list[tuple[int, float]]) -> float:
+    """Return SEC(d_q, 4), or that of the most values that there are."""
+    return max(share for s, share in points if s <= SEC_VALUES)
 
 
 def _alarms(runs: Sequence[RunRecords]) -> list[int]:

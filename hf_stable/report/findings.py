@@ -18,6 +18,7 @@ __all__ = [
     "find_collapse",
     "find_growth",
     "find_trouble",
+    "hardly_moved",
 ]
 
 GROWTH_PROBES = 8
@@ -164,15 +165,25 @@ def find_trouble(
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    first = median(finite[: max(1, min(SMOOTHING, len(finite) // 4))])
+    first = _first_level(finite)
     lost, levels = lost_step(values), smooth(values)
     best = min(levels)
     if lost is not None and levels[-1] - best > GIVEN_BACK * (first - best):
         return LossTrouble("lost", losses[lost - 1][0])
     suspect = collapse if collapse is None or not collapse.is_old_habit(limits) else None
-    if suspect is not None and suspect.is_malignant and min(finite) > limits.learnt * first:
+    if suspect is not None and suspect.is_malignant and hardly_moved(values, limits):
         return LossTrouble("stalled", None)
     return None
+
+
+def hardly_moved(losses: Sequence[float], limits: Thresholds) -> bool:
+    """Return whether no finite loss of a run is below a good part of where it began."""
+    finite = [value for value in losses if math.isfinite(value)]
+    return bool(finite) and min(finite) > limits.learnt * _first_level(finite)
+
+
+def _first_level(finite: Sequence[float]) -> float:
+    return median(finite[: max(1, min(SMOOTHING, len(finite) // 4))])
 
 
 def _without_slips(flags: Sequence[bool]) -> list[bool]:

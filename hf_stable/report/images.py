@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_stable.report.charts import Chart, Curve, Section
+from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_layers
 from hf_stable.report.maps import MapSeries
 from hf_stable.report.page import RUN_COLOURS
 from hf_stable.report.records import RunRecords
@@ -28,7 +28,8 @@ SMALL_PANEL = (2.4, 1.8)
 
 MAX_MAPS = 6
 
-DASHES = ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 3, 1, 3)))
+"""As many as on the page, where eight colours come with them: 24 runs look different."""
 
 TITLE_SIZE, LEGEND_SIZE = 10, 7
 
@@ -78,25 +79,36 @@ def draw_images(
     maps: Sequence[Sequence[MapSeries]],
 ) -> Iterator[tuple[str, Figure]]:
     """Yield the name and the figure of each file, one after the other."""
+    variants = [variant for section in sections for variant in section.variants]
+    suffixes = _file_names([*variants, *(run.name for run in runs)])
+    layers = order_layers(chart for section in sections for chart in section.charts)
     for section in sections:
         for variant in section.variants:
             charts = [c for c in section.charts if c.variant == variant and c.curves]
             if charts:
-                suffix = f"-{_file_name(variant)}" if len(section.variants) > 1 else ""
-                yield f"{section.key}{suffix}", _draw(section, variant, charts, runs)
+                suffix = f"-{suffixes[variant]}" if len(section.variants) > 1 else ""
+                yield f"{section.key}{suffix}", _draw(section, variant, charts, layers)
     for run, series in zip(runs, maps, strict=True):
         if series:
-            suffix = f"-{_file_name(run.name)}" if len(runs) > 1 else ""
+            suffix = f"-{suffixes[run.name]}" if len(runs) > 1 else ""
             yield f"maps{suffix}", _draw_maps(run, series)
 
 
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "._" else "-" for c in text.lower()).strip("-")
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Return what stands for each in the names of files: numbered where two would be the same."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        # Some file systems take capitals for small letters.
+        plain = "".join(c if c.isalnum() or c in "._" else "-" for c in name.lower()).strip("-")
+        number, numbered = 1, plain
+        while numbered in found.values():
+            number += 1
+            numbered = f"{plain}-{number}"
+        found[name] = numbered
+    return found
 
 
-def _draw(
-    section: Section, variant: str, charts: Sequence[Chart], runs: Sequence[RunRecords]
-) -> Figure:
+def _draw(section: Section, variant: str, charts: Sequence[Chart], layers: Sequence[str]) -> Figure:
     # Not pyplot: no window system is asked for, and no figure outlives its file.
     from matplotlib.figure import Figure
 
@@ -110,18 +122,18 @@ def _draw(
     figure.suptitle(_wrapped(title, columns * width, TITLE_SIZE), fontsize=TITLE_SIZE)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, chart in zip(panels, charts, strict=False):
-        _draw_chart(panel, chart, runs, small=section.small)
+        _draw_chart(panel, chart, layers, small=section.small)
     for panel in panels[len(charts) :]:
         panel.set_axis_off()
     _add_legend(figure, list(panels[: len(charts)]))
     return figure
 
 
-def _draw_chart(panel: Axes, chart: Chart, runs: Sequence[RunRecords], *, small: bool) -> None:
+def _draw_chart(panel: Axes, chart: Chart, layers: Sequence[str], *, small: bool) -> None:
     size = 6 if small else 8
     for curve in chart.curves:
         steps, values = zip(*curve.points, strict=True)
-        panel.plot(steps, values, label=curve.label, **_line(curve, runs))
+        panel.plot(steps, values, label=curve.label, **_line(curve, layers))
     for mark in chart.marks:
         colour = RUN_COLOURS[mark.run % len(RUN_COLOURS)]
         if mark.kind == "nan":
@@ -165,16 +177,16 @@ def _make_logarithmic(panel: Axes) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _line(curve: Curve, runs: Sequence[RunRecords]) -> dict[str, Any]:
+def _line(curve: Curve, layers: Sequence[str]) -> dict[str, Any]:
     from matplotlib import colormaps
 
-    count = max(2, len(runs[curve.run].layers))
     if curve.layer is not None:
-        colour: Any = colormaps["viridis"](0.85 * curve.layer / (count - 1))
+        depth = layers.index(layer_label(curve)) / max(1, len(layers) - 1)
+        colour: Any = colormaps["viridis"](0.85 * depth)
     else:
         colour = RUN_COLOURS[curve.run % len(RUN_COLOURS)] if curve.style == "line" else "0.4"
-    dashes = {"dashed": "--", "dotted": ":"}
-    dash = dashes.get(curve.style, "-" if curve.layer is not None else DASHES[curve.run % 4])
+    own = "-" if curve.layer is not None else DASHES[curve.run % len(DASHES)]
+    dash = {"dashed": "--", "dotted": ":"}.get(curve.style, own)
     width = 1.2 if curve.style == "line" else 0.9
     marker = "." if len(curve.points) <= 40 and curve.style == "line" else ""
     return {
@@ -232,7 +244,7 @@ def _draw_maps(run: RunRecords, series: Sequence[MapSeries]) -> Figure:
             for i in range(size)
         ]
         image = panel.imshow(rows, cmap="cividis", vmin=0)
-        panel.set_title(_wrapped(f"step {frame.step}: {frame.mode}", 2.0, 7), fontsize=7)
+        panel.set_title(_wrapped(f"{frame.when}: {frame.mode}", 2.0, 7), fontsize=7)
         panel.set_xlabel("key", fontsize=7)
         panel.set_ylabel("query", fontsize=7)
         panel.tick_params(labelsize=6)

@@ -32,6 +32,11 @@ class MapFrame:
     share: float
     content: AttentionMap | None
 
+    @property
+    def when(self) -> str:
+        """Return its step, which other attempts may have too, and its attempt."""
+        return f"step {self.step}" + (f", after rollback {self.attempt}" if self.attempt else "")
+
 
 @dataclass(frozen=True)
 class MapSeries:
@@ -39,7 +44,7 @@ class MapSeries:
 
     Attributes:
         label: such as "layer 3, head 1"; the same head of another run has the same.
-        frames: in the order of the steps.
+        frames: in the order of the attempts, and of the steps of each.
     """
 
     label: str
@@ -120,8 +125,10 @@ def _by_need(
 
 
 def _choose_probes(run: RunRecords, probes: Sequence[Probe], count: int) -> list[Probe]:
-    alarms = [event.step for event in run.events if event.name == "alarm"]
-    steps = [probe.step for probe in probes]
+    # One attempt after the other, so that an alarm is not next to a map of another attempt.
+    length = 1 + max((each.step for kind in (probes, run.events) for each in kind), default=0)
+    steps = [probe.attempt * length + probe.step for probe in probes]
+    alarms = [each.attempt * length + each.step for each in run.events if each.name == "alarm"]
     return [probes[i] for i in choose_steps(steps, alarms, count)]
 
 

@@ -10,12 +10,12 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from hf_stable.report.charts import Chart, Section
+from hf_stable.report.charts import Chart, Mark, Section, marks_of, order_layers
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.records import RunRecords, to_number
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
@@ -230,30 +230,41 @@ def _json(content: Any) -> str:
 
 def _payload(runs: Sequence[RunRecords], sections: Sequence[Section]) -> dict[str, Any]:
     steps: dict[tuple[float, ...], int] = {}
-    charts = [_chart(chart, steps) for section in sections for chart in section.charts]
-    labels = dict.fromkeys(
-        curve["label"].partition(":")[0]
-        for chart in charts
-        for curve in chart["curves"]
-        if curve["layer"] is not None
-    )
+    charts = [chart for section in sections for chart in section.charts]
+    # Nearly all charts have the alarms of their runs: these are kept with the runs, once.
+    marks = [tuple(marks_of(run, number)) for number, run in enumerate(runs)]
+    shared = frozenset(mark for of_run in marks for mark in of_run)
+    drawn = [_chart(chart, steps, shared) for chart in charts]
     return {
         "runs": [
             {
                 "name": run.name,
                 "colour": RUN_COLOURS[i % len(RUN_COLOURS)],
                 "dash": DASHES[i % len(DASHES)],
-                "layers": len(run.layers),
+                "marks": list(map(_mark, marks[i])),
             }
             for i, run in enumerate(runs)
         ],
-        "layers": list(labels),
-        "charts": charts,
+        "layers": order_layers(charts),
+        "charts": drawn,
         "steps": [list(each) for each in steps],
     }
 
 
-def _chart(chart: Chart, steps: dict[tuple[float, ...], int]) -> dict[str, Any]:
+def _mark(mark: Mark) -> dict[str, Any]:
+    return {"kind": mark.kind, "step": mark.step, "run": mark.run, "text": mark.text}
+
+
+def _chart(
+    chart: Chart, steps: dict[tuple[float, ...], int], shared: Collection[Mark]
+) -> dict[str, Any]:
+    """Return a chart with those of its marks that are its own.
+
+    Args:
+        chart: what is drawn.
+        steps: places of points, which curves have in common, and their numbers; new ones go in.
+        shared: marks of runs.
+    """
     curves = []
     for curve in chart.curves:
         at = tuple(int(step) if step == int(step) else step for step, _ in curve.points)
@@ -267,10 +278,6 @@ def _chart(chart: Chart, steps: dict[tuple[float, ...], int]) -> dict[str, Any]:
                 "y": [_rounded(value) for _, value in curve.points],
             }
         )
-    marks = [
-        {"kind": mark.kind, "step": mark.step, "run": mark.run, "text": mark.text}
-        for mark in chart.marks
-    ]
     axis = {"name": chart.axis.name, "title": chart.axis.title, "ticks": chart.axis.ticks}
     return {
         "unit": chart.unit,
@@ -278,7 +285,7 @@ def _chart(chart: Chart, steps: dict[tuple[float, ...], int]) -> dict[str, Any]:
         "axis": axis,
         "limits": chart.limits,
         "curves": curves,
-        "marks": marks,
+        "marks": [_mark(mark) for mark in chart.marks if mark not in shared],
     }
 
 

@@ -6,6 +6,7 @@ Whatever is damaged, half-written or missing becomes a note; what can be read is
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ __all__ = ["name_runs", "read_run", "read_runs"]
 
 STATE_NAME = "trainer_state.json"
 
-EVENTS = ("alarm", "rollback", "stop")
+EVENTS = ("alarm", "rollback", "stop", "end")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -73,7 +74,9 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
     notes: list[str] = []
     state = _read_state(folder, notes)
     last = int(match[1]) if match else None
-    probes, events = _read_log(log, last, notes)
+    probes, everything = _read_log(log, last, notes)
+    events = tuple(event for event in everything if event.name != "end")
+    legs = [to_number(event.values.get("seconds")) for event in everything if event.name == "end"]
     history = _history(state, notes)
     steps = [to_step(state.get("global_step")) or 0, *(p.step for p in probes)]
     monitor = _dig(state, "stateful_callbacks", "StabilityCallback", "args")
@@ -85,6 +88,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
         events=events,
         num_steps=max([*steps, *(record["step"] for record in history)]),
         max_steps=to_step(state.get("max_steps")),
+        seconds=math.fsum(filter(math.isfinite, legs)) if legs else None,
         monitor=monitor,
         log=log,
         notes=tuple(notes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class RunRecords:
         events: likewise.
         num_steps: optimizer steps done, as far as known.
         max_steps: optimizer steps planned, or None.
+        seconds: of training, over all legs that came to their end under a monitor, or None.
         monitor: options of the StabilityCallback, empty if there is no trace of one.
         log: the file with the probes, for what is not kept of them.
         notes: what is missing or damaged, in sentences.
@@ -106,6 +108,7 @@ class RunRecords:
     events: tuple[Event, ...] = ()
     num_steps: int = 0
     max_steps: int | None = None
+    seconds: float | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
     log: Path = Path()
     notes: tuple[str, ...] = ()
@@ -153,11 +156,54 @@ class RunRecords:
     def losses(self) -> list[tuple[int, float]]:
         """Return (step, training loss), from records or probes, whichever are more.
 
-        Of probes that were made twice, before and after a rollback, the later ones count.
+        Of probes that were made twice, before and after a rollback, those that led to the end
+        count. The Trainer's records hide a loss that is not finite: it logs a mean without it, and
+        zero where there is none other (`logging_nan_inf_filter`). What the monitor saw at a
+        record's step makes it NaN here, and so does, beside a zero, what it saw last before, or a
+        gradient norm that is not finite.
         """
-        records = self.logged("loss")
-        probes = {probe.step: probe.loss for probe in self.probes if probe.loss is not None}
+        probes = {probe.step: probe.loss for probe in self.last_way if probe.loss is not None}
+        norms = dict(self.logged("grad_norm"))
+        lost, probed = self._nonfinite_steps, [probe.step for probe in self.last_way]
+
+        def is_hidden(step: int, loss: float) -> bool:
+            before = bisect.bisect_right(probed, step)
+            was_lost = before > 0 and probed[before - 1] in lost
+            shows_nothing = was_lost or not math.isfinite(norms.get(step, 0.0))
+            return step in lost or (loss == 0 and shows_nothing)
+
+        records = [
+            (step, math.nan if is_hidden(step, loss) else loss)
+            for step, loss in self.logged("loss")
+        ]
         return records if len(records) >= len(probes) else sorted(probes.items())
+
+    @cached_property
+    def _nonfinite_steps(self) -> set[int]:
+        """Return the steps whose loss or gradient is known not to have been finite.
+
+        Between two probes all steps are, if the count of such steps rose by as many; or all from
+        the alarm on, if it rose by as many as there are from there.
+        """
+        alarms = [
+            event.step
+            for event in self.events
+            if event.name == "alarm" and event.values.get("kind") == "nonfinite"
+        ]
+        found: list[range] = []
+        before, count = 0, 0.0
+        for probe in self.last_way:
+            now = probe.numbers.get("nonfinite_steps", math.nan)
+            begins = [before + 1, *(step for step in alarms if before < step <= probe.step)]
+            found += [
+                range(first, probe.step + 1)
+                for first in begins
+                if first <= probe.step and now - count >= probe.step + 1 - first
+            ]
+            before, count = probe.step, now
+        found += [range(p.step, p.step + 1) for p in self.last_way if p.loss is not None
+                  and not math.isfinite(p.loss)]  # fmt: skip
+        return {step for stretch in found for step in stretch}
 
 
 def short_names(layers: Sequence[str]) -> dict[str, str]:

@@ -43,7 +43,8 @@ class RunSummary:
         largest_sigma_qk: sigma_1(Wq^T Wk), of any head at any probe.
         alarms: how many.
         rollbacks: how many.
-        seconds: of training, as the Trainer measured.
+        seconds: of training, as the monitor measured over all legs of a run, or else as the
+            Trainer did of the last one; None if neither is on disk.
     """
 
     run: str
@@ -83,7 +84,7 @@ def summarise(run: RunRecords) -> RunSummary:
         largest_sigma_qk=max(_worst(run, "sigma_qk"), default=None),
         alarms=events.count("alarm"),
         rollbacks=events.count("rollback"),
-        seconds=times[-1] if times else None,
+        seconds=run.seconds if run.seconds is not None else times[-1] if times else None,
     )
 
 

@@ -17,8 +17,9 @@ from hf_stable.report.findings import (
     find_collapse,
     find_growth,
     find_trouble,
+    hardly_moved,
 )
-from hf_stable.report.records import RunRecords, short_names, to_number
+from hf_stable.report.records import Event, RunRecords, short_names, to_number
 from hf_stable.stability_metrics import UNUSED_SHARE
 
 __all__ = ["Verdict", "judge"]
@@ -33,11 +34,12 @@ class Verdict:
     """The judgement of a run.
 
     Attributes:
-        state: "failed", "warned" (something to look at, but the loss came down), "trained", or
-            "unknown" where there is too little to go by.
+        state: "failed" (also a run that an alarm stopped), "warned" (something to look at, but the
+            loss was not lost), "trained", or "unknown" where there is too little to go by.
         headline: a few words.
         sentences: what was seen, in order.
-        divergence_step: step at which the loss left its course, or None.
+        divergence_step: step at which the loss left its course, or an alarm stopped the run; or
+            None.
     """
 
     state: State
@@ -56,6 +58,9 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
     limits = thresholds or Thresholds()
     collapse = find_collapse(run, limits)
     trouble = find_trouble(run, collapse, limits)
+    stop = _last_stop(run)
+    # What a few heads did from the start, as in pretrained models, explains no failure.
+    cause = None if collapse is None or collapse.is_old_habit(limits) else collapse
     alarms = [event for event in run.events if event.name == "alarm"]
     sentences = [
         *_about_loss(run, trouble),
@@ -64,14 +69,18 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
         *_about_events(run),
     ]
     if trouble is not None:
-        sentences += _advice(run, trouble, collapse)
+        sentences += _advice(run, trouble, cause)
+    stands_still = hardly_moved([value for _, value in run.losses], limits)
     state: State
     if trouble is not None:
-        state, headline = "failed", _failure(run, trouble, collapse)
+        state, headline = "failed", _failure(run, trouble, cause)
+    elif stop is not None:
+        state, headline = "failed", f"Failed: stopped at step {stop.step}{_by_alarm(run, stop)}"
     elif not _finite_losses(run):
         state, headline = "unknown", "Nothing to judge by: no finite loss was recorded"
     elif alarms:
-        state, headline = "warned", f"Trained on after {_count(len(alarms), 'alarm')}"
+        what = "The loss hardly moved; there was" if stands_still else "Trained on after"
+        state, headline = "warned", f"{what} {_count(len(alarms), 'alarm')}"
     elif collapse is not None and collapse.is_old_habit(limits):
         heads = f"{collapse.num_heads} of {_count(collapse.total_heads, 'head')}"
         state, headline = "trained", f"Trained; {heads} sparse from the first probe on"
@@ -84,7 +93,26 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
         watched = any("entropy_normalised" in p.quantities for p in run.probes)
         calm = "attention did not collapse" if watched else "attention was not watched"
         state, headline = "trained", f"Trained; {calm}"
-    return Verdict(state, headline, tuple(sentences), trouble.step if trouble else None)
+        if stands_still:
+            state, headline = "warned", f"The loss hardly moved; {calm}"
+    divergence = trouble.step if trouble else stop.step if stop else None
+    return Verdict(state, headline, tuple(sentences), divergence)
+
+
+def _last_stop(run: RunRecords) -> Event | None:
+    """Return the stop that ended a run, if one did: a run may have gone on after another."""
+    stops = [e for e in run.events if e.name == "stop" and e.step >= run.num_steps]
+    return stops[-1] if stops else None
+
+
+def _by_alarm(run: RunRecords, stop: Event) -> str:
+    """Say which alarm stopped a run, if its log has one at that step."""
+    for event in run.events:
+        if event.name == "alarm" and event.step == stop.step:
+            layer, head = event.values.get("layer"), event.values.get("head")
+            where = f" in {_where(run, layer, head)}" if isinstance(layer, str) else ""
+            return f" by an alarm: {event.values.get('kind', 'unknown')}{where}"
+    return ""
 
 
 def _finite_losses(run: RunRecords) -> list[tuple[int, float]]:
@@ -150,6 +178,8 @@ def _about_collapse(
             f"(step {growth.first_step}) to {growth.after:.3g} (step {growth.last_step})."
         )
     if trouble is None:
+        if any(event.name == "alarm" for event in run.events):
+            return sentences  # which says otherwise
         harmless = "The loss did not suffer from it: sparse attention alone does no harm."
         return sentences if collapse.from_start else [*sentences, harmless]
     if trouble.step is None:
@@ -190,14 +220,23 @@ def _about_unused(run: RunRecords) -> list[str]:
 
 def _about_events(run: RunRecords) -> list[str]:
     sentences = []
+    kinds: dict[object, list[int]] = {}
+    for event in run.events:
+        if event.name == "alarm":
+            kinds.setdefault(event.values.get("kind"), []).append(event.step)
     for event in run.events:
         found = event.values
         if event.name == "alarm":
+            steps = kinds.pop(found.get("kind"), [])
+            if not steps:
+                continue  # told with the first of its kind
             layer, head = found.get("layer"), found.get("head")
             where = f" in {_where(run, layer, head)}" if isinstance(layer, str) else ""
             reason = f": {found['reason']}" if found.get("reason") else ""
+            more = f" ({len(steps) - 1} more of its kind, the last at step {max(steps)})"
             sentences.append(
-                f"Alarm at step {event.step}, {found.get('kind', 'unknown')}{where}{reason}."
+                f"Alarm at step {event.step}, {found.get('kind', 'unknown')}{where}{reason}"
+                f"{more if len(steps) > 1 else ''}."
             )
         elif event.name == "rollback":
             sentences.append(
@@ -234,8 +273,13 @@ def _failure(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) -
 
 
 def _advice(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) -> list[str]:
-    later = collapse is None or (trouble.step is not None and collapse.step > trouble.step)
-    if later:
+    # Benign attention, and what came after the loss had gone, is not what is to be treated.
+    treats_loss = (
+        collapse is None
+        or not collapse.is_malignant
+        or (trouble.step is not None and collapse.step > trouble.step)
+    )
+    if treats_loss:
         advice = ADVICE["nonfinite" if trouble.kind == "nonfinite" else "spike"]
         return [f"To try: {advice}."]
     has_adamw2 = any(probe.rates for probe in run.probes)

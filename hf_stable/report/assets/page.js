@@ -20,8 +20,10 @@
     rollback: "triangle-left", stop: "square",
   };
 
-  function layerColour(position, count) {
-    const share = count > 1 ? position / (count - 1) : 0;
+  const depths = new Map(payload.layers.map((label, position) => [label, position]));
+
+  function layerColour(label) {
+    const share = depths.size > 1 ? depths.get(label) / (depths.size - 1) : 0;
     const at = (isDark() ? 0.28 + 0.72 * share : 0.84 * share) * (VIRIDIS.length - 1);
     const low = Math.min(Math.floor(at), VIRIDIS.length - 2);
     const mixed = VIRIDIS[low].map((v, i) => Math.round(v + (at - low) * (VIRIDIS[low + 1][i] - v)));
@@ -36,13 +38,20 @@
 
   // Charts
 
+  // Alarms are kept with their runs; of its own a chart has where its curves have gaps.
+  function marksOf(chart) {
+    const shown = new Set(chart.axis.name === "step" ? chart.curves.map((curve) => curve.run) : []);
+    const ofRuns = payload.runs.flatMap((run, number) => (shown.has(number) ? run.marks : []));
+    return [...ofRuns, ...chart.marks].filter((mark) => !hidden.runs.has(mark.run));
+  }
+
   function traces(chart, small) {
     const single = new Set(chart.curves.map((curve) => curve.run)).size === 1;
     const drawn = chart.curves.map((curve) => {
       const run = payload.runs[curve.run];
       const isLayer = curve.layer !== null;
       const plain = curve.style === "line";
-      const colour = isLayer ? layerColour(curve.layer, run.layers) : plain ? run.colour : css("--soft");
+      const colour = isLayer ? layerColour(layerLabel(curve)) : plain ? run.colour : css("--soft");
       const few = curve.y.length <= 40;
       return {
         type: "scatter", x: payload.steps[curve.x], y: curve.y, name: curve.label,
@@ -57,7 +66,7 @@
         visible: isShown(curve),
       };
     });
-    const marks = chart.marks.filter((mark) => !hidden.runs.has(mark.run));
+    const marks = marksOf(chart);
     if (marks.length && !small) {
       drawn.push({
         type: "scatter", mode: "markers", yaxis: "y2", name: "events", showlegend: false,
@@ -85,8 +94,8 @@
       gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true,
       exponentformat: "power", tickfont: { size: small ? 10 : 12 },
     };
-    const shapes = chart.marks
-      .filter((mark) => mark.kind !== "nan" && !hidden.runs.has(mark.run))
+    const shapes = marksOf(chart)
+      .filter((mark) => mark.kind !== "nan")
       .map((mark) => ({
         type: "line", x0: mark.step, x1: mark.step, y0: 0, y1: 1, yref: "paper",
         line: { color: payload.runs[mark.run].colour, width: 1, dash: "dot" }, layer: "below",
@@ -223,36 +232,49 @@
     return button;
   }
 
+  const layerButtons = payload.layers.map((label) =>
+    legendButton(label, layerColour(label), "solid", hidden.layers, label));
+
+  // The buttons stay, whatever is pressed: one that is replaced loses the keyboard's focus.
+  function allLayersButton(text, hide) {
+    const button = element("button", text);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      for (const label of payload.layers) hide ? hidden.layers.add(label) : hidden.layers.delete(label);
+      for (const each of layerButtons) each.setAttribute("aria-pressed", String(!hide));
+      drawAll();
+    });
+    return button;
+  }
+
   function fillLegends() {
     const runs = payload.runs.map((run, number) =>
       legendButton(run.name, run.colour, payload.runs.length > 1 ? run.dash : "solid", hidden.runs, number));
-    document.getElementById("run-legend").replaceChildren(...runs);
-    const count = payload.layers.length;
-    const layers = payload.layers.map((label, position) =>
-      legendButton(label, layerColour(position, count), "solid", hidden.layers, label));
-    const all = (text, hide) => {
-      const button = element("button", text);
-      button.type = "button";
-      button.addEventListener("click", () => {
-        hidden.layers = new Set(hide ? payload.layers : []);
-        fillLegends();
-        drawAll();
-      });
-      return button;
-    };
-    document.getElementById("layer-legend").replaceChildren(all("all", false), all("none", true), ...layers);
-    document.getElementById("layer-details").hidden = count === 0;
+    document.getElementById("run-legend").append(...runs);
+    document.getElementById("layer-legend")
+      .append(allLayersButton("all", false), allLayersButton("none", true), ...layerButtons);
+    document.getElementById("layer-details").hidden = layerButtons.length === 0;
+  }
+
+  function colourLayers() {
+    for (const [position, button] of layerButtons.entries()) {
+      button.querySelector("line").setAttribute("stroke", layerColour(payload.layers[position]));
+    }
   }
 
   // Maps
 
   const head = document.getElementById("map-head");
   const slider = document.getElementById("map-step");
-  const mapSteps = [...new Set(maps.flat().flatMap((s) => s.frames.map((f) => f.step)))]
-    .sort((a, b) => a - b);
 
-  function frameAt(series, step) {
-    const past = series.frames.filter((frame) => frame.step <= step);
+  // After a rollback steps come again: time is the attempt, then its step.
+  const inTime = (a, b) => a.attempt - b.attempt || a.step - b.step;
+  const when = (time) => (time.attempt ? `${time.step}, after rollback ${time.attempt}` : `${time.step}`);
+  const mapTimes = maps.flat().flatMap((series) => series.frames).sort(inTime)
+    .filter((frame, i, all) => i === 0 || inTime(all[i - 1], frame) < 0);
+
+  function frameAt(series, time) {
+    const past = series.frames.filter((frame) => inTime(frame, time) <= 0);
     return past.length ? past[past.length - 1] : series.frames[0];
   }
 
@@ -265,22 +287,21 @@
 
   async function drawMaps() {
     if (!slider) return;
-    const step = mapSteps[Number(slider.value)];
-    document.getElementById("map-step-value").value = step;
-    slider.setAttribute("aria-valuetext", `step ${step}`);
+    const time = mapTimes[Number(slider.value)];
+    document.getElementById("map-step-value").value = when(time);
+    slider.setAttribute("aria-valuetext", `step ${when(time)}`);
     for (const figure of document.querySelectorAll("figure.map")) {
       if (figure.hidden) continue;
       const series = maps[Number(figure.dataset.run)].find((s) => s.label === head.value);
       const caption = figure.querySelector(".mode"), plot = figure.querySelector(".plot");
-      const frame = series && frameAt(series, step);
+      const frame = series && frameAt(series, time);
       if (!frame || frame.largest === null) {
-        caption.textContent = frame ? `step ${frame.step}: the map is damaged or not finite` : "not recorded";
+        caption.textContent = frame ? `step ${when(frame)}: the map is damaged or not finite` : "not recorded";
         Plotly.purge(plot);
         continue;
       }
       const share = frame.share === null ? "" : `, entropy at ${Math.round(100 * frame.share)} % of its largest`;
-      const again = frame.attempt ? `, after rollback ${frame.attempt}` : "";
-      caption.textContent = `step ${frame.step}${again}: ${frame.mode}${share}`;
+      caption.textContent = `step ${when(frame)}: ${frame.mode}${share}`;
       const axis = { constrain: "domain", showgrid: false, zeroline: false, ticks: "outside", automargin: true };
       await Plotly.react(plot, [{
         type: "heatmap", z: rows(frame), zmin: 0, zmax: frame.largest || 1, colorscale: "Cividis",
@@ -294,13 +315,12 @@
         dragmode: touch ? false : "zoom", modebar: modebar(),
       }, { ...CONFIG, displayModeBar: "hover" });
       figure.dataset.drawn = "yes";
-      figure.dataset.step = frame.step;
     }
   }
 
   if (slider) {
-    slider.max = mapSteps.length - 1;
-    slider.value = mapSteps.length - 1;
+    slider.max = mapTimes.length - 1;
+    slider.value = mapTimes.length - 1;
     slider.addEventListener("input", drawMaps);
     head.addEventListener("change", drawMaps);
   }
@@ -315,7 +335,7 @@
     root.dataset.theme = dark ? "dark" : "light";
     root.style.colorScheme = root.dataset.theme;
     document.getElementById("theme").textContent = `Theme: ${themes[theme]}`;
-    fillLegends();
+    colourLayers();
     drawAll();
   }
   document.getElementById("theme").addEventListener("click", () => {
@@ -330,5 +350,6 @@
   for (const details of document.querySelectorAll("details.numbers")) {
     details.addEventListener("toggle", () => fillNumbers(details));
   }
+  fillLegends();
   applyTheme();
 })();
