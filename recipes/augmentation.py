@@ -163,5 +163,18 @@ def cut_mix(images: Tensor, share: float) -> tuple[Tensor, float]:
 
 
 def soft_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Return the cross entropy with labels (batch,) or shares of them (batch, classes)."""
-    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+    """Return the cross entropy with labels (batch,) or shares of them (batch, classes).
+
+    Args:
+        outputs: of the model.
+        labels: of this batch.
+        num_items_in_batch: what the Trainer counted in the labels of all batches of a step, of all
+            processes: examples, or of shares each one. Where it is given, the losses of a step are
+            parts of one mean: the Trainer adds those of batches up, and takes each process's times
+            the number of processes, whose gradients are averaged.
+    """
+    cross_entropy = torch.nn.functional.cross_entropy
+    if num_items_in_batch is None:
+        return cross_entropy(outputs["logits"], labels)
+    examples = num_items_in_batch / (labels.shape[1] if labels.ndim == 2 else 1)
+    return cross_entropy(outputs["logits"], labels, reduction="sum") / examples

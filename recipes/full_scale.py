@@ -11,21 +11,21 @@ import itertools
 import math
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_stable.machines import MACHINES
 from recipes.data import Task
 from recipes.settings import Settings
+from recipes.streaming import Making, Stream, Streamed, share
 
 DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_CONTEXT, DRY_EXAMPLES, DRY_TEST_ONE_IN = 2, 2, 2, 128, 4, 4
 TEST_ONE_IN, TEST_WINDOWS = 256, 256
@@ -76,7 +76,8 @@ def shrink(settings: Settings) -> Settings:
     return replace(
         settings, model_config=config, steps=DRY_STEPS, batch_size=DRY_BATCH, workers=0,
         gradient_accumulation_steps=1, global_batch=0, bf16=False, save_steps=0,
-        monitor_every=min(1, settings.monitor_every), output=str(Path(settings.output, "dry-run")),
+        logging_steps=1, monitor_every=min(1, settings.monitor_every),
+        output=str(Path(settings.output, "dry-run")),
     )  # fmt: skip
 
 
@@ -101,40 +102,18 @@ def gpu_hours(model: Any, settings: Settings) -> float:
     return flops / MACHINES["h100"].flops / 3600
 
 
-Stream = Callable[[str, int | None], Any]
-"""Opens a split: shuffled anew for each epoch, or for None in the order in which it is stored."""
-
-
-def _from_the_hub(split: str, epoch: int | None, *, settings: Settings) -> Any:
+def _from_the_hub(
+    split: str, epoch: int | None, rank: int = 0, num_ranks: int = 1, *, settings: Settings
+) -> Any:
     found = load_dataset(settings.data, settings.data_config, split=split, streaming=True)
+    if settings.image_column and found.features:
+        found = found.decode(False)  # `_prepared` decodes what is used, and not what is passed over
+    found = share(found, rank, num_ranks)
     if epoch is None:
         return found
     shuffled = found.shuffle(settings.seed, buffer_size=BUFFER)
     shuffled.set_epoch(epoch)
     return shuffled
-
-
-class _Streamed(IterableDataset):
-    """A split that is put through a function from examples to examples."""
-
-    def __init__(
-        self,
-        stream: Stream,
-        split: str,
-        function: Callable[[Any], Iterator[Any]],
-        *,
-        shuffles: bool = True,
-    ) -> None:
-        super().__init__()
-        self.stream, self.split, self.function, self.shuffles = stream, split, function, shuffles
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Have the next pass in another order; the Trainer calls this."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.function(self.stream(self.split, self.epoch if self.shuffles else None))
 
 
 # Images
@@ -146,10 +125,10 @@ def _images(settings: Settings, stream: Stream) -> Task:
     config = settings.model_config or {}
     size, num_labels = config.get("image_size", 224), config.get("num_labels", 1000)
 
-    def examples(split: str, *, train: bool) -> _Streamed:
+    def examples(split: str, *, train: bool) -> Streamed:
         transform = augmentation.Transform(settings, size, train=train)
         prepare = functools.partial(_prepared, settings=settings, transform=transform)
-        return _Streamed(stream, split, functools.partial(map, prepare), shuffles=train)
+        return Streamed(stream, split, _each(prepare), shuffles=train)
 
     return Task(
         examples("train", train=True),
@@ -164,9 +143,17 @@ def _images(settings: Settings, stream: Stream) -> Task:
     )
 
 
+def _each(prepare: Callable[[Any], Any]) -> Making:
+    """Return what makes one example of each stored one, and has nothing left."""
+    return lambda stored, left: ((prepare(example), left) for example in stored)
+
+
 def _prepared(example: dict[str, Any], *, settings: Settings, transform: Any) -> dict[str, Any]:
+    image = example[settings.image_column]
+    if isinstance(image, dict):  # as it is stored: its bytes, or its path
+        image = Image().decode_example(image)
     return {
-        "pixel_values": transform(example[settings.image_column]),
+        "pixel_values": transform(image),
         "labels": int(example[settings.label_column]),
         "train": transform.train,
     }
@@ -174,7 +161,7 @@ def _prepared(example: dict[str, Any], *, settings: Settings, transform: Any) ->
 
 def _local_images() -> Stream:
     """Return scikit-learn's digits as image files in folders by class, as ImageNet's are."""
-    from PIL import Image
+    import PIL.Image
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -183,8 +170,9 @@ def _local_images() -> Stream:
         path = folder / str(label) / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         pixels = (image.reshape(8, 8) * 15).astype("uint8")
-        Image.fromarray(pixels).resize((320, 240)).save(path)
-    return lambda *_: load_dataset("imagefolder", data_dir=str(folder), split="train")
+        PIL.Image.fromarray(pixels).resize((320, 240)).save(path)
+    found = load_dataset("imagefolder", data_dir=str(folder), split="train")
+    return lambda split, epoch, rank=0, num_ranks=1: share(found, rank, num_ranks)
 
 
 # Text
@@ -199,15 +187,16 @@ def _texts(settings: Settings, stream: Stream, *, dry_run: bool) -> Task:
     collate: Any = transformers.default_data_collator
     if settings.model == "bert":
         collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=MASKED)
-    held_out = pack(stream("train", None), for_test=True)
-    test = list(itertools.islice(held_out, DRY_BATCH if dry_run else TEST_WINDOWS))
+    held_out = pack(stream("train", None, 0, 1), [], for_test=True)
+    windows = (window for window, _ in held_out)
+    test = list(itertools.islice(windows, DRY_BATCH if dry_run else TEST_WINDOWS))
     if not test:
         raise ValueError(
             f"data {settings.data!r} is too small: one text in {one_in} is kept for the test, and "
             f"these do not fill a window of {length} tokens; take more texts or a shorter context"
         )
     return Task(
-        _Streamed(stream, "train", functools.partial(pack, for_test=False)),
+        Streamed(stream, "train", functools.partial(pack, for_test=False)),
         test,
         num_labels=len(tokenizer),
         vocabulary=len(tokenizer),
@@ -228,20 +217,44 @@ def is_held_out(text: str, one_in: int) -> bool:
 
 
 def _windows(
-    stream: Any, *, tokenizer: Any, column: str, length: int, one_in: int, for_test: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Cut texts of one side, joined by the end-of-text token, into windows of `length` tokens."""
-    tokens: list[int] = []
-    for example in stream:
+    stored: Iterable[Any],
+    tokens: list[int],
+    *,
+    tokenizer: Any,
+    column: str,
+    length: int,
+    one_in: int,
+    for_test: bool,
+) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    """Cut texts of one side, joined by the end-of-text token, into windows of `length` tokens.
+
+    Args:
+        stored: what has the texts.
+        tokens: what was left of texts before these; changed in place.
+        tokenizer: of the texts.
+        column: that they are in.
+        length: of a window.
+        one_in: see `is_held_out`.
+        for_test: which side.
+
+    Yields:
+        Windows, and `tokens`, which holds what is left after each.
+    """
+    yield from _cut(tokens, length)
+    for example in stored:
         text = example[column]
         if is_held_out(text, one_in) != for_test:
             continue
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens.append(tokenizer.eos_token_id)
-        while len(tokens) >= length:
-            window = torch.tensor(tokens[:length])
-            del tokens[:length]
-            yield {"input_ids": window, "labels": window.clone()}
+        yield from _cut(tokens, length)
+
+
+def _cut(tokens: list[int], length: int) -> Iterator[tuple[dict[str, Tensor], list[int]]]:
+    while len(tokens) >= length:
+        window = torch.tensor(tokens[:length])
+        del tokens[:length]
+        yield {"input_ids": window, "labels": window.clone()}, tokens
 
 
 def _context(settings: Settings) -> int:
@@ -256,11 +269,13 @@ def _tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def _local_texts(*_: Any) -> Any:
+def _local_texts(
+    split: str = "", epoch: int | None = None, rank: int = 0, num_ranks: int = 1
+) -> Any:
     """Return the standard library's own modules, whatever the split and epoch."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    return Dataset.from_dict({"text": texts})
+    return share(Dataset.from_dict({"text": texts}), rank, num_ranks)
 
 
 def _local_tokenizer() -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
+from hf_stable.sigma_function import scale_blocks, spread_over_blocks
+from hf_stable.spectral import as_matrix, split_blocks
 from recipes import linear_swin
 from recipes.data import CONTEXT, Task
 from recipes.settings import Settings
@@ -120,38 +122,48 @@ def initialise(model: nn.Module, init: str, scale: float) -> None:
 
 
 class _OverFrobenius(nn.Module):
-    """`gamma / |W|_F * W`: sigmaReparam with the Frobenius norm in sigma's place."""
+    """`gamma / |W|_F * W` for each block: sigmaReparam with the Frobenius norm in sigma's place."""
 
-    def __init__(self, gamma: float) -> None:
+    def __init__(self, gamma: torch.Tensor, dim: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.tensor(gamma))
+        self.gamma, self.dim = nn.Parameter(gamma), dim
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.gamma / torch.linalg.vector_norm(weight) * weight
+        return scale_blocks(weight, self.gamma / self.sizes(weight), self.dim)
+
+    def sizes(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the Frobenius norm of each block, (k,)."""
+        blocks = split_blocks(as_matrix(weight), len(self.gamma), self.dim)
+        return torch.stack([torch.linalg.vector_norm(block) for block in blocks])
 
 
 @torch.no_grad()
 def normalise(model: Any, kind: str) -> None:
     """Divide the weights that sigmaReparam would patch by another norm, in place.
 
-    They start as they would there, with a spectral norm of 1.
+    They start as they would there: with the raw weights as they are, and a spectral norm of 1. The
+    size of a raw weight that is divided by its norm is its rate under Adam, so that another size
+    would be another rate.
 
     Raises:
         ValueError: for an unknown kind.
     """
     if kind not in ("frobenius", "weight_norm"):
         raise ValueError(f"normaliser {kind!r} is neither frobenius nor weight_norm")
-    patched = hf_stable.describe(hf_stable.patch(copy.deepcopy(model), "sigma_reparam"))
-    for layer in patched.layers:
+    patched = hf_stable.patch(copy.deepcopy(model), "sigma_reparam")
+    for layer in hf_stable.describe(patched).layers:
         if layer.skipped is not None:
             continue
-        module = model.get_submodule(layer.name)
-        module.weight /= max(layer.sigma)
+        module, like = model.get_submodule(layer.name), patched.get_submodule(layer.name)
+        sigma, dim = like.sigma, like.block_dim  # blocks lie along the output features
         if kind == "weight_norm":
-            nn.utils.parametrizations.weight_norm(module)
+            nn.utils.parametrizations.weight_norm(module, dim=dim)
+            rows = module.parametrizations.weight.original0
+            rows /= spread_over_blocks(sigma, module.weight, dim)
         else:
-            size = float(torch.linalg.vector_norm(module.weight))
-            nn.utils.parametrize.register_parametrization(module, "weight", _OverFrobenius(size))
+            norm = _OverFrobenius(torch.ones_like(sigma), dim)
+            norm.gamma.copy_(norm.sizes(module.weight) / sigma)
+            nn.utils.parametrize.register_parametrization(module, "weight", norm)
 
 
 class _NormedProjection(nn.Module):

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_stable
 from hf_stable.loss_curves import lost_step
-from recipes import data, models
+from recipes import data, models, streaming
 from recipes.settings import Settings, read_yaml
 
 __all__ = ["run"]
@@ -42,8 +42,14 @@ __all__ = ["run"]
 OTHER = ("pytorch_optimizer:", "torch:")
 """In front of the name of an optimizer that this package has; its options are JSON then."""
 
-FREE_TO_CHANGE = ("output", "threads")
+FREE_TO_CHANGE = ("output", "threads", "save_total_limit")
 """Settings that do not make another run of one that goes on."""
+
+FEWEST_KEPT = 2
+"""Checkpoints that are kept: the last, and one in case that it was not saved to its end."""
+
+PAUSE = 300.0
+"""Seconds between lines that say how far a run is, where there is no terminal for a bar."""
 
 
 def run(
@@ -59,37 +65,65 @@ def run(
     Returns:
         Settings, test loss and accuracy, the training losses, what the monitor saw (per layer the
         worst head at each probe), its alarms, and the step at which the loss was lost, if it was.
+        With `logging_steps` each loss is a mean, and `loss_steps` has the last step of each.
 
     Raises:
-        ValueError: for settings that do not exist, a global batch that does not come about, or an
-            output folder with a checkpoint of a run with other settings.
+        ValueError: for settings that do not exist, a global batch that does not come about, several
+            GPUs for one process, or an output folder with a checkpoint of a run with other settings
+            or of another number of processes.
     """
+    return _train(_prepare(settings, dry_run=dry_run, callbacks=callbacks))
+
+
+class _Prepared(NamedTuple):
+    """A run of which nothing is trained yet."""
+
+    settings: Settings
+    task: data.Task
+    trainer: Trainer
+    goes_on: bool
+
+
+def _prepare(
+    settings: Settings, *, dry_run: bool, callbacks: Sequence[TrainerCallback] = ()
+) -> _Prepared:
+    """Build what is to be trained; raises what `run` says of settings, in this order."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    settings, task = _task(settings, dry_run=dry_run)
+    settings = _shrunk(settings) if dry_run else settings
+    _check(settings)
+    task = _task(settings, dry_run=dry_run)
     output = Path(settings.output)
     goes_on = _goes_on(settings, output)
     model = models.build(settings, task)
-    monitor = None
+    watching: list[TrainerCallback] = [_EndsWhatIsDone(), _SaysHowFarItIs()]
     if settings.monitor_every:
         monitor = hf_stable.StabilityCallback(
             every=settings.monitor_every,
             on_collapse=settings.on_collapse,
             sharpness_every=settings.sharpness_every or None,
         )
-    trainer = Trainer(
+        watching.append(monitor)
+    streams = isinstance(task.train, streaming.Streamed)
+    trainer = (streaming.StreamingTrainer if streams else Trainer)(
         model,
         training_arguments(settings, output, smooths=task.loss is None),
         train_dataset=task.train,
         data_collator=task.collate,
         compute_loss_func=task.loss,
         eval_dataset=task.test,
-        callbacks=[_EndsWhatIsDone(), *([monitor] if monitor else []), *callbacks],
+        callbacks=[*watching, *callbacks],
         compute_metrics=functools.partial(data.accuracy, next_token=settings.model == "gpt2"),
         preprocess_logits_for_metrics=data.answers,
         optimizer_cls_and_kwargs=_other_optimizer(settings),
     )
     trainer.remove_callback(PrinterCallback)
+    return _Prepared(settings, task, trainer, goes_on)
+
+
+def _train(prepared: _Prepared) -> dict[str, Any]:
+    settings, task, trainer, goes_on = prepared
+    output = Path(settings.output)
     started = time.perf_counter()
     with contextlib.suppress(_Done):
         # True is for the last checkpoint that was saved to the end.
@@ -98,21 +132,29 @@ def run(
     trainer.label_smoother = None  # the Trainer would smooth the labels of the test as well
     metrics = trainer.evaluate()
     trainer.save_state()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    losses, steps = ([record[key] for record in records] for key in ("loss", "step"))
     result = {
         "settings": dataclasses.asdict(settings),
         "test_loss": _finite(metrics["eval_loss"]),
         "accuracy": metrics["eval_accuracy"],
         "reference": round(task.reference, 4),
-        "lost_step": lost_step(losses),
+        "lost_step": _first_step(steps, lost_step(losses)),
         "seconds": round(seconds, 1),
         "losses": [_finite(loss) for loss in losses],
-        **_watched(output if monitor else None),
-        **(generalisation(model, task) if task.image_size and task.is_small else {}),
+        # Each is a mean of the steps since the one before it.
+        **({"loss_steps": steps} if settings.logging_steps > 1 else {}),
+        **_watched(output if settings.monitor_every else None),
+        **(generalisation(trainer.model, task) if task.image_size and task.is_small else {}),
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(result) + "\n")
     return result
+
+
+def _first_step(steps: Sequence[int], record: int | None) -> int | None:
+    """Return the first step of a record, counted from 1; `steps` has the last step of each."""
+    return record and (steps[record - 2] if record > 1 else 0) + 1
 
 
 def _goes_on(settings: Settings, output: Path) -> bool:
@@ -162,6 +204,33 @@ class _EndsWhatIsDone(TrainerCallback):
             raise _Done
 
 
+class _SaysHowFarItIs(TrainerCallback):
+    """Prints a line now and then where no bar shows how far a run is: off a terminal."""
+
+    def __init__(self) -> None:
+        self.then, self.step = time.perf_counter(), 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the time."""
+        self.then, self.step = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how far it is, if it is long enough since the last time."""
+        loss, steps = (kwargs.get("logs") or {}).get("loss"), state.global_step - self.step
+        seconds = time.perf_counter() - self.then
+        shows_bar = not args.disable_tqdm
+        if shows_bar or not state.is_world_process_zero or loss is None or steps < 1:
+            return
+        if seconds >= PAUSE:
+            print(
+                f"step {state.global_step} of {state.max_steps}, loss {loss:.4g}, "
+                f"{seconds / steps:.3g} s a step",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.then, self.step = time.perf_counter(), state.global_step
+
+
 @torch.no_grad()
 def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
     """Return the calibration error of a classifier, and its accuracy on noisy test images.
@@ -187,16 +256,51 @@ def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
     return {"calibration_error": _finite(error), "noisy_accuracy": float(right[1].mean())}
 
 
-def _task(settings: Settings, *, dry_run: bool) -> tuple[Settings, data.Task]:
+def _shrunk(settings: Settings) -> Settings:
     if settings.data in data.EMBEDDED:
-        if dry_run:
-            raise ValueError(f"data {settings.data!r} is embedded: there is nothing to try dry")
-        return settings, data.load(settings.data, model=settings.model)
+        raise ValueError(f"data {settings.data!r} is embedded: there is nothing to try dry")
     from recipes import full_scale
 
-    if dry_run:
-        settings = full_scale.shrink(settings)
-    return settings, full_scale.load(settings, dry_run=dry_run)
+    return full_scale.shrink(settings)
+
+
+def _task(settings: Settings, *, dry_run: bool) -> data.Task:
+    if settings.data in data.EMBEDDED:
+        return data.load(settings.data, model=settings.model)
+    from recipes import full_scale
+
+    return full_scale.load(settings, dry_run=dry_run)
+
+
+def _check(settings: Settings) -> None:
+    """Refuse what can be known to be wrong before any data are loaded.
+
+    Raises:
+        ValueError: if the batches of all processes do not make the global batch, one process would
+            use several GPUs, or there will be no checkpoint to go back to.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 1
+    if gpus > 1 and int(os.environ.get("LOCAL_RANK", -1)) < 0:
+        raise ValueError(
+            f"there are {gpus} GPUs and one process, which would take a batch of "
+            f"{settings.batch_size} on each; start a process for each GPU, torchrun "
+            f"--nproc-per-node {gpus} recipes/run.py ..., or show this one a single GPU, "
+            "CUDA_VISIBLE_DEVICES=0 python recipes/run.py ..."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
+    if settings.global_batch and batch != settings.global_batch:
+        raise ValueError(
+            f"{processes} processes with {settings.gradient_accumulation_steps} batches of "
+            f"{settings.batch_size} make {batch} examples a step, but the recipe is for "
+            f"{settings.global_batch}; set --gradient_accumulation_steps or --batch_size, or start "
+            "as many processes as make it"
+        )
+    if settings.on_collapse == "rollback" and settings.monitor_every and not settings.save_steps:
+        raise ValueError(
+            "on_collapse 'rollback' goes back to a checkpoint, and save_steps 0 writes none; set "
+            "--save_steps"
+        )
 
 
 def training_arguments(
@@ -205,16 +309,9 @@ def training_arguments(
     """Return the Trainer's arguments for these settings.
 
     Raises:
-        ValueError: if the batches of all processes do not make the global batch.
+        ValueError: for what `_check` refuses.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
-    if settings.global_batch and batch != settings.global_batch:
-        raise ValueError(
-            f"{processes} processes with {settings.gradient_accumulation_steps} batches of "
-            f"{settings.batch_size} make {batch} examples a step, but the recipe is for "
-            f"{settings.global_batch}; set --gradient_accumulation_steps or --batch_size"
-        )
+    _check(settings)
     other = settings.optim.startswith(OTHER)
     return TrainingArguments(
         str(output),
@@ -236,16 +333,24 @@ def training_arguments(
         dataloader_num_workers=settings.workers,
         remove_unused_columns=False,  # tasks hold what is needed, for the model or to collate
         bf16=settings.bf16,
-        logging_steps=1,
+        logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
+        save_total_limit=_most_kept(settings),
         seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
         **options,
     )
+
+
+def _most_kept(settings: Settings) -> int | None:
+    if settings.save_total_limit is not None:
+        return settings.save_total_limit or None
+    # Which checkpoint is gone back to is not known before: one from before the trouble began.
+    return None if settings.on_collapse == "rollback" else FEWEST_KEPT
 
 
 def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
@@ -350,17 +455,34 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the recipe and the overrides, and run."""
-    settings, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
-    if dry_run:
-        from recipes.full_scale import gpu_hours
+    """Read the recipe and the overrides, and run.
 
-        hours = gpu_hours(models.build_empty(settings), settings)
-        print(f"{settings.output}: about {hours:.0f} GPU hours on H100s; now two steps of it")
-    result = run(settings, dry_run=dry_run)
+    Raises:
+        SystemExit: for settings that cannot be, which are named, as `parse` does.
+    """
+    settings, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if dry_run:
+            from recipes.full_scale import gpu_hours
+
+            hours = gpu_hours(models.build_empty(settings), settings)
+            print(f"{settings.output}: about {hours:.0f} GPU hours on H100s; now two steps of it")
+        prepared = _prepare(settings, dry_run=dry_run)
+    except ValueError as error:
+        _refuse(error)
+    try:
+        result = _train(prepared)
+    except streaming.PlaceError as error:  # any other would be a mistake of ours
+        _refuse(error)
     if int(os.environ.get("RANK", 0)) == 0:
         shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}
         print(json.dumps(shown, indent=1))
+
+
+def _refuse(error: ValueError) -> NoReturn:
+    """End as argparse does, in one line and not in a traceback."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -101,6 +101,13 @@ class Settings:
     seed: int = field(default=0, metadata={"help": "of weights and order of data"})
     threads: int = field(default=1, metadata={"help": "of torch, on a CPU; 0: as torch chooses"})
     save_steps: int = field(default=0, metadata={"help": "0: no checkpoints"})
+    save_total_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "checkpoints to keep; 0: all. Left out: 2, or all if on_collapse goes back"
+        },
+    )
+    logging_steps: int = field(default=1, metadata={"help": "steps whose mean loss is a record"})
     output: str = field(default="recipe-output", metadata={"help": "folder of results"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import data  # noqa: E402
 from recipes.models import build  # noqa: E402
-from recipes.run import parse, run, training_arguments  # noqa: E402
+from recipes.run import _first_step, main, parse, run, training_arguments  # noqa: E402
 from recipes.settings import Settings, read_yaml  # noqa: E402
 
 SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
@@ -161,6 +162,80 @@ def test_arguments_that_cannot_be_are_named(arguments, message, capsys):
         parse([recipe if each == "RECIPE" else each for each in arguments])
     said = capsys.readouterr().err if end.type is SystemExit else str(end.value)
     assert message in said
+
+
+def test_settings_that_cannot_be_end_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/somewhere/run.py"])
+    recipe = str(ROOT / "recipes" / "small" / "vit_digits.yaml")
+    for options, message in (
+        (["--model", "resnet"], "model 'resnet' is none of vit, swin"),
+        (["--on_collapse", "rollback"], "goes back to a checkpoint, and save_steps 0 writes none"),
+        (["--normaliser", "l1"], "normaliser 'l1' is neither frobenius nor weight_norm"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([recipe, "--output", str(tmp_path / "out"), *options])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.startswith("run.py: error: ")
+        assert message in said and said.count("\n") == 1
+
+
+def test_what_is_logged_now_and_then_is_told_by_its_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("recipes.run.PAUSE", 0.0)
+    each = run(short(tmp_path, output=str(tmp_path / "each")))
+    said = capsys.readouterr().err.splitlines()
+    lines = [line for line in said if line.startswith("step ")]
+    assert len(lines) == 6 and re.fullmatch(
+        r"step 6 of 6, loss [\d.]+, [\d.e-]+ s a step", lines[-1]
+    )
+    # The monitor asks for a record at each of its probes as well.
+    some = run(short(tmp_path, logging_steps=3, monitor_every=5))
+    assert some["loss_steps"] == [3, 5, 6] and "loss_steps" not in each
+    parts = (each["losses"][:3], each["losses"][3:5], each["losses"][5:])
+    assert some["losses"] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-3)
+    # The third record covers the steps after the second's.
+    assert [_first_step([50, 100, 150], record) for record in (None, 1, 2, 3)] == [None, 1, 51, 101]
+    monkeypatch.setattr("recipes.run.PAUSE", 300.0)
+    capsys.readouterr()
+    run(short(tmp_path, output=str(tmp_path / "quick")))
+    assert "step 6 of 6" not in capsys.readouterr().err
+
+
+def test_old_checkpoints_are_removed_unless_they_may_be_gone_back_to(tmp_path):
+    for name, options, kept in (
+        ("default", {}, ["checkpoint-5", "checkpoint-6"]),
+        ("three", dict(save_total_limit=3), [f"checkpoint-{step}" for step in (4, 5, 6)]),
+        ("all", dict(save_total_limit=0), [f"checkpoint-{step}" for step in range(1, 7)]),
+        ("back", dict(on_collapse="rollback"), [f"checkpoint-{step}" for step in range(1, 7)]),
+    ):
+        tiny = dict(model_config=dict(num_hidden_layers=1, hidden_size=8), save_steps=1)
+        run(short(tmp_path, output=str(tmp_path / name), **tiny, **options))
+        found = sorted(path.name for path in (tmp_path / name).glob("checkpoint-*"))
+        assert found == kept
+
+
+@pytest.mark.parametrize("model", ["vit", "gpt2"])
+def test_all_normalisers_start_with_the_same_weights(model):
+    """Under Adam the raw weight's size decides how fast a normalised weight moves."""
+    task = data.digits() if model == "vit" else data.next_tokens()
+    settings = Settings(model=model, init="xavier")
+    plain = build(settings, task)
+    sigma = build(replace(settings, patch="sigma_reparam"), task)
+    others = {
+        kind: build(replace(settings, normaliser=kind), task)
+        for kind in ("frobenius", "weight_norm")
+    }
+    layers = [layer.name for layer in hf_stable.describe(sigma).layers if layer.skipped is None]
+    assert len(layers) > 20
+    for name in layers:
+        raw = plain.get_submodule(name).weight
+        wanted = sigma.get_submodule(name)
+        assert torch.equal(wanted.weight, raw)
+        for kind, other in others.items():
+            module = other.get_submodule(name)
+            kept = module.parametrizations.weight
+            original = kept.original1 if kind == "weight_norm" else kept.original
+            assert torch.equal(original, raw)
+            torch.testing.assert_close(module.weight, wanted.effective_weight())
 
 
 def test_normed_queries_are_for_vit_alone():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from hf_stable.loss_curves import smooth
 from recipes.evidence.runs import Variant
 from recipes.settings import Settings
 
@@ -28,6 +29,9 @@ VERDICTS = {
     "we lose": "neither of them is at any rate",
 }
 """The words of verdicts and what they mean."""
+
+SHOWN = ("reproduced", "partly")
+"""Those that say that a claim shows."""
 
 WORSE = 1.05
 """A loss beyond this times another is worse than it."""
@@ -84,9 +88,10 @@ class Claim:
         needs: what the judge reads beyond losses, accuracies and lowest entropies, which are there
             for every run.
         figure: what is drawn of the seed that ended best.
+        rows: gives the lines of the page in place of a row for each variant, where they are many.
         appendix: gives lines of the page that come from files beside the runs.
         seeds: how many, at least.
-        quick: a few of the variants that show the sign in seconds.
+        quick: a few of the variants, whose runs take seconds.
     """
 
     key: str
@@ -95,6 +100,7 @@ class Claim:
     judge: Callable[[Results], Verdict]
     needs: frozenset[str] = frozenset()
     figure: Figure | None = None
+    rows: Callable[[Results], list[str]] | None = None
     appendix: Callable[[], list[str]] | None = None
     seeds: int = 3
     quick: tuple[str, ...] = ()
@@ -105,9 +111,14 @@ def losses(results: Results, name: str) -> list[float]:
     return [math.inf if r["test_loss"] is None else r["test_loss"] for r in results[name]]
 
 
+def failed_share(model: str) -> float:
+    """Return the share of the loss of knowing nothing above which a run of a model failed."""
+    return BARELY if model == "gpt2" else FAILED_SHARE
+
+
 def failures(results: Results, name: str) -> int:
     """Return how many runs of a variant learnt next to nothing."""
-    shares = [BARELY if r["settings"]["model"] == "gpt2" else FAILED_SHARE for r in results[name]]
+    shares = [failed_share(run["settings"]["model"]) for run in results[name]]
     runs = zip(losses(results, name), shares, results[name], strict=True)
     return sum(loss > share * run["reference"] for loss, share, run in runs)
 
@@ -117,26 +128,73 @@ def mostly_fails(results: Results, name: str) -> bool:
     return failures(results, name) > len(results[name]) / 2
 
 
+def stands_at_chance(run: Mapping[str, Any]) -> bool:
+    """Return whether a run ended at the loss of knowing nothing, above it or in NaN."""
+    loss = run["test_loss"]
+    return loss is None or loss > BARELY * run["reference"]
+
+
 def crash_step(
-    losses: Sequence[float | None], reference: float, lost_step: int | None
+    losses: Sequence[float | None],
+    reference: float,
+    lost_step: int | None,
+    share: float = FAILED_SHARE,
 ) -> int | None:
-    """Return the step at which a failed run crashed: its first spike, or where its loss was lost.
+    """Return the step at which a run crashed: of a spike that it did not recover from, or a loss.
+
+    A run recovered from a spike if its loss, as a running median of five around each step, came
+    within `share` of `reference` later on: it trained. A loss that only comes back to that of
+    knowing nothing did not.
 
     Args:
         losses: of training, steps 1, 2, ...; None where not finite.
         reference: the loss of knowing nothing; a spike is beyond `SPIKE` times it.
-        lost_step: see `hf_stable.loss_curves.lost_step`.
+        lost_step: where the loss was lost for good: see `hf_stable.loss_curves.lost_step`.
+        share: see `failed_share`.
 
     Returns:
-        Whichever comes first; None for a run that stalls without either.
+        Whichever comes first; None for a run that recovers, or stalls without either.
     """
+    numbers = [math.inf if loss is None else loss for loss in losses]
+    levels = enumerate(smooth(numbers, centred=True), start=1)
+    trained = max((step for step, level in levels if level <= share * reference), default=0)
     spikes = (
         step
-        for step, loss in enumerate(losses, start=1)
-        if loss is None or loss > SPIKE * reference
+        for step, loss in enumerate(numbers, start=1)
+        if step > trained and loss > SPIKE * reference
     )
     steps = [step for step in (next(spikes, None), lost_step) if step is not None]
     return min(steps, default=None)
+
+
+def window(by_value: Mapping[float, float], limit: float) -> tuple[float, float] | None:
+    """Return the lowest and the highest value around the best one whose loss is within a limit.
+
+    The loss is taken as linear in the logarithm of the value (a rate, say) between those that were
+    tried, so that the width does not jump by their spacing.
+
+    Args:
+        by_value: mean loss by value, infinite ones too.
+        limit: the highest loss that counts.
+
+    Returns:
+        None if the best loss is beyond the limit. An end that is the first or the last value tried
+        is one that was cut off.
+    """
+    tried = sorted(by_value)
+    best = min(tried, key=lambda value: by_value[value])
+    if by_value[best] > limit:
+        return None
+
+    def end(outwards: list[float]) -> float:
+        for inner, outer in zip(outwards, outwards[1:], strict=False):
+            if by_value[outer] > limit:
+                share = (limit - by_value[inner]) / (by_value[outer] - by_value[inner])
+                return inner * (outer / inner) ** share
+        return outwards[-1]
+
+    middle = tried.index(best)
+    return end(tried[middle::-1]), end(tried[middle:])
 
 
 def text_of(values: Sequence[float], digits: int = 3) -> str:

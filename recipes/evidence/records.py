@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from recipes.evidence.claim import ROWS_SPARSE, Claim, crash_step
+from recipes.evidence.claim import ROWS_SPARSE, Claim, crash_step, failed_share
 from recipes.evidence.runs import Variant, changes, key_of
 from recipes.settings import Settings
 
@@ -99,8 +99,8 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         `lowest_entropy`; `calibration_error` and `noisy_accuracy` of classifiers of images; and of
         a run that was watched `fall_step` (of the first probe with a head below half of its largest
         entropy), `crash_step`, `sigma_growth` (the largest sigma1(Wq^T Wk) over that of the first
-        probe) and `modes` (head maps seen, by mode). Of AdamW2's rates and of sharpness, what
-        `rate_shares` and `above_threshold` return.
+        probe), `highest_sec` (of any head) and `modes` (head maps seen, by mode). Of AdamW2's rates
+        and of sharpness, what `rate_shares` and `above_threshold` return.
     """
     settings, probes = run["settings"], run["probes"]
     shares = [(p["step"], _finite(p["entropy_normalised"])) for p in probes]
@@ -119,8 +119,11 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         modes.update(probe["modes"])
     found |= {
         "fall_step": next((step for step, value in lowest if value < ROWS_SPARSE), None),
-        "crash_step": crash_step(run["losses"], run["reference"], run["lost_step"]),
+        "crash_step": crash_step(
+            run["losses"], run["reference"], run["lost_step"], failed_share(settings["model"])
+        ),
         "sigma_growth": _rounded(max(sigmas) / sigmas[0]) if sigmas and sigmas[0] else None,
+        "highest_sec": max((v for p in probes for v in _finite(p["sec"])), default=None),
         "modes": dict(sorted(modes.items())),
     }
     return found | rate_shares(run) | above_threshold(run)

@@ -3,27 +3,30 @@
     python recipes/evidence/run.py                 # what the committed results do not have yet
     python recipes/evidence/run.py 1 4 --again     # two claims anew, three seeds
     python recipes/evidence/run.py 1 --seeds 5     # more seeds
-    python recipes/evidence/run.py --quick         # signs of claims 1, 4 and 6, one seed
+    python recipes/evidence/run.py --quick         # signs of claims 1, 4 and 6, seed 0
     python recipes/evidence/run.py --table         # judge, draw and write anew what is committed
 
-Runs are kept in --work and not done twice; a run that was stopped goes on where it was. Results of
-whole claims go to recipes/evidence/results, figures to recipes/evidence/figures, the table to
-recipes/evidence/README.md. A variant whose settings, seed by seed, are those of committed results
-is taken over from there, unless the claim asks for figures that they lack.
+Runs are kept in --work and not done twice; what was stopped goes on with the runs that are missing.
+Results of whole claims go to recipes/evidence/results, figures to recipes/evidence/figures, the
+table to recipes/evidence/README.md. A variant whose settings, seed by seed, are those of committed
+results is taken over from there, unless the claim asks for figures that they lack. With --again
+neither these nor the runs in --work are taken: the latter are removed first.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run from must not matter
 
@@ -31,59 +34,105 @@ from rich.console import Console
 from rich.progress import Progress
 
 from recipes.evidence import figures, records
-from recipes.evidence.claim import Claim
+from recipes.evidence.claim import SHOWN, Claim
 from recipes.evidence.claims import CLAIMS
 from recipes.evidence.page import page
-from recipes.evidence.runs import do_runs, key_of
+from recipes.evidence.runs import Variant, do_runs, forget, key_of
 from recipes.settings import Settings
 
 PAGE = Path(__file__).resolve().parent / "README.md"
-QUICK_STEPS, QUICK_SEED = 80, 1
+QUICK_SEED = 0
+FEWEST_SEEDS = 3
+OTHER_PACKAGE = "pytorch_optimizer"
 
 
 def main() -> int:
-    """Parse the command line and do what it says; 1 if a quick sign does not show."""
+    """Parse the command line and do what it says; 1 if a quick sign is another than in full."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CLAIMS)}")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="take nothing that is committed")
+    parser.add_argument("--seeds", type=int, default=FEWEST_SEEDS, help="three or more")
+    parser.add_argument("--again", action="store_true", help="take nothing that is there already")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=Path("evidence-output"))
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in CLAIMS]:
-        parser.error(f"there is no claim {unknown[0]!r}; claims are {', '.join(CLAIMS)}")
+    if refusal := refused(args):
+        parser.error(refusal)
     if args.quick:
         return quick(args)
-    for name in args.names or CLAIMS:
+    claims = [CLAIMS[name] for name in args.names or CLAIMS]
+    if args.again and not args.table:
+        # All before the first run: what claims have in common is done once.
+        forget([v for claim in claims for v in claim.variants], _seeds(args, claims), args.work)
+    for claim in claims:
         if not args.table:
-            test(CLAIMS[name], args)
-        publish(CLAIMS[name])
+            test(claim, args)
+        publish(claim)
     PAGE.write_text(page(CLAIMS))
     return 0
+
+
+def refused(args: argparse.Namespace) -> str | None:
+    """Return why a command line cannot be followed, if it cannot, before anything is run."""
+    if unknown := [name for name in args.names if name not in CLAIMS]:
+        return f"there is no claim {unknown[0]!r}; claims are {', '.join(CLAIMS)}"
+    if args.quick:
+        with_one = [key for key, claim in CLAIMS.items() if claim.quick]
+        if without := [name for name in args.names if name not in with_one]:
+            return f"claim {without[0]} has no quick set; claims {', '.join(with_one)} have"
+        return None
+    if args.seeds < FEWEST_SEEDS:
+        return f"--seeds {args.seeds} are too few for a verdict, which takes {FEWEST_SEEDS} or more"
+    if args.table or importlib.util.find_spec(OTHER_PACKAGE) is not None:
+        return None
+    for name in args.names or CLAIMS:
+        todo = missing(CLAIMS[name], known(args), _seeds(args, [CLAIMS[name]]))
+        if any(variant.settings.optim.startswith(f"{OTHER_PACKAGE}:") for variant in todo):
+            return f'claim {name} needs {OTHER_PACKAGE}: pip install -e ".[evidence]"'
+    return None
+
+
+def known(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the committed entries that may be taken over, by `key_of` their settings."""
+    return {} if args.again else records.committed(CLAIMS.values())
+
+
+def missing(
+    claim: Claim, entries: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> list[Variant]:
+    """Return the variants of a claim that no committed entry serves."""
+    return [
+        variant
+        for variant in claim.variants
+        if (entry := entries.get(key_of(variant.settings))) is None
+        or not records.serves(entry, claim, variant, seeds)
+    ]
+
+
+def _seeds(args: argparse.Namespace, claims: Sequence[Claim]) -> range:
+    return range(max([args.seeds, *(claim.seeds for claim in claims)]))
 
 
 def test(claim: Claim, args: argparse.Namespace) -> None:
     """Do the runs of a claim that are not there yet, and write its results."""
     started = time.perf_counter()
-    seeds = range(max(args.seeds, claim.seeds))
-    known = {} if args.again else records.committed(CLAIMS.values())
+    seeds = _seeds(args, [claim])
+    there = known(args)
+    todo = missing(claim, there, seeds)
     entries = {
-        variant.name: entry
+        variant.name: there[key_of(variant.settings)]
         for variant in claim.variants
-        if (entry := known.get(key_of(variant.settings)))
-        and records.serves(entry, claim, variant, seeds)
+        if variant not in todo
     }
-    missing = [variant for variant in claim.variants if variant.name not in entries]
     with _progress(f"claim {claim.key}") as show:
-        found = do_runs(missing, seeds, args.work, workers=args.workers, on_done=show)
+        found = do_runs(todo, seeds, args.work, workers=args.workers, on_done=show)
     names = ("hf-stable", "torch", "transformers")
     made_with = ", ".join(f"{name} {version(name)}" for name in names)
     drawn = claim.figure.names if claim.figure else frozenset()
-    for variant in missing:
+    for variant in todo:
         entries[variant.name] = records.entry_of(
             variant, found[variant.name], made_with, drawn=variant.name in drawn
         )
@@ -104,7 +153,7 @@ def test(claim: Claim, args: argparse.Namespace) -> None:
     }
     records.write(claim, content)
     print(
-        f"claim {claim.key}: {verdict} ({len(missing)} of {len(entries)} variants run, "
+        f"claim {claim.key}: {verdict} ({len(todo)} of {len(entries)} variants run, "
         f"{time.perf_counter() - started:.0f} s). {sentence}"
     )
 
@@ -124,23 +173,29 @@ def publish(claim: Claim) -> None:
 
 
 def quick(args: argparse.Namespace) -> int:
-    """Do a few short runs of claims 1, 4 and 6 and say whether their signs show."""
+    """Do a few runs of claims 1, 4 and 6 and say whether what shows is what shows in full.
+
+    They are those of the claims themselves, seed 0: shorter ones are other set-ups, in which AdamW
+    with warmup does not train, say.
+    """
     started, missed = time.perf_counter(), 0
-    for claim in CLAIMS.values():
-        if not claim.quick or (args.names and claim.key not in args.names):
-            continue
-        variants = [
-            replace(v, settings=replace(v.settings, steps=QUICK_STEPS))
-            for v in claim.variants
-            if v.name in claim.quick
-        ]
-        with _progress(f"claim {claim.key}") as show:
-            found = do_runs(variants, [QUICK_SEED], args.work, workers=args.workers, on_done=show)
-        verdict, sentence = claim.judge(
-            {name: [records.summary(run) for run in runs] for name, runs in found.items()}
+    chosen = {
+        claim.key: [variant for variant in claim.variants if variant.name in claim.quick]
+        for claim in CLAIMS.values()
+        if claim.quick and (not args.names or claim.key in args.names)
+    }
+    variants = [variant for of_claim in chosen.values() for variant in of_claim]
+    if args.again:
+        forget(variants, [QUICK_SEED], args.work)
+    with _progress("quick set") as show:
+        found = do_runs(variants, [QUICK_SEED], args.work, workers=args.workers, on_done=show)
+    for key, of_claim in chosen.items():
+        verdict, sentence = CLAIMS[key].judge(
+            {v.name: [records.summary(run) for run in found[v.name]] for v in of_claim}
         )
-        missed += verdict not in ("reproduced", "partly")
-        print(f"claim {claim.key}, {QUICK_STEPS} steps, one seed: {verdict}. {sentence}")
+        in_full = (records.read(CLAIMS[key]) or {"verdict": "not run"})["verdict"]
+        missed += (verdict in SHOWN) != (in_full in SHOWN)
+        print(f"claim {key}, seed {QUICK_SEED}: {verdict} (in full: {in_full}). {sentence}")
     print(f"{time.perf_counter() - started:.0f} s on {args.workers} processes")
     return 1 if missed else 0
 

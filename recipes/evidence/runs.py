@@ -6,7 +6,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,11 +61,36 @@ def do_runs(
         variants: under whatever names; equal settings are run once.
         seeds: of each.
         folder: results are kept in it, and whatever lies in it with the same settings is taken.
-        workers: processes.
+        workers: processes; a single one is this one.
         on_done: hears the name of each run that came to its end, how many are there, and of how
             many.
     """
     variants, seeds = tuple(variants), tuple(seeds)
+    names, work = _work(variants, seeds, folder)
+    kept = {key: json.loads(path.read_text()) for key, path in _kept(folder)}
+    results = {key: kept[key] for key in work if key in kept}
+    missing = {key: settings for key, settings in work.items() if key not in results}
+    for key, result in _done(missing, workers):
+        results[key] = result
+        name = next(name for (name, _), each in names.items() if each == key)
+        on_done(name, len(results), len(work))
+    return {v.name: [results[names[v.name, seed]] for seed in seeds] for v in variants}
+
+
+def forget(variants: Iterable[Variant], seeds: Iterable[int], folder: Path) -> None:
+    """Remove what `do_runs` would take for done, or go on with: results and checkpoints."""
+    _, work = _work(tuple(variants), tuple(seeds), folder)
+    for key, path in _kept(folder):
+        if key in work:
+            path.unlink()
+    for settings in work.values():
+        shutil.rmtree(settings.output, ignore_errors=True)
+
+
+def _work(
+    variants: Sequence[Variant], seeds: Sequence[int], folder: Path
+) -> tuple[dict[tuple[str, int], str], dict[str, Settings]]:
+    """Return the keys of runs by variant and seed, and their settings by key."""
     names: dict[tuple[str, int], str] = {}
     work: dict[str, Settings] = {}
     for variant in variants:
@@ -74,18 +100,21 @@ def do_runs(
             output = folder / f"{_file_name(variant.name)}-{key[:8]}" / f"seed{seed}"
             work.setdefault(key, replace(settings, output=str(output)))
             names[variant.name, seed] = key
-    kept = _kept(folder)
-    results = {key: kept[key] for key in work if key in kept}
-    missing = {key: settings for key, settings in work.items() if key not in results}
+    return names, work
+
+
+def _done(work: Mapping[str, Settings], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the results of runs as they come, by the keys of their settings."""
+    if workers == 1:  # a process of its own would import everything again
+        _quiet()
+        for key, settings in work.items():
+            yield key, run(settings)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
-        pending = {pool.submit(run, settings): key for key, settings in missing.items()}
+        pending = {pool.submit(run, settings): key for key, settings in work.items()}
         for future in as_completed(pending):
-            key = pending[future]
-            results[key] = future.result()
-            name = next(name for (name, _), each in names.items() if each == key)
-            on_done(name, len(results), len(work))
-    return {v.name: [results[names[v.name, seed]] for seed in seeds] for v in variants}
+            yield pending[future], future.result()
 
 
 def key_of(settings: Settings) -> str:
@@ -95,17 +124,14 @@ def key_of(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return all results in a folder by their settings; those of a setting that is gone are not."""
-    found = {}
+def _kept(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the settings' key and the file of all results in a folder, but of settings gone."""
     for path in sorted(folder.rglob("results.json")):
-        result = json.loads(path.read_text())
         try:
-            settings = Settings(**result["settings"])
+            settings = Settings(**json.loads(path.read_text())["settings"])
         except TypeError:
             continue
-        found[key_of(settings)] = result
-    return found
+        yield key_of(settings), path
 
 
 def _file_name(name: str) -> str:
@@ -116,4 +142,5 @@ def _quiet() -> None:
     import warnings
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is committed was run on CPUs
     warnings.simplefilter("ignore")
