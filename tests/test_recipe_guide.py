@@ -20,11 +20,13 @@ SOURCE = re.compile(rf"\((\d+|{LORA})\)")
 
 
 def measured():
-    """Means by source: of the evidence's tables by claim, and of the accuracies of `lora.py`."""
+    """Numbers by source: of the evidence's tables and sentences by claim, and of `lora.py`."""
     page = (RECIPES / "evidence" / "README.md").read_text()
     _, *sections = re.split(r"^## Claim (\d+)$", page, flags=re.MULTILINE)
+    said = dict(re.findall(r"^\| (\d+)\. (.*)$", page, flags=re.MULTILINE))
     found = {
         claim: {float(number) for number in re.findall(r"\| (\d+\.\d+) ± ", section)}
+        | {float(number) for number in re.findall(r"\d+\.\d+", said[claim])}
         for claim, section in zip(sections[::2], sections[1::2], strict=True)
     }
     accuracies = defaultdict(list)

@@ -519,7 +519,7 @@ CLAIMS = (
         "Figure 1; Qi et al. 2025, Figures 4, 8 to 10)", of(COLLAPSE), _judge_collapse,
         needs=frozenset({"fall_step", "crash_step", "sigma_growth", "highest_sec"}),
         figure=Figure(COLLAPSE_PAIRS, COURSES, log_steps=True),
-        quick=COLLAPSE_PAIRS[1],
+        quick=COLLAPSE_PAIRS[2],
     ),
     Claim(
         "5", "Benign and malignant collapse occur and are told apart (Qi et al. 2025, "
