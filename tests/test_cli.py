@@ -159,23 +159,29 @@ def test_inspect_prints_plain_text_into_a_pipe(checkpoint):
     assert re.fullmatch(r"\S+ +64x16 +float32 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ *", row)
 
 
-@pytest.mark.slow
-def test_inspect_draws_a_table_on_a_terminal(checkpoint):
+def on_terminal(*arguments, columns):
+    """Exit code of a command, and what it shows of its results on a real terminal."""
     parent, child = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-m", "hf_stable.cli", "inspect", str(checkpoint)],
+        [sys.executable, "-m", "hf_stable.cli", *map(str, arguments)],
         stdout=child,
-        stderr=child,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns)},
     ) as process:
         os.close(child)
         output = b""
         while chunk := _read(parent):
             output += chunk
     os.close(parent)
-    assert process.returncode == SUCCESS
-    assert "\u2503" in output.decode()  # a line between columns
-    assert b"\x1b[" in output
+    return process.returncode, output.decode()
+
+
+@pytest.mark.slow
+def test_inspect_draws_a_table_on_a_terminal(checkpoint):
+    code, output = on_terminal("inspect", checkpoint, columns=100)
+    assert code == SUCCESS
+    assert "\u2503" in output  # a line between columns
+    assert "\x1b[" in output
 
 
 def _read(terminal):
@@ -266,21 +272,10 @@ def test_report_gives_the_reasons_of_runs_that_failed_or_warned(capsys, three_ru
 
 @pytest.mark.slow
 def test_report_indents_what_a_terminal_wraps(three_runs, tmp_path):
-    parent, child = pty.openpty()
-    command = ["report", three_runs[0], "--format", "csv", "--output", tmp_path / "r.csv"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "hf_stable.cli", *map(str, command)],
-        stdout=child,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "60"},
-    ) as process:
-        os.close(child)
-        output = b""
-        while chunk := _read(parent):
-            output += chunk
-    os.close(parent)
-    assert process.returncode == NO
-    lines = output.decode().splitlines()
+    arguments = ("report", three_runs[0], "--format", "csv", "--output", tmp_path / "r.csv")
+    code, output = on_terminal(*arguments, columns=60)
+    assert code == NO
+    lines = output.splitlines()
     first = next(i for i, line in enumerate(lines) if "From step 81 on" in line)
     last = next(i for i, line in enumerate(lines) if "slow the growth down" in line)
     assert last > first + 5 and all(line.startswith("  ") for line in lines[first : last + 1])

@@ -203,7 +203,7 @@ def test_two_processes_share_a_stream_and_lose_nothing(num_shards, workers, tmp_
     assert ours and theirs and not ours & theirs
     # But for what does not fill a window at the end of what each worker reads.
     assert len(set(alone) - ours - theirs) <= 2 * max(1, workers) + 1
-    # Each text is read once: over windows its number comes as often as in a single process.
+    # Each text is read once: twice would be 100 % more, unfilled windows are a few numbers less.
     assert sum(map(len, seen)) == pytest.approx(len(alone), rel=0.1)
 
 
@@ -398,6 +398,7 @@ def soft_run(folder, batch_size, accumulation):
 def test_losses_do_not_depend_on_how_a_step_is_cut(tmp_path):
     whole, in_parts = soft_run(tmp_path, 8, 1), soft_run(tmp_path, 2, 4)
     for kind, numbers in whole.items():
+        # Sums in another order; logs round losses to four decimals.
         assert in_parts[kind] == pytest.approx(numbers, rel=1e-3)
         assert 0.7 < numbers[0] < 2  # of three classes
 
@@ -408,7 +409,9 @@ def test_losses_do_not_depend_on_the_number_of_processes(tmp_path):
     for batch_size, accumulation in ((4, 1), (2, 2)):
         for found in run_ranks(soft_run, 2, tmp_path, batch_size, accumulation):
             for kind, numbers in alone.items():
+                # Sums of halves in another order; logs round losses to four decimals.
                 assert found[kind][:-1] == pytest.approx(numbers[:-1], rel=1e-3)
+                # The Trainer takes the mean over batches: 13 examples make others on two processes.
                 assert found[kind][-1] == pytest.approx(numbers[-1], rel=0.05)
 
 

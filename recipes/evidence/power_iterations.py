@@ -88,16 +88,7 @@ def measure(
             groups, lr=RATE, betas=(0.9, 0.99), tau=TAU, power_iterations=count
         )
         errors = _train(model, optimizer, task, steps)
-        rows.append(
-            {
-                "model": model_name,
-                "layers": depth,
-                "iterations": count,
-                "error_median": _rounded(median(errors)),
-                "error_max": _rounded(max(errors)),
-                "matrices": len(errors),
-            }
-        )
+        rows.append(_row(model_name, depth, count, errors))
         steppers[str(count)] = _stepper(optimizer)
     steppers[BASELINE] = _stepper(torch.optim.AdamW(model.parameters(), lr=RATE, fused=True))
     steppers[PASSES] = _passes(model, task)
@@ -133,16 +124,7 @@ def measure_sigma(
         for batch in _batches(task, steps):
             _step(model, optimizer, batch, layers, count)
         errors = [abs(found - exact) / exact for exact, found in _sigmas(layers)]
-        rows.append(
-            {
-                "model": model_name,
-                "layers": depth,
-                "iterations": count,
-                "error_median": _rounded(median(errors)),
-                "error_max": _rounded(max(errors)),
-                "matrices": len(errors),
-            }
-        )
+        rows.append(_row(model_name, depth, count, errors))
     gc.collect()  # layers of models that are still there are looked through after each step
     for count in ITERATIONS:
         steppers[str(count)] = _whole_step(model, optimizer, task, count)
@@ -151,6 +133,18 @@ def measure_sigma(
         pairs = zip(taken[str(row["iterations"])], taken[BASELINE], strict=True)
         row["training_step"] = _rounded(median(own / base for own, base in pairs))
     return rows
+
+
+def _row(model_name: str, depth: int, count: int, errors: list[float]) -> dict[str, Any]:
+    """Return what is known of a model before it is timed."""
+    return {
+        "model": model_name,
+        "layers": depth,
+        "iterations": count,
+        "error_median": _rounded(median(errors)),
+        "error_max": _rounded(max(errors)),
+        "matrices": len(errors),
+    }
 
 
 def _narrow(model_name: str, depth: int) -> tuple[Settings, data.Task]:
