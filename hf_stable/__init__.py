@@ -1,8 +1,7 @@
 """Train Hugging Face Transformers that would not train."""
 
-from hf_stable import trainer_plugin
-from hf_stable.adamw2 import AdamW2
-from hf_stable.adamw2_groups import lora_groups, parameter_groups
+from hf_stable.adamw2.groups import lora_groups, parameter_groups
+from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.architectures import (
     Architecture,
     Attention,
@@ -12,18 +11,19 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
-from hf_stable.callback import StabilityCallback
-from hf_stable.checkpoints import load
-from hf_stable.describing import describe
-from hf_stable.exporting import export, push_to_hub
-from hf_stable.norm_removal import (
+from hf_stable.checkpoints.exporting import export, push_to_hub
+from hf_stable.checkpoints.saving import load
+from hf_stable.methods.describing import describe
+from hf_stable.methods.layernorms.removal import (
     RemoveLayerNormConfig,
     RemovePreLayerNormConfig,
     restore_layernorms,
 )
-from hf_stable.patching import fold, is_patched, patch
-from hf_stable.probes import probe
-from hf_stable.sigma_reparam import SigmaReparamConfig, refresh
+from hf_stable.methods.patching import fold, is_patched, patch
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, refresh
+from hf_stable.monitor.callback import StabilityCallback
+from hf_stable.monitor.probing import probe
+from hf_stable.trainer import plugin as trainer_plugin
 
 __version__ = "0.1.0"
 

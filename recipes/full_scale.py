@@ -22,7 +22,7 @@ from datasets import Dataset, Image, load_dataset
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_stable.machines import MACHINES
+from hf_stable.commands.bench.machines import MACHINES
 from recipes.data import Task
 from recipes.settings import Settings
 from recipes.streaming import Making, Stream, Streamed, share

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.sigma_function import scale_blocks, spread_over_blocks
+from hf_stable.methods.sigma_reparam.function import scale_blocks, spread_over_blocks
 from hf_stable.spectral import as_matrix, split_blocks
 from recipes import linear_swin
 from recipes.data import CONTEXT, Task

@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_stable
-from hf_stable.loss_curves import lost_step
+from hf_stable.measures.loss_curves import lost_step
 from recipes import data, models, streaming
 from recipes.settings import Settings, read_yaml
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hf_stable.planning import Plan, make_plan
+from hf_stable.commands.bench.planning import Plan, make_plan
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("gpt2-xl", "vit-g", "7b")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-from hf_stable.method_config import nearest
+from hf_stable._wording import nearest
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 
 __all__ = [

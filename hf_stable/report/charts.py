@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from hf_stable.report.records import RunRecords
+from hf_stable.report.run_records import RunRecords
 
 __all__ = [
     "ALL_RUNS",

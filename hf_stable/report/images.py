@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_layers
 from hf_stable.report.maps import MapSeries
 from hf_stable.report.page import RUN_COLOURS
-from hf_stable.report.records import RunRecords
+from hf_stable.report.run_records import RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_stable.report.charts import Chart, Mark, Section, marks_of, order_layers
 from hf_stable.report.maps import MapSeries, choose_maps
-from hf_stable.report.records import RunRecords, to_number
+from hf_stable.report.run_records import RunRecords, to_number
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
 
 __all__ = ["DASHES", "RUN_COLOURS", "build_page"]

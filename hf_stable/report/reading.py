@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.map_lines import cut_maps
-from hf_stable.report.records import Event, Probe, RunRecords, to_number, to_step
-from hf_stable.stability_log import FILE_NAME
+from hf_stable.report.run_records import Event, Probe, RunRecords, to_number, to_step
 
 __all__ = ["name_runs", "read_run", "read_runs"]
 

@@ -21,7 +21,7 @@ from hf_stable.report.charts import (
     point_limit,
 )
 from hf_stable.report.concentration import concentration_section
-from hf_stable.report.records import RunRecords, short_names, to_number, worst_head
+from hf_stable.report.run_records import RunRecords, short_names, to_number, worst_head
 
 __all__ = ["build_sections"]
 

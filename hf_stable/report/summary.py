@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_stable.report.records import RunRecords, worst_head
+from hf_stable.report.run_records import RunRecords, worst_head
 from hf_stable.report.verdict import Verdict, judge
 
 __all__ = ["TABLE_COLUMNS", "RunSummary", "summarise", "table_cells"]

@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_stable.alarms import ADVICE, Thresholds
+from hf_stable.monitor.alarms import ADVICE, Thresholds
+from hf_stable.monitor.log_keys import UNUSED_SHARE
 from hf_stable.report.findings import (
     Collapse,
     LossTrouble,
@@ -19,8 +20,7 @@ from hf_stable.report.findings import (
     find_trouble,
     hardly_moved,
 )
-from hf_stable.report.records import Event, RunRecords, short_names, to_number
-from hf_stable.stability_metrics import UNUSED_SHARE
+from hf_stable.report.run_records import Event, RunRecords, short_names, to_number
 
 __all__ = ["Verdict", "judge"]
 

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_stable.json_values import as_json_value
+from hf_stable._json import as_json_value
 from hf_stable.report.images import write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page
 from hf_stable.report.reading import read_runs
-from hf_stable.report.records import TIDY_COLUMNS, RunRecords, tidy_rows
+from hf_stable.report.run_records import TIDY_COLUMNS, RunRecords, tidy_rows
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import RunSummary, summarise
 
@@ -59,8 +59,8 @@ def write_report(
         paths: output folders of the Trainer, or checkpoints in them; they are compared.
         output: file to write, or folder for "png"; by default as `FORMATS` says, here.
         format: "html", one page that opens offline; "png", the main figures; "json" or "csv", the
-            values as one row each (`hf_stable.report.records.TIDY_COLUMNS`), maps left out; "json"
-            has verdicts and notes too.
+            values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
+            verdicts and notes too.
         on_run: called with (runs read, runs in all) after each.
 
     Raises:

@@ -3,8 +3,8 @@
     python recipes/evidence/alarms.py    # does the runs that are missing, writes alarms.json
 
 Four architectures, each in set-ups that train and in set-ups that do not, four seeds each. The
-thresholds of `hf_stable.alarms.Thresholds` were fixed on seeds 0 and 1; what counts are seeds 2
-and 3. What a run is, its end and its attention say, and not the rule:
+thresholds of `hf_stable.monitor.alarms.Thresholds` were fixed on seeds 0 and 1; what counts are
+seeds 2 and 3. What a run is, its end and its attention say, and not the rule:
 
 - it *failed* if its test loss kept too much of the loss of someone who knows only how frequent the
   labels are (`claim.failures`: 0.7 of it, of GPT-2's next tokens 0.97) or is not finite;
@@ -12,9 +12,9 @@ and 3. What a run is, its end and its attention say, and not the rule:
   run that failed with attention spread out counts neither way;
 - it is *healthy* if it did not fail.
 
-Its loss is *lost* where `hf_stable.loss_curves.lost_step` says; the lead is the number of steps
-from the first alarm to it. Most collapses here are stalls, which lose nothing that they had: for
-those the share of the run that was still to come at the alarm is what the alarm could save.
+Its loss is *lost* where `hf_stable.measures.loss_curves.lost_step` says; the lead is the number of
+steps from the first alarm to it. Most collapses here are stalls, which lose nothing that they had:
+for those the share of the run that was still to come at the alarm is what the alarm could save.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run from must not matter
 
-from hf_stable.alarms import AlarmRules, Thresholds
-from hf_stable.loss_curves import lost_step
+from hf_stable.measures.loss_curves import lost_step
+from hf_stable.monitor.alarms import AlarmRules, Thresholds
 from recipes.evidence.claim import ROWS_SPARSE, failures, of
 from recipes.evidence.runs import ADAMW2, GPT2, SWIN, VIT, do_runs
 

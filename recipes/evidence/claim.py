@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from hf_stable.loss_curves import smooth
+from hf_stable.measures.loss_curves import smooth
 from recipes.evidence.runs import Variant
 from recipes.settings import Settings
 
@@ -149,7 +149,7 @@ def crash_step(
     Args:
         losses: of training, steps 1, 2, ...; None where not finite.
         reference: the loss of knowing nothing; a spike is beyond `SPIKE` times it.
-        lost_step: where the loss was lost for good: see `hf_stable.loss_curves.lost_step`.
+        lost_step: where the loss was lost for good: see `hf_stable.measures.loss_curves.lost_step`.
         share: see `failed_share`.
 
     Returns:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_stable
-from hf_stable.refreshing import refresh
+from hf_stable.methods.sigma_reparam.steps import refresh
 from hf_stable.spectral import as_matrix, split_blocks
 from recipes import data
 from recipes.models import build

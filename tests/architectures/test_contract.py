@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
-from conftest import MODEL_TYPES, tiny_config, tiny_model
+from tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
 from hf_stable.architectures.registry import find_blocks, find_layers, find_norms, lookup
-from hf_stable.patching import METHODS
-from hf_stable.sigma_layers import SigmaLayer
+from hf_stable.methods.patching import METHODS
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
 LINEAR_TYPES = (nn.Linear, Conv1D, nn.Conv2d)
 

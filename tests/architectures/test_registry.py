@@ -14,7 +14,7 @@ from transformers import DeiTConfig, DeiTForImageClassification, LlamaConfig, Ll
 import hf_stable
 from hf_stable import Architecture, Attention, Block, Member
 from hf_stable.architectures import registry
-from hf_stable.sigma_layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
 LLAMA = Architecture(
     model_type="llama",

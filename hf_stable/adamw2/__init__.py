@@ -1,0 +1,1 @@
+"""AdamW2, the optimizer that needs no warmup, in any loop."""

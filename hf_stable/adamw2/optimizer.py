@@ -1,0 +1,247 @@
+"""AdamW2: AdamW that never moves a weight by more than tau times its own spectral norm.
+
+"Taming Transformer Without Using Learning Rate Warmup" (Qi et al., ICLR 2025; AdamW^2 there).
+The optimizer's options, state and bad input; the maths is in `adamw2_update`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
+from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
+from hf_stable.adamw2.options import check_group, check_options, refuse_flattened
+from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
+
+__all__ = ["AdamW2"]
+
+
+class AdamW2(Optimizer):
+    """AdamW whose rate is clipped per weight so that spectra change smoothly: no warmup needed.
+
+    For each weight W with Adam's update U (Qi et al. 2025, Rule 1 and Eq. 6; sigma1 is the largest
+    singular value, the l2 norm of a vector):
+
+        rate = min(lr, tau * sigma1(W) / sigma1(U))
+        W   <- W - rate * U - rate * weight_decay * W
+
+    so one step cannot raise sigma1(W) by more than the factor 1 + tau. sigma1 is tracked by power
+    iteration, warm-started from the vectors of the step before.
+
+    A weight that is all zero when it is first stepped (a bias, LoRA's B) would stay zero under
+    this rule for ever. It is exempt, which is decided once and kept in the state. What has left
+    zero before that is a weight like any other: `hf_stable.parameter_groups` knows biases, LoRA's
+    B and embeddings by the model instead, and exempts them as any group can be, with `tau=inf`.
+
+    Args:
+        params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
+            group may set any of the options below, and also `blocks` and `block_dim`: a fused
+            weight is `blocks` equal matrices along dimension `block_dim`, each with its own rate
+            (GPT-2's `c_attn`: `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
+            LoRA's factors; see `hf_stable.lora_groups`.
+        lr: highest learning rate; a float or a one-element tensor.
+        betas: decay of the running means of the gradient and of its square.
+        eps: added to the root of the second moment. Paper: inside the root; here outside, as
+            torch does it.
+        weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
+        tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
+            Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit.
+        power_iterations: power iterations per step on each weight; its update, which nothing
+            keeps from jumping, gets one more.
+        maximize: ascend instead of descend.
+        capturable: tells torch's check that the step may be captured in a CUDA graph. All state
+            lives beside the parameters and nothing is read back, so the step is the same.
+
+    Raises:
+        ValueError: for an option out of range, no parameters, or parameters flattened by another
+            library.
+        TypeError: for parameters that are not real floating-point tensors.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        tau: float = 0.01,
+        power_iterations: int = 1,
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        """Check the options and create the groups."""
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            tau=tau,
+            power_iterations=power_iterations,
+            blocks=1,
+            block_dim=0,
+            lora_scale=None,
+            lora_transposed=False,
+            maximize=maximize,
+            capturable=capturable,
+        )
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own where it names them.
+
+        Raises:
+            ValueError: for an option out of range, or `blocks` or `lora_scale` that do not fit the
+                weights.
+            TypeError: for parameters that are not real floating-point tensors.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
+            param_group["params"] = list(param_group["params"])
+            params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            check_group(params, self.defaults | param_group)
+        super().add_param_group(param_group)
+        self._shapes = _shapes(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, by Algorithm 1 of the paper.
+
+        No value is read back to the host. Sharded weights of a process group share one all-reduce
+        per power iteration. A NaN or infinite gradient spreads to its weight and moments, as
+        under torch's AdamW; the power vectors keep their last finite values.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for a sparse gradient.
+            ValueError: if the parameters were replaced by flattened ones (DeepSpeed ZeRO, FSDP1),
+                or those of a group with `lora_scale` cannot be stepped together. Either is raised
+                before anything has moved.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        everything: list[Weight] = []
+        plain: list[list[Weight]] = []
+        ruled: list[Weight] = []
+        adapters: list[Adapter] = []
+        for group, shapes in zip(self.param_groups, self._shapes, strict=True):
+            weights = self._weights(group, shapes)
+            everything += weights
+            if not math.isinf(group["tau"]) and group["lora_scale"] is not None:
+                adapters += pair_factors(group, weights)
+            elif not math.isinf(group["tau"]):
+                ruled += weights
+            elif weights:
+                plain.append(weights)
+        for group in self.param_groups:
+            lr = group["lr"]
+            group["last_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+        for weight in everything:
+            prepare_state(weight)
+        for weights in plain:
+            params, group = [weight.param for weight in weights], weights[0].group
+            adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
+        update(ruled)
+        update_adapters(adapters)
+        return loss
+
+    def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
+        """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
+        params, weights = group["params"], []
+        for index, param in enumerate(params):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
+            same = len(params) == len(shapes) and param.shape == shapes[index]
+            refuse_flattened(param, replaced=not same)
+            weights.append(Weight(param, grad, self.state[param], group))
+        return weights
+
+    def effective_lr(self) -> dict[Any, float | list[float]]:
+        """Return the rate that each weight really got in its last step (Figure 15 of the paper).
+
+        Reads values back to the host: call it when you log, not in each step. A scheduler that has
+        moved on since the step changes nothing here.
+
+        Returns:
+            Parameter name (or the parameter, where none were given) -> rate; a list of rates,
+            one per block, for a fused weight. Parameters never stepped are left out.
+        """
+        rates: dict[Any, float | list[float]] = {}
+        for group in self.param_groups:
+            for name, param in zip(
+                group.get("param_names", group["params"]), group["params"], strict=True
+            ):
+                state = self.state.get(param, {})
+                if "effective_lr" in state and not math.isinf(group["tau"]):
+                    values = state["effective_lr"].tolist()
+                    rates[name] = values if len(values) > 1 else values[0]
+                elif state and math.isinf(group["tau"]) and "last_lr" in group:
+                    rates[name] = float(group["last_lr"])
+        return rates
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of AdamW2, or of torch's AdamW.
+
+        Power vectors stay float32 (float64 for float64 weights) whatever the weights are. From
+        torch's AdamW the moments and options are taken, `tau` and the like stay as they are here,
+        and the spectra start anew at the next step, as they do where only `lora_scale` differs.
+        What started at zero is not known then: a weight that one step at `lr` would outweigh is
+        exempt as well. Nothing has changed where this raises.
+
+        Raises:
+            ValueError: if shapes or groups do not fit, for options out of range, and for a state
+                of another optimizer, of Adam with weight decay in the gradient, or with `amsgrad`.
+        """
+        entries: Entries = []
+
+        def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            prepared, entries[:] = prepare_loaded(
+                self._as_parted(given), self.param_groups, tuple(self.defaults)
+            )
+            return prepared
+
+        def after(_: Optimizer) -> None:
+            for param, entry in entries:
+                restore_state(self.state[param], entry, param)
+
+        # The last of the pre-hooks and the first of the post-hooks, so that a caller's hooks work.
+        handles = (
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _as_parted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a loaded state with groups like those of this optimizer."""
+        return state_dict
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied optimizer."""
+        super().__setstate__(state)
+        # torch comes here after loading too, when the parameters may have been replaced.
+        self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
+
+
+def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:
+    return [[param.shape for param in group["params"]] for group in groups]

@@ -1,0 +1,118 @@
+"""Which options and parameters a group of AdamW2 can have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from hf_stable.adamw2.merged_rule import check_factors
+
+__all__ = ["check_group", "check_options", "refuse_flattened"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_rate(value: Any) -> bool:
+    return (isinstance(value, Tensor) or _is_number(value)) and bool(0 <= value < math.inf)
+
+
+def _are_betas(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < math.inf
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 1
+
+
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a finite number >= 0, or a tensor of one", _is_rate),
+    "betas": ("two numbers in [0, 1)", _are_betas),
+    "eps": ("a finite number >= 0", _is_finite),
+    "weight_decay": ("a finite number >= 0", _is_finite),
+    "tau": ("a number > 0; inf switches Rule 1 off", lambda tau: _is_number(tau) and tau > 0),
+    "power_iterations": ("an integer >= 1", _is_count),
+    "blocks": ("an integer >= 1", _is_count),
+    "block_dim": ("0 or 1", lambda dim: dim in (0, 1)),
+    "lora_scale": (
+        "None or a finite number > 0",
+        lambda scale: scale is None or (_is_finite(scale) and scale > 0),
+    ),
+    "lora_transposed": ("True or False", lambda transposed: transposed in (True, False)),
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError, naming the option, for one that no group can have.
+
+    Args:
+        options: a value for every option.
+    """
+    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
+        raise ValueError(f"a tensor lr needs one element, got shape {tuple(options['lr'].shape)}")
+    for name, (allowed, holds) in _ALLOWED.items():
+        if not holds(options[name]):
+            raise ValueError(f"AdamW2 cannot use {name}={options[name]!r}: give {allowed}")
+
+
+def check_group(params: Sequence[Any], options: dict[str, Any]) -> None:
+    """Raise for options out of range, and for parameters that cannot be stepped with them.
+
+    Args:
+        params: of the group; what is no tensor is left to torch's own message.
+        options: a value for every option.
+
+    Raises:
+        ValueError: for an option out of range, parameters that another library has flattened, or
+            `blocks` or `lora_scale` that do not fit the parameters.
+        TypeError: for parameters that are not real floating-point tensors.
+    """
+    check_options(options)
+    tensors = [param for param in params if isinstance(param, Tensor)]
+    for param in tensors:
+        _check_param(param, options)
+    if options["lora_scale"] is not None and len(tensors) == len(params):
+        check_factors(params, options)
+
+
+def _check_param(param: Tensor, options: dict[str, Any]) -> None:
+    if not param.is_floating_point():
+        raise TypeError(
+            f"AdamW2 cannot optimize a {param.dtype} parameter of shape {tuple(param.shape)}: "
+            "give real floating-point parameters"
+        )
+    refuse_flattened(param)
+    blocks, dim = options["blocks"], options["block_dim"]
+    if blocks > 1 and (param.ndim != 2 or param.shape[dim] % blocks):
+        raise ValueError(
+            f"blocks={blocks} along block_dim={dim} do not fit a parameter of shape "
+            f"{tuple(param.shape)}: give such weights a group of their own"
+        )
+
+
+def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
+    """Raise ValueError for a parameter that another library has flattened: it has no spectrum.
+
+    Args:
+        param: to be stepped.
+        replaced: whether the optimizer was built with a parameter of another shape in its place.
+    """
+    if replaced or hasattr(param, "ds_id") or getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            "AdamW2 needs whole weight matrices, and these parameters were flattened or replaced "
+            "(DeepSpeed ZeRO and FSDP1 do that): use DDP, ZeroRedundancyOptimizer or FSDP2's "
+            "fully_shard"
+        )

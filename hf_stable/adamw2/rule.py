@@ -1,0 +1,335 @@
+"""The update of AdamW2: Adam's moments, Rule 1 and the step, for weights of any layout.
+
+Pure functions on weights and their state; the optimizer around them is in `adamw2`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_stable.measures.spectral import (
+    RowShard,
+    generic_vector,
+    matrix_blocks,
+    power_step,
+    spectral_dtype,
+)
+
+__all__ = [
+    "COLD_ITERATIONS",
+    "LORA_STATE",
+    "MOMENTS",
+    "RULE_STATE",
+    "Weight",
+    "adam_step",
+    "at_most",
+    "move",
+    "prepare_state",
+    "target_scale",
+    "update",
+]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What torch's AdamW keeps per weight beside `step`; the same here."""
+
+LORA_STATE = ("merged_v", "linear_v", "quadratic_v")
+"""What Rule 1 for LoRA keeps with B: right vectors of the merged weight and of the two parts of its
+change, (n,) each."""
+
+RULE_STATE = ("weight_v", "update_v", *LORA_STATE, "exempt", "effective_lr")
+"""What Rule 1 adds: right vectors of W and U (blocks, n); whether a block is exempt and its last
+rate, (blocks,) each."""
+
+COLD_ITERATIONS = 10
+"""Power iterations at the first step of a weight, whose vectors start from nothing."""
+
+CPU_BATCH_NUMEL = 1 << 18
+"""On a CPU, weights of one shape are updated together up to this many entries.
+
+Small weights share the cost of each call; a large one is alone, so that its update is still in
+the cache when it is applied.
+"""
+
+GPU_BATCH_NUMEL = 1 << 26
+"""The same elsewhere, where launches count: 256 MB of float32 working memory a batch."""
+
+
+@dataclass(slots=True)
+class Weight:
+    """A parameter with its gradient, its state and the options of its group."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+    def blocks(self, tensor: Tensor) -> list[Tensor | RowShard]:
+        """View a tensor that is laid out like the parameter as the matrices that it stands for."""
+        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+        return matrix_blocks(tensor, self.group["blocks"], self.group["block_dim"])
+
+    def entries(self, tensor: Tensor) -> list[Tensor]:
+        """View the entries of each block that this process holds, for writing."""
+        if self.group["blocks"] == 1:
+            return [_local(tensor)]  # unflattened: a flattened channels_last kernel is a copy
+        return [b.local if isinstance(b, RowShard) else b for b in self.blocks(tensor)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def prepare_state(weight: Weight) -> None:
+    """Create what the state of a weight lacks: all of it, or what Rule 1 adds."""
+    param, state, blocks = weight.param, weight.state, weight.group["blocks"]
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    elif state["step"].device != param.device:
+        state["step"] = state["step"].to(param.device)  # ZeroRedundancyOptimizer loads it so
+    if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
+        return
+    if "weight_v" in state and len(state["weight_v"]) == blocks:
+        return
+    for key in RULE_STATE:
+        state.pop(key, None)
+    block = weight.blocks(param)[0]
+    width = (block.local if isinstance(block, RowShard) else block).shape[1]
+    vector = generic_vector(width, dtype=spectral_dtype(param.dtype), device=param.device)
+    for key in ("weight_v", "update_v"):
+        state[key] = vector.repeat(blocks, 1)
+
+
+def adam_step(
+    weights: list[Weight], targets: list[Tensor], *, lr: float | Tensor, weight_decay: float
+) -> None:
+    """Move the moments and take a plain AdamW step on `targets`, in place.
+
+    On targets of zeros, without decay, this leaves `-lr * U_t` there in one pass over gradient
+    and moments.
+
+    Args:
+        weights: weights of one group.
+        targets: what to step, one for each weight and laid out like it.
+        lr: rate of the step.
+        weight_decay: decoupled decay of the targets.
+    """
+    group = weights[0].group
+    torch._foreach_add_([weight.state["step"] for weight in weights], 1.0)
+    calls: defaultdict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
+    relaid = []
+    for weight, target in zip(weights, targets, strict=True):
+        first, second = (_local(weight.state[key]) for key in MOMENTS)
+        grad, entries = _local(weight.grad), _local(target)
+        # The fused kernel walks all tensors of a weight in the order of their memory.
+        if grad.stride() != first.stride():
+            grad = torch.empty_like(first).copy_(grad)
+        if entries.stride() != first.stride():
+            relaid.append((entries, torch.empty_like(first).copy_(entries)))
+            entries = relaid[-1][1]
+        tensors = (entries, grad, first, second, weight.state["step"])
+        calls[entries.device, entries.dtype].append(tensors)
+    for (device, _), call in calls.items():
+        params, grads, firsts, seconds, steps = map(list, zip(*call, strict=True))
+        torch._fused_adamw_(
+            params, grads, firsts, seconds, [], steps,
+            lr=_rate_beside(lr, device),
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=weight_decay, amsgrad=False, maximize=group["maximize"],
+        )  # fmt: skip
+    for entries, copy in relaid:
+        entries.copy_(copy)
+
+
+def _rate_beside(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """Return a rate that kernels on a device can take, without waiting for it.
+
+    A tensor on the CPU becomes a number for any other device, as in torch's own fused kernels: a
+    copy would wait, and cannot be captured in a CUDA graph.
+    """
+    if not isinstance(lr, Tensor):
+        return lr
+    return float(lr) if lr.is_cpu and device.type != "cpu" else lr.to(device)
+
+
+def at_most(bound: Tensor, lr: float | Tensor) -> Tensor:
+    """Return `min(lr, bound)`, a NaN where the bound is one."""
+    lr = _rate_beside(lr, bound.device)
+    return bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
+
+
+def update(weights: list[Weight]) -> None:
+    """Step weights under Rule 1, in place.
+
+    Working memory: a copy of the largest batch (three on a GPU, whose power iterations stack
+    weights and updates), and of the local rows of all sharded weights.
+    """
+    work = list(_batches(weights))
+    sizes: defaultdict[Any, int] = defaultdict(int)
+    for (first, *others), *_ in work:
+        key, numel = (first.param.device, first.param.dtype), first.param.numel()
+        if not isinstance(first.param, DTensor):
+            sizes[key] = max(sizes[key], numel * (1 + len(others)))
+    workspace = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
+    for together in work:
+        _step_together(together, workspace)
+
+
+def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
+    """Yield the weights that take their steps together, apart by group.
+
+    Sharded weights of a process group go together whatever their group, so that they share their
+    collectives. Others go by shape, up to `CPU_BATCH_NUMEL` or `GPU_BATCH_NUMEL` entries.
+    """
+    sharded: defaultdict[Any, dict[Any, list[Weight]]] = defaultdict(dict)
+    whole: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        param = weight.param
+        block = weight.blocks(param)[0] if isinstance(param, DTensor) else None
+        if isinstance(block, RowShard):
+            sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
+            continue
+        key = (id(weight.group), type(param), param.shape, param.dtype, param.device)
+        together = whole.setdefault(key, [])
+        together.append(weight)
+        most = CPU_BATCH_NUMEL if param.device.type == "cpu" else GPU_BATCH_NUMEL
+        if (len(together) + 1) * param.numel() > most:
+            yield [whole.pop(key)]
+    for together in whole.values():
+        yield [together]
+    for groups in sharded.values():
+        yield list(groups.values())
+
+
+def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -> None:
+    """Step weights that share their power iterations; comments name lines of Algorithm 1."""
+    # Lines 3 to 5: the moments, and targets that are multiples of -U_t.
+    targets = []
+    for weights in together:
+        targets.append(_zero_targets(weights, workspace))
+        adam_step(weights, targets[-1], lr=target_scale(weights[0]), weight_decay=0.0)
+    # Line 6. Paper: prints sigma1 of the last update; its Eq. 6 has that of W_{t-1}, as here.
+    sigma_weights, sigma_targets = _spectral_norms(together, targets)
+    for weights, own_targets, sigma_weight, sigma_target in zip(
+        together, targets, sigma_weights, sigma_targets, strict=True
+    ):
+        # Lines 7 to 9: one rate for each block.
+        rates = _clip(weights, sigma_weight, sigma_target / target_scale(weights[0]))
+        # Lines 10 to 14.
+        move(weights, own_targets, rates)
+
+
+def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[Tensor]:
+    """Return zeros laid out like the moments of each weight, in the workspace unless sharded."""
+    if isinstance(weights[0].param, DTensor):
+        return [torch.zeros_like(weight.param) for weight in weights]
+    layouts = [weight.state["exp_avg"] for weight in weights]
+    space = workspace[layouts[0].device, layouts[0].dtype]
+    size = layouts[0].numel()
+    space[: size * len(layouts)].zero_()
+    return [
+        space.as_strided(layout.shape, layout.stride(), size * i)
+        for i, layout in enumerate(layouts)
+    ]
+
+
+def target_scale(weight: Weight) -> float:
+    """Return what -U is multiplied by in a target: 1 / weight_decay where that is safe.
+
+    `W - rate * U - rate * decay * W` lies at `rate * decay` on the way from W to `-U / decay`, so
+    that step and decay are one pass over W. A vanishing decay would drown W in the rounding of
+    that far point; half precision would overflow, and is stepped in float32 anyway.
+    """
+    decay, dtype = weight.group["weight_decay"], weight.param.dtype
+    return 1.0 / decay if decay >= 1e-6 and dtype == spectral_dtype(dtype) else 1.0
+
+
+def _spectral_norms(
+    together: list[list[Weight]], targets: list[list[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Move the power vectors; return sigma1 of weights and targets, (blocks of the group,) each."""
+    weights = [weight for part in together for weight in part]
+    own: list[Tensor | RowShard] = []
+    theirs: list[Tensor | RowShard] = []
+    for weight, target in zip(weights, [t for part in targets for t in part], strict=True):
+        own += weight.blocks(weight.param)
+        theirs += weight.blocks(target)
+    stored = [v for key in ("weight_v", "update_v") for w in weights for v in w.state[key].unbind()]
+    steady = max(part[0].group["power_iterations"] for part in together)
+    cold = any("exempt" not in weight.state for weight in weights)
+    together_count = max(steady, COLD_ITERATIONS) if cold else steady
+    triples = power_step(own + theirs, None, stored)
+    for _ in range(together_count - 1):
+        triples = power_step(own + theirs, None, [triple.v for triple in triples])
+    # Rule 1 keeps W from turning fast; nothing keeps U, so it gets one iteration more.
+    triples[len(own) :] = power_step(theirs, None, [triple.v for triple in triples[len(own) :]])
+    torch._foreach_copy_(stored, [triple.v for triple in triples])
+    sigmas = iter([triple.sigma for triple in triples])
+    counts = [len(part) * part[0].group["blocks"] for part in together]
+    stacks = [torch.stack([next(sigmas) for _ in range(count)]) for count in counts * 2]
+    return stacks[: len(together)], stacks[len(together) :]
+
+
+def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+    """Return `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6) for every block, and store it.
+
+    A NaN stays a NaN: an update of unknown size must not pass as a small one.
+    """
+    group = weights[0].group
+    by_weight = (len(weights), group["blocks"])
+    if any("exempt" not in weight.state for weight in weights):
+        highest = at_most(torch.full_like(sigma_update, math.inf), group["lr"])
+        _decide_exempt(weights, sigma_weight, highest * sigma_update)
+    exempt = torch.cat([weight.state["exempt"] for weight in weights])
+    bound = group["tau"] * sigma_weight / sigma_update
+    bound = torch.where(exempt | (sigma_update == 0), math.inf, bound)
+    rates = at_most(bound, group["lr"])
+    torch._foreach_copy_(
+        [weight.state["effective_lr"] for weight in weights],
+        list(rates.unflatten(0, by_weight).unbind()),
+    )
+    return rates
+
+
+def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tensor) -> None:
+    """Decide for weights that are new to the rule whether it leaves them alone, for good.
+
+    Args:
+        weights: of one group.
+        sigma_weight: sigma1 of every block of theirs.
+        sigma_step: the same of what AdamW would add.
+    """
+    by_weight = (len(weights), weights[0].group["blocks"])
+    sizes, steps = (sigma.unflatten(0, by_weight) for sigma in (sigma_weight, sigma_step))
+    for weight, size, step in zip(weights, sizes, steps, strict=True):
+        if "exempt" in weight.state:
+            continue
+        # Moments that are older than the rule come from AdamW and do not say what started at
+        # zero: what one step would outweigh has only begun.
+        begun = (weight.state["step"] > 1) & (size <= step)
+        weight.state["exempt"] = (size == 0) | begun
+        weight.state["effective_lr"] = torch.zeros_like(size)
+
+
+def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
+    """Step the blocks of weights of one group towards their targets, in place."""
+    decay = weights[0].group["weight_decay"]
+    blocks = [block for weight in weights for block in weight.entries(weight.param)]
+    towards = [b for w, target in zip(weights, targets, strict=True) for b in w.entries(target)]
+    if target_scale(weights[0]) != 1.0:
+        torch._foreach_lerp_(blocks, towards, list((rates * decay).unbind()))
+        return
+    for block, update_of_block, rate in zip(blocks, towards, rates.unbind(), strict=True):
+        moved = block.to(rate.dtype)
+        moved.mul_(1 - rate * decay).addcmul_(update_of_block.to(rate.dtype), rate)
+        if moved is not block:
+            block.copy_(moved)

@@ -1,0 +1,1 @@
+"""What a folder on disk holds, written and read."""

@@ -1,0 +1,1 @@
+"""`hf-stable bench`: costs as ratios to baselines in the same run, or worked out."""

@@ -1,0 +1,286 @@
+"""What AdamW2 costs: its step against torch's AdamW, a whole training step, depth and memory.
+
+Beside the baseline, torch's fused AdamW, stands a second one (the ratio that noise alone makes),
+torch's foreach form, and the paper's algorithm written down plainly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.commands.bench.timing import (
+    PeakBytes,
+    PhaseClock,
+    Summary,
+    alternate,
+    print_summaries,
+    summarise,
+    write_results,
+)
+
+__all__ = ["BASELINE", "AdamW2BenchSizes", "bench_adamw2", "measure_memory"]
+
+BASELINE = "AdamW fused"
+
+Subject = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class AdamW2BenchSizes:
+    """The models and inputs of the benchmark.
+
+    Attributes:
+        layers: blocks of GPT-2 and of the ViT.
+        hidden: width of both; heads are 64 wide.
+        vocabulary: tokens of GPT-2.
+        batch: sequences in a GPT-2 training step.
+        sequence: tokens in each of them.
+        depths: numbers of blocks of the GPT-2s that show how the step grows with depth.
+        depth_hidden: their width; their vocabulary is a hundredth.
+    """
+
+    layers: int = 12
+    hidden: int = 768
+    vocabulary: int = 50257
+    batch: int = 4
+    sequence: int = 256
+    depths: tuple[int, ...] = (12, 24, 48, 96)
+    depth_hidden: int = 256
+
+
+def bench_adamw2(
+    *,
+    output: str | os.PathLike[str] | None = None,
+    rounds: int = 10,
+    sizes: AdamW2BenchSizes | None = None,
+    device: torch.device | str = "cpu",
+    only: str = "",
+    console: Console | None = None,
+) -> list[Summary]:
+    """Measure AdamW2 against torch's AdamW, print a table and write JSON.
+
+    Steps of the optimizer alone run on one thread and on all of torch's; a whole training step
+    and the depths on all.
+
+    Args:
+        output: JSON file to write.
+        rounds: repetitions of every optimizer of every case, alternated.
+        sizes: models and inputs.
+        device: where to run.
+        only: run the cases whose name contains this text.
+        console: where to print.
+
+    Returns:
+        The summaries that were printed, one per case, optimizer and phase.
+
+    Raises:
+        ValueError: if `only` matches no case, or `rounds` is less than 1.
+        OSError: if `output` cannot be written.
+    """
+    sizes, device = sizes or AdamW2BenchSizes(), torch.device(device)
+    console = console or Console()
+    summaries: list[Summary] = []
+    memory: dict[str, dict[str, float]] = {}
+    cases = _cases(sizes, device)
+    for name, (threads, prepare) in cases.items():
+        if only not in name:
+            continue
+        with _threads(threads):
+            subjects = prepare()
+            summaries += summarise(name, alternate(subjects, rounds=rounds), BASELINE)
+    if not summaries:
+        raise ValueError(f"no case has {only!r} in its name; the cases are {', '.join(cases)}")
+    if only in "memory":
+        memory = measure_memory(_gpt2(sizes.layers, sizes.hidden, sizes).to(device))
+        for subject, shares in memory.items():
+            text = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+            console.print(f"memory, share of the parameters' bytes: {subject}: {text}")
+    print_summaries(f"AdamW2, {rounds} rounds, ratio to {BASELINE}", summaries, console)
+    if output is not None:
+        settings = {"benchmark": "adamw2", "rounds": rounds, "memory": memory, **asdict(sizes)}
+        write_results(output, summaries, settings, device)
+    return summaries
+
+
+def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return state beside the moments and peak working memory of a step, by optimizer.
+
+    Both are shares of the bytes of the parameters. The second step is measured: the first one
+    creates the state.
+    """
+    _set_gradients(model)
+    total = sum(param.nbytes for param in model.parameters())
+    shares = {}
+    for name, optimizer in _optimizers(model).items():
+        if name == "naive loop":
+            continue
+        optimizer.step()
+        entries = [item for state in optimizer.state.values() for item in state.items()]
+        extra = sum(value.nbytes for key, value in entries if not key.startswith("exp_avg"))
+        with PeakBytes() as peak:
+            optimizer.step()
+        shares[name] = {"extra state": extra / total, "working memory": peak.most / total}
+    return shares
+
+
+class _NaiveAdamW2(Optimizer):
+    """Algorithm 1 as one would write it first: weight by weight, three cold power iterations."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, tau: float = 0.01) -> None:
+        super().__init__(params, dict(lr=lr, tau=tau))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state.update(t=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
+                state["t"] += 1
+                state["m"].lerp_(param.grad, 0.1)
+                state["v"].mul_(0.999).addcmul_(param.grad, param.grad, value=0.001)
+                root = (state["v"] / (1 - 0.999 ** state["t"])).sqrt() + 1e-8
+                update = state["m"] / (1 - 0.9 ** state["t"]) / root
+                bound = group["tau"] * self._sigma(param) / self._sigma(update)
+                rate = min(group["lr"], bound) if bound > 0 else group["lr"]
+                param.sub_(rate * update + rate * 0.01 * param)
+
+    def _sigma(self, weight: Tensor) -> float:
+        matrix = weight.flatten(1) if weight.ndim > 1 else weight.unsqueeze(1)
+        v = torch.randn(matrix.shape[1], device=matrix.device)
+        for _ in range(3):
+            u = nn.functional.normalize(matrix @ v, dim=0)
+            v = matrix.T @ u
+            sigma = v.norm()
+            v = v / (sigma + 1e-30)
+        return sigma.item()
+
+
+def _optimizers(model: nn.Module) -> dict[str, Optimizer]:
+    """Return the optimizers to compare, all over the same parameters."""
+    params = list(model.parameters())
+    return {
+        BASELINE: torch.optim.AdamW(params, fused=True),
+        "AdamW fused, again": torch.optim.AdamW(params, fused=True),
+        "AdamW foreach": torch.optim.AdamW(params, foreach=True),
+        "AdamW2": ModelAdamW2([dict(params=params)], structure=model),
+        "AdamW2, embeddings too": AdamW2(params),
+        "naive loop": _NaiveAdamW2(params),
+    }
+
+
+def _cases(
+    sizes: AdamW2BenchSizes, device: torch.device
+) -> dict[str, tuple[int, Callable[[], dict[str, Subject]]]]:
+    """Return threads and preparation of each case; a model exists only while its case runs."""
+    threads = torch.get_num_threads()
+    cases: dict[str, tuple[int, Callable[[], dict[str, Subject]]]] = {}
+    for count in dict.fromkeys((1, threads)):
+        label = f"step alone, {count} thread{'s' if count > 1 else ''}"
+        cases[f"gpt2 {label}"] = (
+            count,
+            lambda: _steps(_gpt2(sizes.layers, sizes.hidden, sizes).to(device)),
+        )
+        cases[f"vit {label}"] = count, lambda: _steps(_vit(sizes).to(device))
+    cases["gpt2 training step"] = threads, lambda: _training_steps(sizes, device)
+    for depth in sizes.depths:
+
+        def prepare(depth: int = depth) -> dict[str, Subject]:
+            model = _gpt2(depth, sizes.depth_hidden, sizes, vocabulary=sizes.vocabulary // 100)
+            subjects = _steps(model.to(device))
+            return {name: subjects[name] for name in (BASELINE, "AdamW2")}
+
+        cases[f"gpt2 of {depth} blocks"] = threads, prepare
+    return cases
+
+
+def _gpt2(
+    layers: int, hidden: int, sizes: AdamW2BenchSizes, vocabulary: int | None = None
+) -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=vocabulary or sizes.vocabulary,
+        n_layer=layers,
+        n_embd=hidden,
+        n_head=max(1, hidden // 64),
+        n_positions=max(1024, sizes.sequence),
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _vit(sizes: AdamW2BenchSizes) -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=max(1, sizes.hidden // 64),
+        intermediate_size=4 * sizes.hidden,
+        num_labels=1000,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def _set_gradients(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+
+
+def _steps(model: nn.Module) -> dict[str, Subject]:
+    _set_gradients(model)
+    device = next(model.parameters()).device
+
+    def subject(optimizer: Optimizer) -> Subject:
+        def step() -> dict[str, float]:
+            clock = PhaseClock(device)
+            optimizer.step()
+            clock.lap("step")
+            return clock.seconds
+
+        return step
+
+    return {name: subject(optimizer) for name, optimizer in _optimizers(model).items()}
+
+
+def _training_steps(sizes: AdamW2BenchSizes, device: torch.device) -> dict[str, Subject]:
+    model = _gpt2(sizes.layers, sizes.hidden, sizes).to(device).train()
+    shape = (sizes.batch, sizes.sequence)
+    tokens = torch.randint(sizes.vocabulary, shape, device=device)
+
+    def subject(optimizer: Optimizer) -> Subject:
+        def step() -> dict[str, float]:
+            clock = PhaseClock(device)
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            clock.lap("forward and backward")
+            optimizer.step()
+            clock.lap("step")
+            optimizer.zero_grad()
+            return clock.seconds
+
+        return step
+
+    kept = (BASELINE, "AdamW fused, again", "AdamW2")
+    optimizers = _optimizers(model)
+    return {name: subject(optimizers[name]) for name in kept}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

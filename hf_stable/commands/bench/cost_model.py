@@ -1,0 +1,310 @@
+"""What a training step costs on many processes: flops, bytes of memory, collectives. Counts only.
+
+All follows from the shapes of a model's weights, so a model without memory (on "meta") will do.
+Seconds need the rates of a machine, which is `machines`' matter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_stable.adamw2.groups import parameter_rules
+from hf_stable.architectures.registry import UnsupportedModelError, lookup
+from hf_stable.measures.spectral import matrix_blocks
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
+
+__all__ = [
+    "Collective",
+    "Cost",
+    "ModelShape",
+    "Strategy",
+    "measure_shape",
+    "step_costs",
+]
+
+Strategy = Literal["ddp", "fsdp2"]
+
+FLOAT = 4
+"""Bytes of a weight, gradient, moment or vector: the master copy is float32."""
+
+LOW = 2
+"""Bytes of a weight as FSDP2 gathers it under a bfloat16 policy."""
+
+ADAMW_PASSES = 7
+"""Arrays that a fused AdamW reads (weight, gradient, two moments) and writes (all but one)."""
+
+ADAMW2_OWN_PASSES = 4
+"""Arrays beyond AdamW's: the target is zeroed, and the step reads weight and target and writes."""
+
+STEP_PASSES = 2
+"""Times that a power iteration reads a matrix: W v, then W^T u."""
+
+ITERATION_LAUNCHES = 2
+"""Operations per matrix of a power iteration: a product from either side."""
+
+BLOCK_LAUNCHES = 60
+"""Operations of a block, forward and backward: 40 of a ViT, 80 of a GPT-2 whose GELU is spelled
+out."""
+
+
+_INDEX = re.compile(r"\.\d+\.")
+"""What the names of parameters in a list of blocks have."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the costs depend on.
+
+    Attributes:
+        name: class of the model.
+        num_parameters: all of them.
+        in_blocks: those of the repeated blocks.
+        multiplied: entries of the weights that every token is multiplied with.
+        bounded: (rows, columns) of the blocks that AdamW2 takes a spectral norm of.
+        patched: those of the layers that sigmaReparam patches.
+        layers: blocks of the model.
+        hidden: its width.
+        sequence: tokens that attend to each other.
+        is_registered: whether the patched layers are those of the registry. Otherwise they are all
+            Linear layers but the head, which is what a registration would name.
+    """
+
+    name: str
+    num_parameters: int
+    in_blocks: int
+    multiplied: int
+    bounded: tuple[tuple[int, int], ...]
+    patched: tuple[tuple[int, int], ...]
+    layers: int
+    hidden: int
+    sequence: int
+    is_registered: bool
+
+
+def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelShape:
+    """Read off a model, on any device, what its costs depend on.
+
+    Args:
+        model: a PreTrainedModel.
+        sequence: tokens per sequence; by default what its config says at most.
+    """
+    config: Any = model.config
+    rules = parameter_rules(model)
+    bounded = [
+        shape
+        for param in model.parameters()
+        if not math.isinf((rule := rules.get(id(param), {})).get("tau", 0.0))
+        for shape in _block_shapes(param, rule.get("blocks", 1), rule.get("block_dim", 0))
+    ]
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
+    ]
+    try:
+        lookup(model)
+        found = choose_layers(model, SigmaReparamConfig())[0]
+        chosen: list[Any] = [layer.module for layer in found]
+        is_registered = True
+    except UnsupportedModelError:
+        head = model.get_output_embeddings()
+        chosen, is_registered = [layer for layer in layers if layer is not head], False
+    patched = []
+    for layer in chosen:
+        rule = rules.get(id(layer.weight), {})
+        patched += _block_shapes(layer.weight, rule.get("blocks", 1), rule.get("block_dim", 0))
+    return ModelShape(
+        name=type(model).__name__,
+        num_parameters=sum(param.numel() for param in model.parameters()),
+        in_blocks=sum(
+            param.numel() for name, param in model.named_parameters() if _INDEX.search(name)
+        ),
+        multiplied=sum(layer.weight.numel() for layer in layers),
+        bounded=tuple(bounded),
+        patched=tuple(patched),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        sequence=sequence or _longest(config),
+        is_registered=is_registered,
+    )
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Calls of one kind per step.
+
+    Attributes:
+        kind: "all-reduce", "all-gather" or "reduce-scatter".
+        count: number of calls.
+        bytes: size of the whole tensor of all of them, not of a rank's part.
+    """
+
+    kind: str
+    count: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of a step costs on each process.
+
+    Attributes:
+        part: its name.
+        flops: floating point operations.
+        bytes: bytes moved between memory and processor by operations entry by entry; no bytes at
+            all where flops decide.
+        product_bytes: bytes read by products of a matrix with a vector.
+        launches: small operations in a row, each of which costs a kernel's launch.
+        collectives: what goes between processes.
+        state: bytes held between steps.
+        working: bytes held for a while within the step.
+    """
+
+    part: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    product_bytes: float = 0.0
+    launches: int = 0
+    collectives: tuple[Collective, ...] = ()
+    state: float = 0.0
+    working: float = 0.0
+
+    @property
+    def moved(self) -> float:
+        """Bytes moved between memory and processor in all."""
+        return self.bytes + self.product_bytes
+
+    @property
+    def computing(self) -> tuple[float, float, float, float]:
+        """What its seconds are made of: flops, bytes, bytes of products, launches."""
+        return (0.0 if self.moved else self.flops), self.bytes, self.product_bytes, self.launches
+
+    def communicating(self, num_processes: int) -> tuple[float, float]:
+        """Return what its seconds between processes are made of: bytes sent by each, and calls."""
+        if num_processes == 1:
+            return 0.0, 0.0
+        share = (num_processes - 1) / num_processes
+        # In a ring, an all-reduce is a reduce-scatter and then an all-gather.
+        sent = sum(e.bytes * (2 if e.kind == "all-reduce" else 1) for e in self.collectives)
+        return share * sent, float(sum(each.count for each in self.collectives))
+
+
+def step_costs(
+    shape: ModelShape,
+    *,
+    num_processes: int,
+    tokens: int,
+    strategy: Strategy = "fsdp2",
+    power_iterations: int = 1,
+) -> dict[str, Cost]:
+    """Return what each part of one optimizer step costs a process.
+
+    Args:
+        shape: of the model.
+        num_processes: among which the tokens are divided, and under FSDP2 everything else.
+        tokens: of all processes in one step.
+        strategy: "ddp" (weights whole everywhere) or "fsdp2" (rows sharded).
+        power_iterations: AdamW2's setting.
+
+    Returns:
+        By name: "model" (forward and backward), "AdamW", "AdamW2" (in AdamW's place) and
+        "sigmaReparam" (the refresh behind the step; the forward's scaling is in the noise).
+
+    Raises:
+        ValueError: if a number is not positive, or the strategy is unknown.
+    """
+    if num_processes < 1 or tokens < 1 or power_iterations < 1:
+        raise ValueError(
+            f"num_processes={num_processes}, tokens={tokens} and "
+            f"power_iterations={power_iterations} must all be at least 1"
+        )
+    if strategy not in ("ddp", "fsdp2"):
+        raise ValueError(f"strategy={strategy!r} is not allowed; choose 'ddp' or 'fsdp2'")
+    is_sharded = strategy == "fsdp2" and num_processes > 1
+    share = 1 / num_processes if is_sharded else 1.0
+    size = shape.num_parameters * share
+    per_token = 6 * shape.multiplied + 12 * shape.layers * shape.hidden * shape.sequence
+    bounded, patched = _entries(shape.bounded), _entries(shape.patched)
+    sums, patched_sums = _vectors(shape.bounded), _vectors(shape.patched)
+    iterations = 2 * power_iterations + 1  # of W and U, and one more of U alone
+    return {
+        "model": Cost(
+            "model",
+            flops=per_token * tokens / num_processes,
+            launches=BLOCK_LAUNCHES * shape.layers,
+            collectives=_exchange(shape, is_sharded) if num_processes > 1 else (),
+            state=2 * FLOAT * size,
+        ),
+        "AdamW": Cost(
+            "AdamW",
+            bytes=ADAMW_PASSES * FLOAT * size,
+            launches=len(shape.bounded),
+            state=2 * FLOAT * size,
+        ),
+        "AdamW2": Cost(
+            "AdamW2",
+            flops=4 * iterations * bounded * share,
+            bytes=FLOAT * (ADAMW_PASSES * size + ADAMW2_OWN_PASSES * bounded * share),
+            product_bytes=FLOAT * STEP_PASSES * iterations * bounded * share,
+            launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
+            collectives=(Collective("all-reduce", power_iterations + 1, FLOAT * iterations * sums),)
+            if is_sharded
+            else (),
+            state=2 * FLOAT * size + FLOAT * 2 * sum(columns for _, columns in shape.bounded),
+            working=FLOAT * (bounded * share if is_sharded else max(map(_numel, shape.bounded))),
+        ),
+        "sigmaReparam": Cost(
+            "sigmaReparam",
+            flops=4 * patched * share,
+            product_bytes=STEP_PASSES * FLOAT * patched * share,
+            launches=ITERATION_LAUNCHES * len(shape.patched),
+            collectives=(Collective("all-reduce", 1, FLOAT * patched_sums),) if is_sharded else (),
+            state=FLOAT * patched_sums,
+        ),
+    }
+
+
+def _exchange(shape: ModelShape, is_sharded: bool) -> tuple[Collective, ...]:
+    """Return what training exchanges without us."""
+    if not is_sharded:
+        return (Collective("all-reduce", 1, FLOAT * shape.num_parameters),)
+    # Blocks are gathered for the forward and again for the backward, the rest stays from one to
+    # the other.
+    gathered = shape.num_parameters + shape.in_blocks
+    return (
+        Collective("all-gather", 2 * shape.layers + 1, LOW * gathered),
+        Collective("reduce-scatter", shape.layers + 1, FLOAT * shape.num_parameters),
+    )
+
+
+def _block_shapes(weight: torch.Tensor, blocks: int, dim: int) -> list[tuple[int, int]]:
+    weight = weight.reshape(1) if weight.ndim == 0 else weight
+    found: list[Any] = matrix_blocks(weight, blocks, dim)
+    return [(block.shape[0], block.shape[1]) for block in found]
+
+
+def _numel(shape: tuple[int, int]) -> int:
+    return shape[0] * shape[1]
+
+
+def _entries(shapes: tuple[tuple[int, int], ...]) -> int:
+    return sum(map(_numel, shapes))
+
+
+def _vectors(shapes: tuple[tuple[int, int], ...]) -> int:
+    return sum(rows + columns for rows, columns in shapes)
+
+
+def _longest(config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None)
+    if length:
+        return int(length)
+    if getattr(config, "window_size", None):
+        return int(config.window_size) ** 2
+    return (int(config.image_size) // int(config.patch_size)) ** 2 + 1

@@ -1,0 +1,1 @@
+"""`hf-stable demo`: the main job on embedded data."""

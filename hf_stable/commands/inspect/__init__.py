@@ -1,0 +1,1 @@
+"""`hf-stable inspect`: what a checkpoint's weights say, streamed."""

@@ -1,0 +1,206 @@
+"""What a checkpoint's attention heads and norms look like, block by block, without its model.
+
+The model is built on the meta device, without memory, to know which tensor on disk is which weight;
+weights are read two at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_stable import modeling_hf_stable
+from hf_stable.architectures.registry import (
+    Attention,
+    UnsupportedModelError,
+    find_blocks,
+    find_norms,
+    lookup,
+)
+from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.measures.products import (
+    qk_singular_values,
+    spectral_energy_concentration,
+    stable_rank,
+)
+from hf_stable.modeling_hf_stable import PREFIX
+from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.trainer.plugin import key_renaming
+
+__all__ = [
+    "BlockSpectrum",
+    "ModelOutline",
+    "NormGain",
+    "inspect_blocks",
+    "inspect_norms",
+    "outline",
+]
+
+
+@dataclass(frozen=True)
+class BlockSpectrum:
+    """Wq^T Wk of one block; each value has one entry per head.
+
+    Attributes:
+        name: of the block in the model.
+        head_size: d_q, and so how many singular values each head has.
+        sigma_qk: largest singular value.
+        sec: share of energy in the four largest singular values, SEC(d_q, 4).
+        stable_rank: sum of squared singular values over the largest squared.
+        finite: whether all weights involved are finite; otherwise there are no values.
+    """
+
+    name: str
+    head_size: int
+    sigma_qk: tuple[float, ...]
+    sec: tuple[float, ...]
+    stable_rank: tuple[float, ...]
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class NormGain:
+    """The gain of one norm: its l2 norm and its largest absolute entry, None if not finite."""
+
+    name: str
+    norm: float | None
+    largest: float | None
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """A model without weights, and the names of its tensors on disk.
+
+    Attributes:
+        model: on the meta device.
+        on_disk: the name on disk by that in the model.
+    """
+
+    model: PreTrainedModel
+    on_disk: dict[str, str]
+
+    @property
+    def in_model(self) -> dict[str, str]:
+        """Return the name in the model by that on disk."""
+        return {disk: name for name, disk in self.on_disk.items()}
+
+
+def outline(weights: WeightFiles) -> ModelOutline:
+    """Build the model that a checkpoint's config.json describes, without memory.
+
+    Raises:
+        UnsupportedModelError: if there is no usable config.json, or its architecture is not
+            registered.
+    """
+    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    model = _build(folder)
+    lookup(model)  # refuses what is not registered
+    rename, names = key_renaming(model), model.state_dict()
+    on_disk = {}
+    for key in weights.shapes:
+        name = rename(key)
+        on_disk[name if name in names else key] = key
+    return ModelOutline(model, on_disk)
+
+
+def inspect_blocks(weights: WeightFiles, model: ModelOutline) -> tuple[BlockSpectrum, ...]:
+    """Compute the spectra of Wq^T Wk of every head; blocks whose weights are not here are left out.
+
+    Raises:
+        UnsupportedModelError: if config.json describes heads that the weights cannot be cut into.
+        ValueError: if a file is damaged.
+    """
+    architecture = lookup(model.model)
+    attention = architecture.block.attentions[0]
+    found = []
+    for name, block in find_blocks(model.model, architecture):
+        names = [f"{name}.{path}.weight" for path in (attention.query, attention.key)]
+        if all(each in model.on_disk for each in names):
+            query, key = _query_and_key(weights, model, name, block, attention)
+            num_heads = attrgetter(attention.num_heads)(block.get_submodule(attention.module))
+            found.append(_block_spectrum(name, query, key, num_heads))
+    return tuple(found)
+
+
+def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, ...]:
+    """Measure the gain of every norm that has one."""
+    found = []
+    for norm in find_norms(model.model, lookup(model.model)):
+        key = model.on_disk.get(f"{norm.name}.weight")
+        if key is not None:
+            gain = weights.read(key).double()
+            finite = bool(gain.isfinite().all())
+            norms = (gain.norm().item(), gain.abs().max().item()) if finite else (None, None)
+            found.append(NormGain(norm.name, *norms))
+    return tuple(found)
+
+
+def _build(folder: Path) -> PreTrainedModel:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedModelError(f"there is no config.json in {folder}")
+    try:
+        # Code that lies beside the weights is neither run nor asked about: this only looks.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_class = _model_class(config.architectures)
+        if model_class is not None:
+            with torch.device("meta"):
+                return model_class(config)
+    except Exception as error:  # which one an impossible value raises is up to the model
+        reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise UnsupportedModelError(
+            f"{path} describes no model that transformers can build: {reason}"
+        ) from error
+    raise UnsupportedModelError(
+        f"{path} has {config.architectures!r} under 'architectures'; it takes a list whose first "
+        "entry is the name of a model class of transformers"
+    )
+
+
+def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
+    """Return the class that a config names under "architectures", or None if it is no model's."""
+    name = str(architectures[0]) if architectures else ""
+    found = getattr(modeling_hf_stable if name.startswith(PREFIX) else transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def _query_and_key(
+    weights: WeightFiles, model: ModelOutline, name: str, block: nn.Module, attention: Attention
+) -> tuple[Tensor, Tensor]:
+    """Read the effective Wq and Wk as (out, in); of a fused projection only these parts stay."""
+    paths = (attention.query, attention.key, attention.value)
+    parts: dict[str, Any] = {}
+    for path in dict.fromkeys(paths[:2]):
+        matrix = weights.read_effective(model.on_disk[f"{name}.{path}.weight"])
+        matrix = matrix.T if isinstance(block.get_submodule(path), Conv1D) else matrix
+        parts[path] = iter(matrix.chunk(paths.count(path)))
+    return next(parts[paths[0]]), next(parts[paths[1]])
+
+
+def _block_spectrum(name: str, query: Tensor, key: Tensor, num_heads: int) -> BlockSpectrum:
+    try:
+        values = qk_singular_values(query, key, num_heads)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"config.json does not fit the weights of {name}: {error}"
+        ) from error
+    head_size = values.shape[1]
+    if not values.isfinite().all():
+        return BlockSpectrum(name, head_size, (), (), (), finite=False)
+    dominant = min(SEC_VALUES, head_size)
+    return BlockSpectrum(
+        name,
+        head_size,
+        tuple(values[:, 0].tolist()),
+        tuple(spectral_energy_concentration(values, dominant).nan_to_num(0.0).tolist()),
+        tuple(stable_rank(values).nan_to_num(0.0).tolist()),
+    )

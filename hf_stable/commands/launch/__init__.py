@@ -1,0 +1,1 @@
+"""`hf-stable run`: a training script as it is, with hf_stable attached."""

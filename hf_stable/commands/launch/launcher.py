@@ -1,0 +1,177 @@
+"""Run a training script as it is, with hf_stable attached to every Trainer that it builds.
+
+`hf-stable run [options] script.py ARGS...`, also as `python -m hf_stable.run` and so under
+`torchrun -m hf_stable.run` and `accelerate launch -m hf_stable.run`. Nothing here knows how a
+model is patched or watched; this attaches what `run_options` reads to what `script_running` runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+from transformers import Trainer
+
+from hf_stable.commands.launch.options import (
+    RunOptions,
+    make_parser,
+    read_options,
+    split_command_line,
+)
+from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+from hf_stable.methods.describing import describe
+from hf_stable.methods.patching import fold, patch
+from hf_stable.monitor.callback import StabilityCallback
+
+__all__ = ["attach", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Attach hf_stable and run the script that the command line names, as `__main__`.
+
+    Exceptions, Ctrl-C and exit codes of the script pass through. A usage error ends with code 2.
+
+    Args:
+        argv: options, the script's name, the script's own arguments; by default this process's.
+    """
+    ours, command = split_command_line(sys.argv[1:] if argv is None else argv)
+    options = read_options(ours)
+    try:
+        check_script(command)
+    except ValueError as error:
+        make_parser().error(str(error))
+    attachment = attach(options)
+    show_the_scripts_trace_only()
+    try:
+        run_script(command)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            attachment.conclude(command)
+        raise
+    attachment.conclude(command)
+
+
+def attach(options: RunOptions) -> Attachment:
+    """Attach to every Trainer that this process builds from now on.
+
+    A Trainer, or a subclass of it, comes out of its constructor with its model patched and the
+    monitor among its callbacks; no optimizer exists at that moment. Models that `model_init`
+    makes later are patched as they are made.
+    """
+    attachment = Attachment(options)
+    build, train = Trainer.__init__, Trainer.train
+
+    @functools.wraps(build)
+    def build_and_attach(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        build(trainer, *args, **kwargs)
+        attachment.add(trainer)
+
+    @functools.wraps(train)
+    def train_and_fold(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer in attachment.training:
+            return train(trainer, *args, **kwargs)  # a rollback re-enters; the outer call folds
+        attachment.refuse_folded(trainer)
+        attachment.training.add(trainer)
+        try:
+            result = train(trainer, *args, **kwargs)
+        finally:
+            attachment.training.discard(trainer)
+        attachment.fold(trainer)
+        return result
+
+    Trainer.__init__ = build_and_attach
+    if options.fold_at_end:
+        Trainer.train = train_and_fold
+    return attachment
+
+
+@dataclass
+class Attachment:
+    """What the launcher does to each Trainer, and what it has done so far."""
+
+    options: RunOptions
+    num_trainers: int = 0
+    training: WeakSet[Trainer] = field(default_factory=WeakSet)
+    folded: WeakSet[nn.Module] = field(default_factory=WeakSet)
+
+    def add(self, trainer: Trainer) -> None:
+        """Patch the model of a new Trainer and add the monitor.
+
+        Raises:
+            RuntimeError: if the script handed its own optimizer to the Trainer.
+        """
+        self.num_trainers += 1
+        if self.options.patch:
+            if trainer.optimizer is not None:
+                raise RuntimeError(
+                    "hf-stable run cannot patch a model whose optimizer exists already: gamma "
+                    "would not be in it. Let the Trainer build the optimizer (optim=..., "
+                    "optimizer_cls_and_kwargs=...), or call hf_stable.patch in the script, before "
+                    "the optimizer is built"
+                )
+            self._patch(trainer.model)
+            if trainer.model_init is not None:
+                trainer.model_init = self._patching(trainer.model_init)
+        if self.options.monitors:
+            trainer.add_callback(self._monitor())
+
+    def fold(self, trainer: Trainer) -> None:
+        """Fold the trained model in place."""
+        fold(trainer.model)
+        self.folded.add(trainer.model)
+        _say(f"folded {type(trainer.model).__name__}")
+
+    def refuse_folded(self, trainer: Trainer) -> None:
+        """Raise if a model that was folded after its training is to be trained on."""
+        if trainer.model_init is None and trainer.model in self.folded:
+            raise RuntimeError(
+                "--fold-at-end folded this model when its first Trainer.train ended, so training "
+                "it again would train a plain model. Leave --fold-at-end out: every folder that "
+                "the Trainer saves holds folded weights all the same"
+            )
+
+    def conclude(self, command: Sequence[str]) -> None:
+        """Say so if the script never built a Trainer although something was to be attached."""
+        wanted = self.options.patch or self.options.monitors or self.options.fold_at_end
+        if wanted and not self.num_trainers:
+            _say(
+                f"nothing was patched or watched: {' '.join(command[:2])} built no transformers "
+                "Trainer. In a loop of your own call hf_stable.patch(model, ...) before the "
+                "optimizer is built"
+            )
+
+    def _patch(self, model: nn.Module) -> None:
+        patch(model, self.options.patch)
+        report = describe(model)
+        names = ", ".join(config.method for config in self.options.patch)
+        removed = f", {len(report.removed_norms)} norms removed" * bool(report.removed_norms)
+        done = f"{report.num_patched} of {len(report.layers)} layers{removed}"
+        _say(f"{names} on {report.model}: {done}")
+
+    def _patching(self, model_init: Any) -> Any:
+        @functools.wraps(model_init)  # the Trainer counts its arguments
+        def init_and_patch(*args: Any) -> nn.Module:
+            model = model_init(*args)
+            self._patch(model)
+            return model
+
+        return init_and_patch
+
+    def _monitor(self) -> Any:
+        options = {"every": self.options.monitor, "on_collapse": self.options.on_collapse}
+        given: dict[str, Any] = {
+            name: value for name, value in options.items() if value is not None
+        }
+        _say(f"StabilityCallback({', '.join(f'{k}={v!r}' for k, v in given.items())}) added")
+        return StabilityCallback(**given)
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hf-stable run: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Numbers about tensors and losses: pure torch, no model, no Trainer."""

@@ -1,0 +1,1 @@
+"""Patching a model, folding it back, describing what was done."""

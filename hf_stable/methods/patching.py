@@ -1,0 +1,240 @@
+"""Patch a model in place and undo it: resolve and validate everything, then mutate."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from hf_stable._wording import nearest
+from hf_stable.architectures.registry import UnsupportedModelError, lookup
+from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig
+from hf_stable.methods.layernorms.removal import (
+    RemovalConfig,
+    RemoveLayerNormConfig,
+    RemovePreLayerNormConfig,
+    plan_removal,
+    removed_norms,
+)
+from hf_stable.methods.layernorms.standalone import is_standalone
+from hf_stable.methods.sigma_reparam.layers import fold_layer
+from hf_stable.methods.sigma_reparam.method import (
+    SigmaReparamConfig,
+    plan_sigma_reparam,
+    sigma_layers,
+)
+
+__all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_configs"]
+
+STATE_FILE = "hf_stable_state.safetensors"
+"""The file beside a checkpoint's plain weights that holds raw W, gamma, sigma, u and v."""
+
+
+class Plan(Protocol):
+    """A validated change of a model that has not been made yet."""
+
+    def apply(self) -> None:
+        """Make the change."""
+
+
+METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], Plan]]] = {
+    SigmaReparamConfig.method: (SigmaReparamConfig, plan_sigma_reparam),
+    RemovePreLayerNormConfig.method: (RemovePreLayerNormConfig, plan_removal),
+    RemoveLayerNormConfig.method: (RemoveLayerNormConfig, plan_removal),
+}
+"""Every patch method: its options, and the function that validates them against a model."""
+
+Method = str | MethodConfig
+
+
+def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -> nn.Module:
+    """Patch a transformers model in place.
+
+    Everything is resolved and computed before the first layer changes: if this raises, the model
+    is as it was. Patching again with the same config does nothing.
+
+    Args:
+        model: a supported `PreTrainedModel`, before any optimizer is built on it and before it is
+            wrapped, sharded or compiled.
+        method: a method's name, its config, or a sequence of such, applied together.
+        **options: fields of the config, where `method` is a single name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: if the architecture is not registered, or the model is on the meta
+            device, sharded, wrapped, compiled, quantised or adapted.
+        ValueError: for an unknown method or option, no matching layer, a zero or non-finite
+            matrix, or a model that is patched by the same method with another config.
+        TypeError: if a layer is of a type that cannot be reparametrised.
+    """
+    configs = _resolve(method, options)
+    _refuse_unpatchable(model)
+    present = {config.method: config for config in patch_configs(model)}
+    for config in configs:
+        if present.get(config.method, config) != config:
+            raise ValueError(
+                f"the model is patched already, with {present[config.method]}; to patch it with "
+                f"{config}, {_way_to_undo(model, config)}"
+            )
+    missing = [config for config in configs if config.method not in present]
+    plans = [METHODS[config.method][1](model, config) for config in missing]
+    if missing:
+        _warn_if_continuing(model)
+    for config, plan in zip(missing, plans, strict=True):
+        plan.apply()
+        present[config.method] = config
+    # In the table's order, whichever was asked for first: a checkpoint is compared by them.
+    setattr(model, CONFIGS_ATTRIBUTE, tuple(present[name] for name in METHODS if name in present))
+    return model
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Turn every sigma layer of a model into the plain layer that computes the same, in place.
+
+    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
+    their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
+    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. DDP and FSDP2 keep
+    lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
+    norms stay removed, with a warning that says so: they are no weights that could be folded.
+
+    Returns:
+        The same model.
+    """
+    for _, layer in sigma_layers(model):
+        fold_layer(layer)
+    if removed := removed_norms(model):
+        warnings.warn(
+            f"fold keeps the {len(removed)} removed LayerNorms removed: the model is no plain one "
+            "yet. hf_stable.restore_layernorms brings them back, untrained since",
+            UserWarning,
+            stacklevel=2,
+        )
+    elif any(map(is_standalone, model.modules())):
+        warnings.warn(
+            "fold keeps the LayerNorms removed that this model was loaded without: it is no plain "
+            "one, and hf_stable.export writes what loads it",
+            UserWarning,
+            stacklevel=2,
+        )
+    for module in model.modules():
+        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
+        left = tuple(c for c in configs if not isinstance(c, SigmaReparamConfig))
+        if left != configs:
+            setattr(module, CONFIGS_ATTRIBUTE, left)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Say whether any method is in force in the model, a part of one, or one inside a wrapper."""
+    return bool(patch_configs(model) or sigma_layers(model))
+
+
+def patch_configs(model: nn.Module) -> tuple[MethodConfig, ...]:
+    """Return the configs in force in a model, or in the model inside a wrapper."""
+    for module in model.modules():
+        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
+        if configs:
+            return configs
+    return ()
+
+
+def _resolve(method: Method | Sequence[Method], options: dict[str, Any]) -> list[MethodConfig]:
+    """Return one config for each method that was asked for."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r}{nearest(method, METHODS)}; the methods are "
+                f"{', '.join(METHODS)}"
+            )
+        return [METHODS[method][0].from_dict(options)]
+    if options:
+        raise TypeError("options by keyword go with a method's name, not with a config")
+    if isinstance(method, MethodConfig):
+        return [method]
+    if not isinstance(method, Sequence) or not method:
+        raise TypeError(
+            f"method must be a name, a config or a non-empty sequence of them, got {method!r}"
+        )
+    configs = [config for each in method for config in _resolve(each, {})]
+    names = [config.method for config in configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each method may be named once, got {', '.join(names)}")
+    return configs
+
+
+def _way_to_undo(model: nn.Module, config: MethodConfig) -> str:
+    """Say how to get rid of the config of a method that is in force."""
+    if not isinstance(config, RemovalConfig):
+        return "undo that first (hf_stable.fold)"
+    if removed_norms(model):
+        return "undo that first (hf_stable.restore_layernorms)"
+    return "start from a model with its norms: no file has those of this one"
+
+
+def _refuse_unpatchable(model: nn.Module) -> None:
+    """Raise for every state of a model in which a patch would be lost or wrong."""
+    wrapper = _wrapper_of(model)
+    if wrapper is not None:
+        raise UnsupportedModelError(
+            f"the model is wrapped in {wrapper} already: gamma would not be averaged over ranks "
+            "or compiled with the rest; call hf_stable.patch first, then wrap"
+        )
+    if type(model).__module__.startswith("peft.") or getattr(model, "peft_config", None):
+        raise UnsupportedModelError(
+            "the model has PEFT adapters: their merge would edit the raw weight under sigma; "
+            "train with sigma_reparam first, hf_stable.fold, then add the adapters"
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError(
+            "the model is quantised: its weights are no matrices of floating-point numbers; patch "
+            "the model before it is quantised"
+        )
+    lookup(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(
+                f"{name} is on the meta device and has no values to take a spectrum of; load the "
+                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False)"
+            )
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                f"{name} is sharded already (DTensor); call hf_stable.patch before fully_shard or "
+                "accelerator.prepare"
+            )
+
+
+def _wrapper_of(model: nn.Module) -> str | None:
+    """Name what the model is wrapped in, wherever the wrapper is held."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        return "torch.compile"
+    if isinstance(model, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
+        return type(model).__name__
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for candidate in gc.get_objects():
+            # By type, not isinstance: proxies may answer __class__ with an error.
+            if issubclass(type(candidate), DistributedDataParallel) and any(
+                module is model for module in candidate.modules()
+            ):
+                return "DistributedDataParallel"
+    return None
+
+
+def _warn_if_continuing(model: nn.Module) -> None:
+    folder = getattr(model, "name_or_path", "")
+    if folder and os.path.isfile(os.path.join(folder, STATE_FILE)):
+        warnings.warn(
+            f"{folder} holds the state of a patched model ({STATE_FILE}), which this patch starts "
+            "anew; to continue it, use hf_stable.load(model_class, path) instead",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""sigmaReparam: every weight used as gamma / sigma(W) * W."""

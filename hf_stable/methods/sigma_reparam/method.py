@@ -1,0 +1,187 @@
+"""The method "sigma_reparam": which layers of a model become sigma layers, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from hf_stable._wording import nearest
+from hf_stable.architectures.registry import FoundLayer, find_layers, lookup, state_dict_name
+from hf_stable.methods.config import MethodConfig, method_options
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer, SigmaState, install, prepare
+from hf_stable.methods.sigma_reparam.steps import install_hooks
+from hf_stable.methods.sigma_reparam.triples import settle
+
+__all__ = [
+    "SigmaReparamConfig",
+    "SigmaReparamPlan",
+    "choose_layers",
+    "plan_sigma_reparam",
+    "refresh",
+    "sigma_layers",
+]
+
+
+@method_options
+class SigmaReparamConfig(MethodConfig):
+    """sigmaReparam (Zhai et al. 2023): `W_hat = gamma / sigma(W) * W` in every linear layer.
+
+    Attributes:
+        init: `"spectral"` starts gamma at sigma(W), so that patching changes no output (for
+            pretrained weights): bit for bit in float32 on a CPU, elsewhere up to one more rounding
+            per layer where few tokens are evaluated. `"one"` starts it at 1, as the paper's text
+            does.
+        fused_qkv: `"split"` gives each part of a fused projection a sigma and a gamma of its own;
+            `"joint"` one for the whole matrix, as the authors' vision code does.
+        heads: `"include"` also reparametrises untied heads.
+        include: glob patterns over module names; where given, only these layers.
+        exclude: glob patterns over module names, taken out last.
+    """
+
+    init: Literal["spectral", "one"] = "spectral"
+    fused_qkv: Literal["split", "joint"] = "split"
+    heads: Literal["skip", "include"] = "skip"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+
+    method: ClassVar[str] = "sigma_reparam"
+
+    def __post_init__(self) -> None:
+        """Check the choices and make the patterns hashable."""
+        super().__post_init__()
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            is_sequence = isinstance(given, Iterable) and not isinstance(given, str)
+            patterns = tuple(given) if is_sequence else (None,)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"{name} takes a sequence of glob patterns, got {given!r}")
+            object.__setattr__(self, name, patterns)
+
+
+@dataclass(frozen=True)
+class SigmaReparamPlan:
+    """Layers with the exact singular triples that they are to start from."""
+
+    states: tuple[tuple[nn.Module, SigmaState], ...]
+
+    def apply(self) -> None:
+        """Turn the layers into sigma layers, and have optimizers refresh them from now on."""
+        install_hooks()
+        for module, state in self.states:
+            install(module, state)
+
+
+def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaReparamPlan:
+    """Compute everything that the method needs, without touching the model.
+
+    Raises:
+        ValueError: if no layer is left, a pattern matches none, or a matrix is zero or not finite.
+        TypeError: if a layer is of a type that cannot be reparametrised.
+    """
+    names = [layer.name for layer in find_layers(model, lookup(model))]
+    _refuse_idle_patterns(config, names)
+    chosen, reasons = choose_layers(model, config)
+    if not chosen:
+        asked = [name for name in reasons if _is_asked_for(name, config)]
+        why = "".join(f"; {name!r} is skipped, {reasons[name]}" for name in asked)
+        raise ValueError(
+            f"no layer left to patch with include={config.include}, exclude={config.exclude}, "
+            f"heads={config.heads!r}{why}; the patterns are matched against names such as "
+            f"{', '.join(map(repr, names[:3]))}"
+        )
+    states = []
+    for layer in chosen:
+        num_blocks = layer.num_parts if config.fused_qkv == "split" else 1
+        state = prepare(layer.module, num_blocks=num_blocks, init=config.init, name=layer.name)
+        states.append((layer.module, state))
+    return SigmaReparamPlan(tuple(states))
+
+
+def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
+    """Return (name, layer) of every sigma layer, in the order of the model.
+
+    The names are those of the state dict, which knows nothing of the wrappers that torch puts
+    around blocks for activation checkpointing.
+    """
+    return [
+        (state_dict_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, SigmaLayer)
+    ]
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Make sigma of every sigma layer that of its weight as it is now, in place.
+
+    Optimizer steps, averaging in place, loading, copying and switching between `train` and `eval`
+    are followed without this. Call it after anything else has written to the weights: through
+    `.data`, or, in a model under `torch.compile`, at all. Where nothing has changed, nothing does.
+    Every rank of a sharded model has to call it.
+
+    Returns:
+        The same model.
+    """
+    for _, layer in sigma_layers(model):
+        settle(layer)
+    return model
+
+
+def choose_layers(
+    model: nn.Module, config: SigmaReparamConfig
+) -> tuple[list[FoundLayer], dict[str, str]]:
+    """Return the layers to patch, and for every other one the reason."""
+    tied = _tied_to(model)
+    chosen, reasons = [], {}
+    for layer in find_layers(model, lookup(model)):
+        weight_name = f"{layer.name}.weight"
+        if weight_name in tied:
+            reasons[layer.name] = f"tied to {tied[weight_name]}"
+        elif "head" in layer.roles and config.heads == "skip":
+            reasons[layer.name] = "a head (heads='include' patches it)"
+        elif config.include is not None and not _matches(layer.name, config.include):
+            reasons[layer.name] = "not in include"
+        elif config.exclude is not None and _matches(layer.name, config.exclude):
+            reasons[layer.name] = "in exclude"
+        else:
+            chosen.append(layer)
+    return chosen, reasons
+
+
+def _refuse_idle_patterns(config: SigmaReparamConfig, names: list[str]) -> None:
+    """Raise if a pattern matches no layer: a misspelt one would pass for a chosen one."""
+    for option in ("include", "exclude"):
+        for pattern in getattr(config, option) or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{option} pattern {pattern!r} matches no layer{nearest(pattern, names)}; "
+                    "hf_stable.describe(model) lists their names"
+                )
+
+
+def _tied_to(model: nn.Module) -> dict[str, str]:
+    """Map the name of every shared parameter to another of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared = {
+        name: next(other for other in group if other != name)
+        for group in names.values()
+        for name in group
+        if len(group) > 1
+    }
+    return dict(getattr(model, "all_tied_weights_keys", None) or {}) | shared
+
+
+def _is_asked_for(name: str, config: SigmaReparamConfig) -> bool:
+    included = config.include is None or _matches(name, config.include)
+    return included and not _matches(name, config.exclude or ())
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,177 @@
+"""One power iteration per optimizer step, for the sigma layers whose weights just moved.
+
+Outside the forward, so that gradient checkpointing sees one u and v in both of its forwards, that
+results do not depend on the number of micro-batches, and that evaluation moves nothing. A global
+hook of torch does it, so any loop and any optimizer will do.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from hf_stable.measures.spectral import RowShard, matrix_blocks, power_step
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer, live_layers
+from hf_stable.methods.sigma_reparam.triples import mark_settled
+
+__all__ = ["hooks_are_installed", "install_hooks", "refresh"]
+
+_stepping: list[ref[Optimizer]] = []
+# Serial numbers of layers: one that is folded and patched again is new.
+_checked: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+_hooks: list[Any] = []
+
+
+def install_hooks() -> None:
+    """Hook every optimizer of this process, once; later calls change nothing."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+        _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def hooks_are_installed() -> bool:
+    """Say whether `install_hooks` has been called in this process."""
+    return bool(_hooks)
+
+
+@torch.no_grad()
+def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
+    """Move u and v of the layers by one power iteration and set sigma from it, in place.
+
+    Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
+    `sigma = u.T W v`. A weight that has turned non-finite gets a NaN sigma and keeps its
+    vectors. No host synchronisation; every rank of a sharded weight has to call it.
+
+    Args:
+        layers: sigma layers, the same and in the same order on every rank.
+        keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
+            skipped because a gradient overflowed).
+    """
+    matrices: list[Tensor | RowShard] = []
+    sigmas: list[Tensor] = []
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
+    for layer in layers:
+        matrices += matrix_blocks(layer.weight, layer.num_blocks, layer.block_dim)
+        sigmas += layer.sigma.unbind()
+        us += layer.sigma_u.unbind()
+        vs += layer.sigma_v.unbind()
+    near_us, near_vs = us, vs
+    if any(layer.weight.device != layer.sigma.device for layer in layers):
+        # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
+        shards = [each.local if isinstance(each, RowShard) else each for each in matrices]
+        near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
+        near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
+    triples = power_step(matrices, near_us, near_vs)
+    for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
+        new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
+        if keep is not None:
+            new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
+    for layer in layers:
+        mark_settled(layer)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _stepping.append(ref(optimizer))
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    while _stepping and _stepping.pop()() is not optimizer:
+        pass  # steps that ended in an exception never came back here
+    if any(_wraps(outer(), optimizer) for outer in _stepping):
+        return  # ZeroRedundancyOptimizer: the weights are whole after its own step, not before
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = [
+        layer for layer in live_layers() if layer.weight.requires_grad and id(layer.weight) in owned
+    ]
+    if not layers:
+        return
+    checked = _checked.setdefault(optimizer, set())
+    unseen = [layer for layer in layers if layer.serial_number not in checked]
+    if unseen:
+        _check_gammas_are_trained(unseen, owned)
+        checked.update(layer.serial_number for layer in unseen)
+    # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
+    # another power iteration there would continue from other vectors than were saved.
+    moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
+    layers = [layer for layer in layers if id(layer.weight) in moved]
+    if layers:
+        # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
+        refresh(layers, keep=getattr(optimizer, "found_inf", None))
+
+
+def _has_rate_zero(group: dict[str, Any]) -> bool:
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.device.type != "cpu":
+        return False  # not read back from a device; torch's zero is on the CPU
+    return rate is not None and float(rate) == 0.0
+
+
+def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
+    return outer is not None and any(value is inner for value in vars(outer).values())
+
+
+def _check_gammas_are_trained(layers: Iterable[SigmaLayer], owned: set[int]) -> None:
+    """Raise if the weight of a layer moves but its gamma never will, or not in step with others.
+
+    A frozen gamma is warned of: it may be meant, or left over from a weight that was frozen too.
+    """
+    frozen = [layer for layer in layers if not layer.gamma.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} reparametrised layers (first: {frozen[0].layer_name!r}) train their "
+            "weight under a frozen gamma, so their spectral norms stay as they are. gamma starts "
+            "frozen where its weight is when hf_stable.patch is called: unless this is meant, "
+            "unfreeze it too, before the optimizer is built",
+            UserWarning,
+            stacklevel=4,
+        )
+    missing = [
+        layer for layer in layers if layer.gamma.requires_grad and id(layer.gamma) not in owned
+    ]
+    if missing:
+        # Another optimizer may have them: matrices to one, everything else to another. One that
+        # has the weight as well is an earlier one.
+        others = [
+            {id(p) for group in other.param_groups for p in group["params"]}
+            for other in _live_instances(Optimizer)
+        ]
+        missing = [
+            layer
+            for layer in missing
+            if not any(id(layer.gamma) in o and id(layer.weight) not in o for o in others)
+        ]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} reparametrised layers (first: {missing[0].layer_name!r}) have their "
+            "weight in the optimizer but not their gamma, which would never be trained. Call "
+            "hf_stable.patch before the optimizer is built and before the model is wrapped"
+        )
+    if not torch.distributed.is_initialized():
+        return
+    for ddp in _live_instances(DistributedDataParallel):
+        reduced = {id(p) for p in ddp._module_parameters}
+        for layer in layers:
+            if id(layer.weight) in reduced and id(layer.gamma) not in reduced:
+                raise RuntimeError(
+                    f"gamma of {layer.layer_name!r} is not averaged over ranks: the model was "
+                    "wrapped in DistributedDataParallel before hf_stable.patch. Patch first"
+                )
+
+
+def _live_instances(cls: type) -> list[Any]:
+    # By type, not isinstance: proxies among the objects may answer __class__ with an error.
+    return [obj for obj in gc.get_objects() if issubclass(type(obj), cls)]

@@ -1,0 +1,111 @@
+"""Whether the singular triple of a sigma layer belongs to its weight, and making it so.
+
+Optimizer steps are followed by `refreshing`. This is about every other way to change a weight: an
+average of weights, a state dict of a plain model, an assignment.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hf_stable.measures.spectral import leading_triple, matrix_blocks
+
+if TYPE_CHECKING:
+    from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+
+__all__ = ["mark_moved", "mark_settled", "settle", "settle_if_moved", "settle_loaded"]
+
+TOLERANCE = 1e-5
+"""A stored sigma this close to `u.T W v` (relative) is that of W: float32 rounds to about 1e-6."""
+
+MOVED = -1
+
+
+def mark_settled(layer: SigmaLayer) -> None:
+    """Note that the triple belongs to the weight as it is now."""
+    weight = layer.weight
+    layer.settled_for = (id(weight), _version(weight))
+
+
+def mark_moved(layer: SigmaLayer) -> None:
+    """Note that the weight may have changed in ways that leave no trace (`.data`, a copy)."""
+    layer.settled_for = (id(layer.weight), MOVED)
+
+
+def settle_if_moved(layer: SigmaLayer) -> None:
+    """Settle a layer whose weight was changed in place by anything but an optimizer step.
+
+    Two integers are compared; only where they differ are values looked at. Nothing is done for a
+    weight that is not the layer's own (`functional_call`, what FSDP2 gathers for a forward), nor
+    in compiled code.
+    """
+    if torch.compiler.is_compiling():
+        return
+    weight = layer.weight
+    identity, version = layer.settled_for
+    if identity == id(weight) and version != _version(weight):
+        settle(layer)
+
+
+@torch.no_grad()
+def settle(layer: SigmaLayer) -> None:
+    """Set sigma, u and v from the weight, exactly, unless sigma is that of the weight already.
+
+    A triple that a running training left in place is kept bit for bit, so looking moves nothing.
+    Host synchronisation: yes. Every rank of a sharded weight has to call it.
+    """
+    weight: Any = layer.weight
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    whole = whole.to(layer.sigma.device)  # an offloaded shard is on the CPU
+    blocks: list[Any] = matrix_blocks(whole, layer.num_blocks, layer.block_dim)
+    with torch.autocast(whole.device.type, enabled=False):
+        now = torch.stack(
+            [
+                u.dot(block.to(u.dtype).mv(v))
+                for block, u, v in zip(blocks, layer.sigma_u, layer.sigma_v, strict=True)
+            ]
+        )
+    if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
+        for row, block in enumerate(blocks):
+            if torch.isfinite(now[row]):
+                triple = leading_triple(block)
+                layer.sigma[row], layer.sigma_u[row], layer.sigma_v[row] = triple
+            else:  # the vectors stay, as in `refreshing`
+                layer.sigma[row] = now[row]
+    mark_settled(layer)
+
+
+@torch.no_grad()
+def settle_loaded(layer: SigmaLayer, given: set[str]) -> None:
+    """Complete a layer that took its weight from a state dict, but not all that belongs to it.
+
+    A weight without a gamma is that of a plain layer, whose scale is in the weight: gamma becomes
+    sigma(W), so that the layer computes what the plain layer computed.
+
+    Args:
+        layer: the layer, after loading.
+        given: names of the layer's own tensors that the state dict had.
+
+    Raises:
+        ValueError: if the weight is sharded.
+    """
+    if "weight" not in given or given.issuperset(layer.SIGMA_TENSORS):
+        return
+    if isinstance(layer.weight, DTensor):
+        missing = sorted(set(layer.SIGMA_TENSORS) - given)
+        raise ValueError(
+            f"the state dict has the sharded weight of {layer.layer_name!r} but not its "
+            f"{', '.join(missing)}; load plain weights before the model is sharded"
+        )
+    settle(layer)
+    if "gamma" not in given:
+        layer.gamma.copy_(layer.sigma)
+
+
+def _version(weight: Tensor) -> int:
+    # An inference tensor counts no versions: what changes it is noticed by `mark_moved` alone.
+    return 0 if weight.is_inference() else weight._version

@@ -1,0 +1,1 @@
+"""What attention does while training runs, and the alarms."""

@@ -1,0 +1,121 @@
+"""What the records of one probe on several processes say together: as if one had seen all.
+
+Each process probes its own part of the batch. The measures of tokens are put together so that they
+are those of one process with the same global batch; those of weights are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from hf_stable.monitor.readings import values_of_all_ranks
+from hf_stable.monitor.records import Records
+
+__all__ = ["combine_records", "gather_records"]
+
+MEANS = ("entropy", "entropy_normalised", "entropy_bound", "rank")
+"""Means over rows of attention, or over the sequences that were looked at."""
+
+NORMS = ("norm_x", "norm_dx")
+
+COUNTS = ("nonfinite_x", "nonfinite_dx")
+
+MODES = ("normal", "undefined", "benign", "malignant")
+"""From the best to the worst."""
+
+Quantities = dict[str, dict[str, Any]]
+
+
+def gather_records(records: Records) -> Quantities:
+    """Return on every process what all of them have recorded, as `Records.to_dict` does for one.
+
+    Every process has to call it, one that has recorded nothing included.
+    """
+    own = records.to_dict()
+    if dist.is_available() and dist.is_initialized() and dist.get_rank():
+        own.pop("maps", None)  # large, and only the first process's are kept
+    parts = values_of_all_ranks((own, records.weights()))
+    if len(parts) == 1:
+        return own
+    return combine_records([part for part, _ in parts], [weights for _, weights in parts])
+
+
+def combine_records(
+    parts: Sequence[Mapping[str, Mapping[str, Any]]],
+    weights: Sequence[Mapping[str, Mapping[str, Any]]],
+) -> Quantities:
+    """Put together what several processes have recorded, each on its part of a batch.
+
+    - Means over rows of attention are weighted by the number of rows. `rank` looks at one sequence
+      on each process and is their mean.
+    - Norms of activations add up as squares. The loss is the mean of the processes' losses, so
+      gradients are divided by their number, as DDP and FSDP do. With several micro-batches it is
+      their mean norms that are added.
+    - Counts are summed. Of modes a head gets the worst.
+    - What depends on weights only, and `maps`, comes from the first process that has it.
+
+    Args:
+        parts: `Records.to_dict()` of each process, empty where one has recorded nothing.
+        weights: `Records.weights()` of each.
+
+    Returns:
+        The same, for all together.
+    """
+    combined: Quantities = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        layers = _in_order([part.get(name, {}) for part in parts])
+        combined[name] = {
+            layer: _combine(
+                name,
+                [part[name][layer] for part in parts if layer in part.get(name, {})],
+                [
+                    weight.get(name, {}).get(layer, 1.0)
+                    for part, weight in zip(parts, weights, strict=True)
+                    if layer in part.get(name, {})
+                ],
+                len(parts),
+            )
+            for layer in layers
+        }
+    return combined
+
+
+def _in_order(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the layers of all, in the order of the one that has most of them."""
+    longest = max(mappings, key=len)
+    return list(dict.fromkeys(layer for each in (longest, *mappings) for layer in each))
+
+
+def _combine(name: str, values: Sequence[Any], weights: Sequence[Any], num_ranks: int) -> Any:
+    if name in MEANS:
+        return _mean(values, weights)
+    if name in NORMS:
+        if any(value is None for value in values):
+            return None  # not finite on one, so not finite
+        return math.hypot(*values) / (num_ranks if name == "norm_dx" else 1)
+    if name in COUNTS:
+        return math.fsum(values)
+    if name == "mode":
+        return [max(modes, key=MODES.index) for modes in zip(*values, strict=True)]
+    return values[0]
+
+
+def _mean(values: Sequence[Any], weights: Sequence[Any]) -> Any:
+    """Return the weighted mean, head by head; None where no process has a value."""
+    if any(isinstance(value, list) for value in values):
+        spread = [
+            weight if isinstance(weight, list) else [weight] * len(value)
+            for value, weight in zip(values, weights, strict=True)
+        ]
+        return [
+            _mean(*heads)
+            for heads in zip(zip(*values, strict=True), zip(*spread, strict=True), strict=True)
+        ]
+    known = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None and w]
+    if not known:
+        return None
+    return math.fsum(v * w for v, w in known) / math.fsum(w for _, w in known)

@@ -1,0 +1,79 @@
+"""What StabilityCallback's options may be; each is checked before training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from hf_stable.measures.entropy import sample_queries
+from hf_stable.monitor.alarms import Thresholds
+from hf_stable.monitor.records import check_maps, resolve_terms
+
+__all__ = ["ACTIONS", "action_name", "as_thresholds", "check_options"]
+
+ACTIONS = ("warn", "stop", "checkpoint", "rollback")
+
+_FUNCTION = "function "
+
+
+def check_options(
+    *,
+    every: Any,
+    queries: Any,
+    terms: Any,
+    maps: Any,
+    sharpness_every: Any,
+    on_collapse: Any,
+    max_rollbacks: Any,
+    rollback_lr_factor: Any,
+) -> None:
+    """Raise ValueError for an option out of range, saying what is allowed."""
+    _check_count("every", every, 1, "steps")
+    if sharpness_every is not None:
+        _check_count("sharpness_every", sharpness_every, 1, "steps")
+    _check_count("max_rollbacks", max_rollbacks, 0, "rollbacks")
+    sample_queries(1, queries)
+    resolve_terms(terms)
+    check_maps("all" if maps is True else () if maps is False else maps)
+    if isinstance(on_collapse, str) and on_collapse.startswith(_FUNCTION):
+        raise ValueError(
+            f"on_collapse was the {on_collapse}, which a checkpoint does not hold: leave "
+            "restore_callback_states_from_checkpoint out (progress is taken up without it)"
+        )
+    if not callable(on_collapse) and on_collapse not in ACTIONS:
+        raise ValueError(
+            f"on_collapse is one of {', '.join(ACTIONS)} or a function, got {on_collapse!r}"
+        )
+    is_number = isinstance(rollback_lr_factor, int | float)
+    if not is_number or not 0 < rollback_lr_factor < 1:
+        raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {rollback_lr_factor!r}")
+
+
+def as_thresholds(thresholds: Any) -> Thresholds | None:
+    """Return thresholds given as such, or by name as `trainer_state.json` keeps them.
+
+    Raises:
+        ValueError: for anything else, or a name that is not among them.
+    """
+    if thresholds is None or isinstance(thresholds, Thresholds):
+        return thresholds
+    known = [field.name for field in fields(Thresholds)]
+    if not isinstance(thresholds, Mapping) or not set(thresholds) <= set(known):
+        raise ValueError(
+            "thresholds is a hf_stable.monitor.alarms.Thresholds, or a mapping with names among "
+            f"{', '.join(known)}; got {thresholds!r}"
+        )
+    return Thresholds(**thresholds)
+
+
+def action_name(on_collapse: Any) -> str:
+    """Return what stands for an action in JSON."""
+    if isinstance(on_collapse, str):
+        return on_collapse
+    return _FUNCTION + getattr(on_collapse, "__qualname__", type(on_collapse).__qualname__)
+
+
+def _check_count(name: str, value: Any, least: int, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is a number of {what}, {least} or more, got {value!r}")

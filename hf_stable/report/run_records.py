@@ -1,0 +1,305 @@
+"""A training run as plain data: what the Trainer and the monitor recorded, and their tidy rows."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_stable.monitor.log_keys import LOW_IS_BAD
+
+__all__ = [
+    "TIDY_COLUMNS",
+    "AttentionMap",
+    "Event",
+    "Probe",
+    "RunRecords",
+    "curve_points",
+    "short_names",
+    "tidy_rows",
+    "to_number",
+    "to_step",
+    "worst_head",
+]
+
+TIDY_COLUMNS = ("run", "attempt", "step", "quantity", "layer", "head", "value", "text")
+
+MOST_SIZES = 32
+"""Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
+
+OF_MODULES = ("gamma",)
+"""Quantities whose names are not those of layers but of the modules within them."""
+
+
+class AttentionMap(NamedTuple):
+    """An attention map in 256 levels.
+
+    Attributes:
+        size: number of rows, and of columns.
+        levels: row by row, 0 for none to 255 for the map's largest entry.
+        largest: that entry.
+    """
+
+    size: int
+    levels: bytes
+    largest: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One `probe` line of `stability.jsonl`.
+
+    Attributes:
+        attempt: how many rollbacks came before.
+        step: optimizer step.
+        loss: of this step alone; NaN where it is not finite, None where it was not written.
+        quantities: quantity -> layer -> number, list of numbers per head, or None; without maps.
+        rates: parameter -> rate that AdamW2 used, or list of rates of a fused one.
+        maps_at: where the line begins in the log if it holds attention maps, which are not read;
+            else None.
+        numbers: what else the line holds, such as sharpness.
+    """
+
+    attempt: int
+    step: int
+    loss: float | None = None
+    quantities: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
+    maps_at: int | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Event:
+    """An `alarm`, `rollback` or `stop` line of `stability.jsonl`."""
+
+    name: str
+    attempt: int
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """A run, as far as it can be read.
+
+    Attributes:
+        name: label in tables and plots.
+        path: what was asked for.
+        history: the Trainer's records, in order; the newest attempt's alone.
+        probes: in the order of the file, all attempts.
+        events: likewise.
+        num_steps: optimizer steps done, as far as known.
+        max_steps: optimizer steps planned, or None.
+        seconds: of training, over all legs that came to their end under a monitor, or None.
+        monitor: options of the StabilityCallback, empty if there is no trace of one.
+        log: the file with the probes, for what is not kept of them.
+        notes: what is missing or damaged, in sentences.
+    """
+
+    name: str
+    path: str
+    history: tuple[dict[str, Any], ...] = ()
+    probes: tuple[Probe, ...] = ()
+    events: tuple[Event, ...] = ()
+    num_steps: int = 0
+    max_steps: int | None = None
+    seconds: float | None = None
+    monitor: dict[str, Any] = field(default_factory=dict)
+    log: Path = Path()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Return the layers that any probe has seen, in order."""
+        seen: dict[str, None] = {}
+        for probe in self.probes:
+            for name, by_layer in probe.quantities.items():
+                if name not in OF_MODULES:
+                    seen |= dict.fromkeys(by_layer)
+        return list(seen)
+
+    @cached_property
+    def last_way(self) -> list[Probe]:
+        """Return the probes on the way to the end: of each attempt those before it went back."""
+        kept: list[Probe] = []
+        limit = math.inf
+        for attempt in sorted({probe.attempt for probe in self.probes}, reverse=True):
+            own = [p for p in self.probes if p.attempt == attempt and p.step <= limit]
+            kept = own + kept
+            targets = [
+                step
+                for event in self.events
+                if event.name == "rollback" and event.attempt == attempt - 1
+                and (step := to_step(event.values.get("to_step"))) is not None
+            ]  # fmt: skip
+            limit = min([limit, *targets, *(probe.step - 1 for probe in own)])
+        return kept
+
+    def logged(self, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) of each Trainer record that has a key; NaN for what is no number."""
+        return [(r["step"], to_number(r[key])) for r in self.history if key in r]
+
+    def probed(self, quantity: str, layer: str) -> list[tuple[int, int, float]]:
+        """Return (attempt, step, value of the worst head) of each probe; NaN if not defined."""
+        return [
+            (probe.attempt, probe.step, worst_head(quantity, by_layer[layer])[0])
+            for probe in self.probes
+            if layer in (by_layer := probe.quantities.get(quantity, {}))
+        ]
+
+    @cached_property
+    def losses(self) -> list[tuple[int, float]]:
+        """Return (step, training loss), from records or probes, whichever are more.
+
+        Of probes that were made twice, before and after a rollback, those that led to the end
+        count. The Trainer's records hide a loss that is not finite: it logs a mean without it, and
+        zero where there is none other (`logging_nan_inf_filter`). What the monitor saw at a
+        record's step makes it NaN here, and so does, beside a zero, what it saw last before, or a
+        gradient norm that is not finite.
+        """
+        probes = {probe.step: probe.loss for probe in self.last_way if probe.loss is not None}
+        norms = dict(self.logged("grad_norm"))
+        lost, probed = self._nonfinite_steps, [probe.step for probe in self.last_way]
+
+        def is_hidden(step: int, loss: float) -> bool:
+            before = bisect.bisect_right(probed, step)
+            was_lost = before > 0 and probed[before - 1] in lost
+            shows_nothing = was_lost or not math.isfinite(norms.get(step, 0.0))
+            return step in lost or (loss == 0 and shows_nothing)
+
+        records = [
+            (step, math.nan if is_hidden(step, loss) else loss)
+            for step, loss in self.logged("loss")
+        ]
+        return records if len(records) >= len(probes) else sorted(probes.items())
+
+    @cached_property
+    def _nonfinite_steps(self) -> set[int]:
+        """Return the steps whose loss or gradient is known not to have been finite.
+
+        Between two probes all steps are, if the count of such steps rose by as many; or all from
+        the alarm on, if it rose by as many as there are from there.
+        """
+        alarms = [
+            event.step
+            for event in self.events
+            if event.name == "alarm" and event.values.get("kind") == "nonfinite"
+        ]
+        found: list[range] = []
+        before, count = 0, 0.0
+        for probe in self.last_way:
+            now = probe.numbers.get("nonfinite_steps", math.nan)
+            begins = [before + 1, *(step for step in alarms if before < step <= probe.step)]
+            found += [
+                range(first, probe.step + 1)
+                for first in begins
+                if first <= probe.step and now - count >= probe.step + 1 - first
+            ]
+            before, count = probe.step, now
+        found += [range(p.step, p.step + 1) for p in self.last_way if p.loss is not None
+                  and not math.isfinite(p.loss)]  # fmt: skip
+        return {step for stretch in found for step in stretch}
+
+
+def short_names(layers: Sequence[str]) -> dict[str, str]:
+    """Return for each layer what tells it from the others: `vit.layers.3` -> `3`."""
+    parts = [layer.split(".") for layer in layers]
+    if len(parts) < 2:
+        return {layer: layer.rpartition(".")[2] for layer in layers}
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
+    stop = next((i for i in range(shortest - start) if len({p[-1 - i] for p in parts}) > 1), 0)
+    return {
+        layer: ".".join(part[start : len(part) - stop])
+        for layer, part in zip(layers, parts, strict=True)
+    }
+
+
+def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
+    """Return the worst head's value (lowest for entropy and ranks, else highest) and its number.
+
+    Args:
+        quantity: name of the quantity.
+        value: list per head, a number of the whole layer, or anything a damaged file may hold.
+
+    Returns:
+        NaN and None where no head has a finite value; None also for a number of the whole layer.
+    """
+    if not isinstance(value, list):
+        return to_number(value), None
+    finite = [(number, i) for i, v in enumerate(value) if math.isfinite(number := to_number(v))]
+    if not finite:
+        return math.nan, None
+    return min(finite) if quantity in LOW_IS_BAD else max(finite)
+
+
+def curve_points(value: Any) -> list[tuple[int, float]]:
+    """Return (s, SEC(d_q, s)) of a recorded `sec_curve`; none of anything else a file may hold."""
+    entries = value if isinstance(value, list) else []
+    return [(2**i, to_number(entry)) for i, entry in enumerate(entries[:MOST_SIZES])]
+
+
+def to_number(value: Any) -> float:
+    """Return a number, also one that was written as text; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def to_step(value: Any) -> int | None:
+    """Return a step, or another count, as an integer; None for what is none."""
+    number = math.nan if isinstance(value, str) else to_number(value)
+    # Beyond 2**53 a float is no longer exact: no run is as long.
+    return int(number) if 0 <= number <= 2**53 else None
+
+
+def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
+    """Yield one row per value, with the columns `TIDY_COLUMNS`; maps are left out.
+
+    `value` is a float, NaN where the quantity was not defined. `sec_8` is SEC(d_q, 8) of the
+    layer's most concentrated head. `text` is what has no number: the
+    mode of a map, and what an alarm says.
+    """
+
+    def row(attempt: Any, step: int, quantity: str, layer: Any, head: Any, value: Any, text: Any):  # type: ignore[no-untyped-def]
+        cells = (run.name, attempt, step, quantity, layer, head, value, text)
+        return dict(zip(TIDY_COLUMNS, cells, strict=True))
+
+    for record in run.history:
+        for key, value in record.items():
+            if key not in ("step", "epoch") and not key.startswith("stability/"):
+                yield row(None, record["step"], key, None, None, to_number(value), None)
+    for probe in run.probes:
+        at = probe.attempt, probe.step
+        if probe.loss is not None:
+            yield row(*at, "loss_of_step", None, None, probe.loss, None)
+        for key, number in probe.numbers.items():
+            yield row(*at, key, None, None, number, None)
+        everything = {**probe.quantities, "effective_lr": probe.rates}
+        for quantity, by_layer in everything.items():
+            for layer, value in by_layer.items():
+                if quantity == "sec_curve":
+                    for s, entry in curve_points(value):
+                        yield row(*at, f"sec_{s}", layer, None, entry, None)
+                    continue
+                heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
+                for head, entry in heads:
+                    if quantity == "mode":
+                        yield row(*at, quantity, layer, head, math.nan, str(entry))
+                    else:
+                        yield row(*at, quantity, layer, head, to_number(entry), None)
+    for event in run.events:
+        found = event.values
+        value = to_number(found.get("value", found.get("to_step")))
+        yield row(
+            event.attempt, event.step, f"{event.name}_{found.get('kind', '')}".rstrip("_"),
+            found.get("layer"), found.get("head"), value, found.get("reason"),
+        )  # fmt: skip

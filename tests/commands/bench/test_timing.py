@@ -1,0 +1,147 @@
+"""The benchmarks report what they measured; how fast anything is, they do not assert."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from hf_stable.commands.bench.sigma import SigmaBenchSizes, bench_sigma
+from hf_stable.commands.bench.timing import (
+    FEWEST_ROUNDS,
+    TOTAL,
+    PhaseClock,
+    alternate,
+    print_summaries,
+    summarise,
+    write_results,
+)
+
+TINY = SigmaBenchSizes(
+    hidden=16,
+    layers=1,
+    heads=2,
+    image=8,
+    patch=4,
+    vocabulary=37,
+    sequence=12,
+    batches=(2,),
+    prompt=3,
+    new_tokens=2,
+)
+VARIANTS = ["plain", "plain again", "sigma_reparam", "torch spectral_norm"]
+
+
+def printed(write) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    write(console)
+    return console.file.getvalue()
+
+
+def test_a_clock_adds_up_laps_of_one_name():
+    times = iter([0.0, 1.0, 3.0, 6.0])
+    clock = PhaseClock(timer=lambda: next(times))
+    for phase in ("a", "b", "a"):
+        clock.lap(phase)
+    assert clock.seconds == {"a": 4.0, "b": 2.0}
+
+
+def test_subjects_alternate_and_every_other_round_runs_backwards():
+    order = []
+
+    def subject(name):
+        def run():
+            order.append(name)
+            return {"forward": len(order), "backward": 1}
+
+        return run
+
+    samples = alternate({name: subject(name) for name in "abc"}, rounds=3, warmup=1)
+    assert "".join(order) == "abc" + "cba" + "abc" + "cba"
+    assert samples["a"] == {"forward": [6, 7, 12], "backward": [1, 1, 1], TOTAL: [7, 8, 13]}
+
+
+def test_a_limit_in_seconds_leaves_enough_rounds():
+    samples = alternate({"a": lambda: {"forward": 1.0}}, rounds=50, seconds=0)
+    assert len(samples["a"][TOTAL]) == FEWEST_ROUNDS
+    assert len(alternate({"a": lambda: {"forward": 1.0}}, rounds=2)["a"][TOTAL]) == 2
+
+
+def test_no_round_is_refused():
+    with pytest.raises(ValueError, match="rounds=0 measures nothing"):
+        alternate({"a": dict}, rounds=0)
+
+
+def test_ratios_are_medians_of_ratios_within_a_round():
+    samples = {
+        "base": {"forward": [1.0, 10.0, 2.0]},
+        "other": {"forward": [2.0, 10.0, 6.0], "refresh": [1.0, 1.0, 1.0]},
+    }
+    base, forward, refresh = summarise("case", samples, "base")
+    assert (base.ratio, base.milliseconds) == (1.0, 2000.0)
+    # Round by round 2, 1 and 3; the ratio of the medians would be 3.
+    assert (forward.ratio, forward.milliseconds, forward.rounds) == (2.0, 6000.0, 3)
+    assert forward.ratio_quartiles == (1.0, 3.0)
+    assert refresh.ratio is None and refresh.ratio_quartiles is None
+    with pytest.raises(ValueError, match="baseline 'nobody' was not measured"):
+        summarise("case", samples, "nobody")
+
+
+def test_table_and_json_hold_the_summaries(tmp_path):
+    summaries = summarise("a case", {"a": {"x": [0.5]}, "b": {"x": [0.6], "y": [0.1]}}, "a")
+    table = printed(lambda console: print_summaries("the title", summaries, console))
+    for text in ("the title", "a case", "500.00", "600.00", "1.200", "100.00"):
+        assert text in table
+    write_results(tmp_path / "results.json", summaries, {"rounds": 1})
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["settings"] == {"rounds": 1}
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["machine"]["torch"] == torch.__version__ and content["machine"]["processor"]
+    assert [row["ratio"] for row in content["results"]] == [s.ratio for s in summaries]
+
+
+def test_bench_sigma_measures_every_case_and_variant(tmp_path):
+    path = tmp_path / "sigma.json"
+    results = []
+    table = printed(
+        lambda console: results.extend(
+            bench_sigma(output=path, rounds=2, sizes=TINY, console=console)
+        )
+    )
+    cases = list(dict.fromkeys(row.case for row in results))
+    assert cases == [
+        "vit step, batch 2",
+        "vit eval, batch 2",
+        "gpt2 step, batch 2",
+        "gpt2 eval, batch 2",
+        "gpt2 generate, batch 2",
+    ]
+    for case in cases:
+        assert [r.subject for r in results if r.case == case and r.phase == TOTAL] == VARIANTS
+        assert case in table
+    steps = [r for r in results if r.case == cases[0] and r.subject == "sigma_reparam"]
+    assert {r.phase for r in steps} == {"forward", "backward", "optimizer", "refresh", TOTAL}
+    assert not any(r.phase == "refresh" for r in results if r.subject != "sigma_reparam")
+    assert all(r.milliseconds > 0 and r.rounds == 2 for r in results)
+    assert all(r.ratio == 1 for r in results if r.subject == "plain")
+    content = json.loads(path.read_text())
+    assert len(content["results"]) == len(results)
+    assert content["results"][-1]["milliseconds"] == results[-1].milliseconds
+    assert f"{results[-1].milliseconds:.2f}" in table
+    assert content["settings"]["hidden"] == 16
+
+
+def test_bench_sigma_runs_chosen_cases_and_counts_processor_time():
+    results = []
+    table = printed(
+        lambda console: results.extend(
+            bench_sigma(rounds=1, sizes=TINY, only="vit eval", cpu_time=True, console=console)
+        )
+    )
+    assert {row.case for row in results} == {"vit eval, batch 2"}
+    assert "processor time" in table
+    with pytest.raises(ValueError, match="no case has 'swin' in its name; the cases are vit step"):
+        bench_sigma(rounds=1, sizes=TINY, only="swin")

@@ -1,0 +1,138 @@
+"""What the package declares, and the core tests at the oldest versions that it claims."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+CORE_TESTS = [
+    "tests/test_spectral.py",
+    "tests/test_sigma_layers.py",
+    "tests/test_refreshing.py",
+    "tests/test_patching.py",
+    "tests/test_checkpoints.py",
+    "tests/test_bad_checkpoints.py",
+    "tests/test_trainer_plugin.py",
+    "tests/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
+    "tests/test_resume.py::test_sharded_checkpoint_resumes_exactly",
+    "tests/test_adamw2.py",
+]
+
+
+def make_environment(path: Path, *requirements: str) -> Path:
+    """Create a virtual environment, install the requirements one after another, return python."""
+    subprocess.run([sys.executable, "-m", "venv", path], check=True)
+    python = path / "bin" / "python"
+    for requirement in requirements:
+        install(python, *requirement.split())
+    return python
+
+
+def install(python: Path, *requirements: str) -> None:
+    """Install requirements; modules that are never imported need not be compiled."""
+    command = [python, "-m", "pip", "install", "--quiet", "--no-compile", *requirements]
+    subprocess.run(command, check=True)
+
+
+def oldest_versions() -> dict[str, str]:
+    """Map each dependency to the lowest version that pyproject allows, exclusions skipped."""
+    oldest = {}
+    for requirement in PROJECT["dependencies"]:
+        name, lowest = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+        excluded = re.findall(r"!=([\d.]+)", requirement)
+        # 5.10 is 5.10.0, which is excluded: the oldest allowed one is the patch release after it.
+        oldest[name] = f"{lowest}.1" if f"{lowest}.0" in excluded else lowest
+    return oldest
+
+
+def test_version_has_one_source():
+    import hf_stable
+
+    assert PROJECT["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_stable.__version__)
+    assert f"## {hf_stable.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_import_of_the_package_is_declared():
+    sources = [p.read_text() for p in (ROOT / "hf_stable").rglob("*.py")]
+    imported = {
+        match.split(".")[0]
+        for source in sources
+        for match in re.findall(r"^(?:from|import) ([\w.]+)", source, flags=re.M)
+    }
+    third_party = imported - set(sys.stdlib_module_names) - {"hf_stable"}
+    declared = {re.match(r"[\w-]+", r).group().lower() for r in PROJECT["dependencies"]}
+    origin = packages_distributions()  # yaml comes with PyYAML
+    undeclared = {
+        name
+        for name in third_party
+        if not {each.lower().replace("_", "-") for each in origin[name]} & declared
+    }
+    assert not undeclared
+    assert {"torch", "transformers", "safetensors"} <= third_party
+
+
+def check_wheel(python: Path, folder: Path) -> None:
+    """Build the wheel, install it with what it declares, and use it from outside the checkout."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = folder.glob("*.whl")
+    install(python, str(wheel))
+    script = "import hf_stable, pathlib; p = pathlib.Path(hf_stable.__file__); " + (
+        "print(hf_stable.__version__, 'site-packages' in p.parts, (p.parent / 'py.typed').exists())"
+    )
+    result = subprocess.run(
+        [python, "-c", script], check=True, capture_output=True, text=True, cwd=folder
+    )
+    import hf_stable
+
+    assert result.stdout.split() == [hf_stable.__version__, "True", "True"]
+    command = [python.parent / "hf-stable", "--version"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    assert hf_stable.__version__ in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_core_tests_pass_at_the_oldest_versions(tmp_path):
+    oldest = oldest_versions()
+    pins = [f"{name}=={version}" for name, version in oldest.items()]
+    python = make_environment(
+        tmp_path / "venv",
+        f"torch=={oldest['torch']}",
+        " ".join([*pins, "pytest", "pytest-timeout", "numpy<2"]),  # of their time
+        f"--no-deps {ROOT}",
+    )
+    result = subprocess.run(
+        # What torch.compile takes minutes for is not what an old version would break.
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "not slow",
+            "-k",
+            "not compile",
+            "-p",
+            "no:cacheprovider",
+            *CORE_TESTS,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert re.search(r"\d+ passed", result.stdout)

@@ -1,0 +1,66 @@
+"""Settings under which a reparametrised model cannot be sharded are refused by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from tiny_models import tiny_model
+from tiny_training import make_trainer
+
+import hf_stable
+from hf_stable.methods.sharding import refuse_unfit_sharding
+
+
+def plugin(**options):
+    return FullyShardedDataParallelPlugin(
+        **(dict(fsdp_version=2, cpu_ram_efficient_loading=False) | options)
+    )
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """accelerate's plugin writes its settings into the environment."""
+    monkeypatch.setattr("os.environ", dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "message"),
+    [
+        (dict(fsdp_plugin=dict(cpu_ram_efficient_loading=True)), torch.float32,
+         "Set cpu_ram_efficient_loading to false"),
+        (dict(fsdp_plugin=dict(fsdp_version=1)), torch.float32, "does not train under FSDP1"),
+        (dict(fsdp_plugin={}), torch.bfloat16, r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16"),
+        (dict(deepspeed_plugin=SimpleNamespace()), torch.float32, "does not train under DeepSpeed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_and_only_for_sigma_layers(options, dtype, message):
+    if "fsdp_plugin" in options:
+        options = {"fsdp_plugin": plugin(**options["fsdp_plugin"])}
+    model = tiny_model("gpt2").to(dtype)
+    refuse_unfit_sharding(model, **options)
+    hf_stable.patch(model, "sigma_reparam")
+    with pytest.raises(ValueError, match=message):
+        refuse_unfit_sharding(model, **options)
+    refuse_unfit_sharding(model)
+
+
+@pytest.mark.parametrize(("dtype", "mixed_precision"), [("float32", "no"), ("bfloat16", "bf16")])
+def test_float32_weights_and_mixed_precision_pass(dtype, mixed_precision):
+    model = hf_stable.patch(tiny_model("gpt2").to(getattr(torch, dtype)), "sigma_reparam")
+    refuse_unfit_sharding(model, fsdp_plugin=plugin(), mixed_precision=mixed_precision)
+
+
+def test_the_trainer_refuses_before_it_prepares_anything(tmp_path, monkeypatch):
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    trainer = make_trainer(model, tmp_path, max_steps=1, save_strategy="no")
+    unfit = plugin(cpu_ram_efficient_loading=True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", unfit, raising=False)
+    with pytest.raises(ValueError, match="cpu_ram_efficient_loading"):
+        trainer.train()
+    assert trainer.optimizer is None
+    monkeypatch.undo()
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -1,0 +1,110 @@
+"""The user's guide of the recipes: its numbers are those of committed runs, its files are there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+GUIDE = (RECIPES / "README.md").read_text()
+
+
+LORA = "`lora.py`"
+SOURCE = re.compile(rf"\((\d+|{LORA})\)")
+"""What stands in brackets behind numbers: their claim, or what measured them."""
+
+
+def measured():
+    """Numbers by source: of the evidence's tables and sentences by claim, and of `lora.py`."""
+    page = (RECIPES / "evidence" / "README.md").read_text()
+    _, *sections = re.split(r"^## Claim (\d+)$", page, flags=re.MULTILINE)
+    said = dict(re.findall(r"^\| (\d+)\. (.*)$", page, flags=re.MULTILINE))
+    found = {
+        claim: {float(number) for number in re.findall(r"\| (\d+\.\d+) ± ", section)}
+        | {float(number) for number in re.findall(r"\d+\.\d+", said[claim])}
+        for claim, section in zip(sections[::2], sections[1::2], strict=True)
+    }
+    accuracies = defaultdict(list)
+    for run in json.loads((RECIPES / "evidence" / "lora.json").read_text())["runs"]:
+        accuracies[run["optimizer"], run["learning_rate"]].append(run["test_accuracy"])
+    return found | {LORA: {mean(values) for values in accuracies.values()}}
+
+
+def units(text):
+    """Cells of tables, items of lists and paragraphs: what a source in brackets can speak for."""
+    for part in re.split(r"\n\n|\n(?=[|-])", text):
+        yield from part.split(" | ") if part.startswith("|") else [part]
+
+
+def numbers_by_source(text):
+    """(number, its source) of all numbers with a point; None without a source behind it.
+
+    The source is the next one behind a number in its cell, item or paragraph. Code and counts of
+    parameters are left out.
+    """
+    for unit in units(text):
+        *sourced, rest = SOURCE.split(unit)
+        for part, source in [*zip(sourced[::2], sourced[1::2], strict=True), (rest, None)]:
+            plain = re.sub(r"`[^`]*`|\d+\.\d+ M", "", part)
+            for number in re.findall(r"\d+\.\d+", plain):
+                yield number, source
+
+
+def unmeasured(text):
+    """Numbers that are no mean of their source, to as many digits as they have; with the source.
+
+    One without a source may be of any.
+    """
+    means = measured()
+    anywhere = set().union(*means.values())
+    return [
+        (number, source)
+        for number, source in numbers_by_source(text)
+        if not any(
+            abs(float(number) - each) <= 0.51 * 10 ** -len(number.split(".")[1])
+            for each in (anywhere if source is None else means.get(source, ()))
+        )
+    ]
+
+
+def test_every_number_of_the_guide_was_measured_by_the_claim_behind_it():
+    said = GUIDE[: GUIDE.index("## Running")]
+    found = list(numbers_by_source(said))
+    assert len(found) > 40 and sum(source is not None for _, source in found) > 0.9 * len(found)
+    assert unmeasured(said) == []
+
+
+def test_a_number_is_looked_up_in_the_claim_that_stands_next_behind_it():
+    text = (
+        "ViT 1.94 to 0.2 (warmup: 0.3) (1). 2.1 (6), 0.9 (`lora.py`)\n"
+        "| 0.5 | 0.6 `0.7` 0.41 M (2) |"
+    )
+    assert list(numbers_by_source(text)) == [
+        ("1.94", "1"), ("0.2", "1"), ("0.3", "1"), ("2.1", "6"), ("0.9", LORA), ("0.5", None),
+        ("0.6", "2"),
+    ]  # fmt: skip
+    means = measured()
+    only_in_1 = min(means["1"] - means["6"])
+    assert unmeasured(f"{only_in_1} (1)") == [] == unmeasured(f"{only_in_1}")
+    assert unmeasured(f"{only_in_1} (6)") == [(str(only_in_1), "6")]
+    assert unmeasured("9.999") == [("9.999", None)] and unmeasured("0.27 (99)") == [("0.27", "99")]
+
+
+def test_the_first_row_of_the_guide_is_claim_1():
+    claim = json.loads((RECIPES / "evidence" / "results" / "claim1.json").read_text())
+    models = re.findall(r"([\w-]+) ([\d.]+) / ([\d.]+) / ([\d.]+)", claim["sentence"])
+    assert [model for model, *_ in models] == ["ViT", "Swin", "GPT-2", "BERT"]
+    row = re.findall(r"([\w-]+) ([\d.]+) to ([\d.]+) \(warmup: ([\d.]+)\)", GUIDE)
+    said = [(model, *map(float, (plain, warm, ours))) for model, plain, ours, warm in row]
+    assert said == [(model, *map(float, losses)) for model, *losses in models]
+
+
+@pytest.mark.parametrize("folder", ["full", "small"])
+def test_every_recipe_is_in_the_guide(folder):
+    for path in (RECIPES / folder).glob("*.yaml"):
+        assert f"`{path.stem}`" in GUIDE

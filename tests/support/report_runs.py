@@ -1,0 +1,82 @@
+"""Folders as a run leaves them, made from numbers; the format is that of a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from hf_stable.monitor.log_file import StabilityLog
+
+LAYERS = ("vit.layers.0", "vit.layers.1")
+
+
+def energy_curve(share):
+    """SEC(16, s) at s = 1, 2, 4, 8, 16 of a head that has this share at 4."""
+    return [share * 0.6, share * 0.8, share, (1 + share) / 2, share / share]
+
+
+def calm(step: int, num_layers: int = 2, num_heads: int = 2, **head):
+    """What a probe records of healthy layers; `head` replaces values of layer 0, head 0."""
+    values = dict(entropy=2.5, entropy_normalised=0.9, rank=0.9, sigma_qk=1.0, sec=0.5)
+    quantities = {}
+    for name, value in values.items():
+        quantities[name] = {f"vit.layers.{i}": [value] * num_heads for i in range(num_layers)}
+        if name in head:
+            quantities[name]["vit.layers.0"][0] = head[name]
+    quantities["sec_curve"] = {
+        layer: energy_curve(max(heads)) for layer, heads in quantities["sec"].items()
+    }
+    modes = {f"vit.layers.{i}": ["normal"] * num_heads for i in range(num_layers)}
+    return quantities | {"mode": modes}
+
+
+def write_run(folder, losses, probes=None, events=(), *, every=1, **options):
+    """Write trainer_state.json and stability.jsonl.
+
+    Args:
+        losses: by step from 1 on; NaN is written as the Trainer writes it.
+        probes: quantities by step.
+        events: (event, step, values).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    history = [
+        {"step": s, "epoch": s / 10, "loss": x, "learning_rate": 1e-3, "grad_norm": 1.0}
+        for s, x in enumerate(losses, start=1)
+        if s % every == 0
+    ]
+    history.append({"step": len(losses), "eval_loss": 1.0, "eval_accuracy": 0.5})
+    history.append({"step": len(losses), "train_runtime": 83.0})
+    monitor = {"StabilityCallback": {"args": options, "attributes": {}}}
+    state = {
+        "global_step": len(losses), "max_steps": len(losses), "log_history": history,
+        "stateful_callbacks": monitor,
+    }  # fmt: skip
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    log = StabilityLog(folder)
+    for step, quantities in (probes or {}).items():
+        loss = losses[step - 1]
+        values = {"loss": loss if math.isfinite(loss) else None, "quantities": quantities}
+        log.write("probe", 0, step, values | {"nonfinite_steps": 0})
+    for event, step, values in events:
+        log.write(event, 0, step, values)
+    return folder
+
+
+def collapsing(folder, *, malignant=True, lost=True, **options):
+    """A run whose layer 0, head 0 collapses at step 60, and whose loss is lost some steps later."""
+    losses = [2.0 * 0.98**s + 0.1 for s in range(80)]
+    losses += [4.0] * 60 if lost else [0.4 * 0.99**s for s in range(60)]
+    probes = {}
+    for step in range(10, 141, 10):
+        head = {}
+        if step >= 60:
+            head = dict(
+                entropy=0.2, entropy_normalised=0.07, rank=0.04 if malignant else 0.95,
+                sigma_qk=40.0, sec=0.995,
+            )  # fmt: skip
+        probes[step] = calm(step, **head)
+    alarm = {
+        "kind": "collapse", "layer": LAYERS[0], "head": 0, "quantity": "growth of sigma_qk",
+        "value": 40.0, "threshold": 4.0, "reason": "because", "advice": "try",
+    }  # fmt: skip
+    return write_run(folder, losses, probes, [("alarm", 80, alarm)] if lost else [], **options)
