@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE_TESTS = [
-    "tests/test_spectral.py",
-    "tests/test_sigma_layers.py",
-    "tests/test_refreshing.py",
-    "tests/test_patching.py",
-    "tests/test_checkpoints.py",
-    "tests/test_bad_checkpoints.py",
-    "tests/test_trainer_plugin.py",
-    "tests/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
-    "tests/test_resume.py::test_sharded_checkpoint_resumes_exactly",
-    "tests/test_adamw2.py",
+    "tests/measures/test_spectral.py",
+    "tests/methods/sigma_reparam/test_layers.py",
+    "tests/methods/sigma_reparam/test_steps.py",
+    "tests/methods/test_patching.py",
+    "tests/checkpoints/test_saving.py",
+    "tests/checkpoints/test_bad_checkpoints.py",
+    "tests/trainer/test_plugin.py",
+    "tests/contracts/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
+    "tests/contracts/test_resume.py::test_sharded_checkpoint_resumes_exactly",
+    "tests/adamw2/test_optimizer.py",
 ]
 
 

@@ -1,0 +1,70 @@
+"""Tables of the documents that are made from code and results; each has one source.
+
+    python docs/tables.py    # writes them into the documents
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
+
+from hf_stable.commands.doctor import diagnose
+from hf_stable.monitor import log_keys
+from recipes.evidence import lateness
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def changes() -> list[str]:
+    """Return what importing hf_stable changes, and why."""
+    rows = [f"| `{row.target}` | {row.reason} |" for row in diagnose().changes]
+    return ["| what | why |", "|---|---|", *rows]
+
+
+def keys() -> list[str]:
+    """Return the names of the values that the monitor logs."""
+    assert log_keys.__doc__ is not None
+    return [line for line in log_keys.__doc__.splitlines() if line.startswith("|")]
+
+
+def late() -> list[str]:
+    """Return how late sigma was in training."""
+    return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
+    "changes": ("docs/guides/what-importing-changes.md", changes),
+    "keys": ("hf_stable/monitor/README.md", keys),
+    "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
+}
+"""Name -> the document that has the table, and what makes its lines."""
+
+
+def with_table(document: str, name: str, lines: list[str]) -> str:
+    """Return a document with the lines of a table in their place.
+
+    Raises:
+        LookupError: if the document has no such place.
+    """
+    place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", flags=re.S)
+    if not place.search(document):
+        raise LookupError(f"no place for the table {name!r}")
+    return place.sub(lambda found: f"{found[1]}{chr(10).join(lines)}\n{found[2]}", document)
+
+
+def main() -> None:
+    """Write every table into its document."""
+    for name, (path, make) in TABLES.items():
+        document = ROOT / path
+        document.write_text(with_table(document.read_text(), name, make()))
+
+
+if __name__ == "__main__":
+    main()
