@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_stable._wording import missing_package
 from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_layers
 from hf_stable.report.maps import MapSeries
 from hf_stable.report.page import RUN_COLOURS
@@ -63,14 +65,8 @@ def write_images(
 
 
 def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "images need matplotlib, which comes with the recipes extra: "
-            'pip install "hf-stable[recipes]"',
-            name=error.name,
-        ) from error
+    if find_spec("matplotlib") is None:
+        raise missing_package("matplotlib", needed_by="the images", extra="report")
 
 
 def draw_images(

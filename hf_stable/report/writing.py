@@ -8,10 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hf_stable._json import as_json_value
+from hf_stable._wording import missing_package
 from hf_stable.report.images import write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page
@@ -101,16 +103,12 @@ def require_plotly() -> str:
     Raises:
         ModuleNotFoundError: if the package is not installed, saying how to get it.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "plotly":
-            raise
-        raise ModuleNotFoundError(
-            "the page needs plotly, which comes with the report extra: "
-            'pip install "hf-stable[report]"; --format json and csv do without',
-            name=error.name,
-        ) from error
+    if find_spec("plotly") is None:
+        raise missing_package(
+            "plotly", needed_by="an html page (csv and json do without)", extra="report"
+        )
+    from plotly.offline import get_plotlyjs
+
     return get_plotlyjs()
 
 

@@ -1,9 +1,4 @@
-"""Run a training script as it is, with hf_stable attached to every Trainer that it builds.
-
-`hf-stable run [options] script.py ARGS...`, also as `python -m hf_stable.run` and so under
-`torchrun -m hf_stable.run` and `accelerate launch -m hf_stable.run`. Nothing here knows how a
-model is patched or watched; this attaches what `run_options` reads to what `script_running` runs.
-"""
+"""What `hf-stable run` does to every Trainer that a script builds: patch, watch, fold."""
 
 from __future__ import annotations
 
@@ -18,43 +13,12 @@ from weakref import WeakSet
 from torch import nn
 from transformers import Trainer
 
-from hf_stable.commands.launch.options import (
-    RunOptions,
-    make_parser,
-    read_options,
-    split_command_line,
-)
-from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+from hf_stable.commands.launch.options import RunOptions
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import fold, patch
 from hf_stable.monitor.callback import StabilityCallback
 
-__all__ = ["attach", "main"]
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Attach hf_stable and run the script that the command line names, as `__main__`.
-
-    Exceptions, Ctrl-C and exit codes of the script pass through. A usage error ends with code 2.
-
-    Args:
-        argv: options, the script's name, the script's own arguments; by default this process's.
-    """
-    ours, command = split_command_line(sys.argv[1:] if argv is None else argv)
-    options = read_options(ours)
-    try:
-        check_script(command)
-    except ValueError as error:
-        make_parser().error(str(error))
-    attachment = attach(options)
-    show_the_scripts_trace_only()
-    try:
-        run_script(command)
-    except SystemExit as end:
-        if end.code in (None, 0):
-            attachment.conclude(command)
-        raise
-    attachment.conclude(command)
+__all__ = ["Attachment", "attach"]
 
 
 def attach(options: RunOptions) -> Attachment:
