@@ -21,10 +21,11 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable.measures.spectral import (
+from hf_stable._ranks import whole_tensor
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import (
     RowShard,
     as_matrix,
-    leading_triple,
     matrix_blocks,
     spectral_dtype,
     split_blocks,
@@ -339,7 +340,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     """
     settle_if_moved(layer)
     weight = layer.weight
-    gamma = layer.gamma.full_tensor() if isinstance(layer.gamma, DTensor) else layer.gamma
+    gamma = whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
     scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
     if isinstance(weight, DTensor):

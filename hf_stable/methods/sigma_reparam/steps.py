@@ -22,7 +22,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hf_stable.measures.spectral import RowShard, matrix_blocks, power_step
+from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer, live_layers
 from hf_stable.methods.sigma_reparam.triples import mark_settled
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_stable.measures.spectral import leading_triple, matrix_blocks
+from hf_stable._ranks import whole_tensor
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import matrix_blocks
 
 if TYPE_CHECKING:
     from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -59,8 +61,7 @@ def settle(layer: SigmaLayer) -> None:
     Host synchronisation: yes. Every rank of a sharded weight has to call it.
     """
     weight: Any = layer.weight
-    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    whole = whole.to(layer.sigma.device)  # an offloaded shard is on the CPU
+    whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
     blocks: list[Any] = matrix_blocks(whole, layer.num_blocks, layer.block_dim)
     with torch.autocast(whole.device.type, enabled=False):
         now = torch.stack(
