@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.fsdp_shards import (
     find_distributed,
     lost_norms,
@@ -23,7 +24,6 @@ from hf_stable.checkpoints.fsdp_shards import (
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
 from hf_stable.commands.inspect.inspection import pair_layers
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 
 __all__ = ["FoldReport", "fold_checkpoint"]
@@ -122,8 +122,8 @@ def _fold_files(source: Path, target: Path) -> int:
         return len(weights.raw_layers)
     if sidecar is None:
         raise ValueError(
-            f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
-            "to fold, from_pretrained loads it as it is"
+            f"{source} is plain: it has no {SIDECAR_FILE} and its weights no gamma. There is "
+            "nothing to fold, from_pretrained loads it as it is"
         )
     num_layers = _check(weights, sidecar)
     _copy_weights(weights, target)

@@ -12,12 +12,12 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_stable import modeling_hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.checkpoints.exporting import CARD_FILE, export, push_to_hub
 from hf_stable.checkpoints.provenance import has_training
 from hf_stable.checkpoints.saving import load
 from hf_stable.checkpoints.weight_files import open_weights
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.modeling_hf_stable import PREFIX
 
 __all__ = ["DTYPES", "empty_model", "export_saved", "load_saved", "push_saved"]
@@ -56,7 +56,7 @@ def load_saved(folder: Folder) -> PreTrainedModel:
             f"{path} names {name!r} under 'architectures', which is no class of transformers; load "
             "the model yourself and call hf_stable.export"
         )
-    if os.path.isfile(os.path.join(folder, STATE_FILE)):
+    if os.path.isfile(os.path.join(folder, SIDECAR_FILE)):
         return load(model_class, folder)
     if any(Path(folder).glob("*.safetensors")):
         _refuse_raw(folder, open_weights(folder).shapes)
@@ -178,8 +178,8 @@ def _refuse_raw(folder: Folder, names: Iterable[str]) -> None:
         layer = raw[0].removesuffix(".sigma_u")
         raise ValueError(
             f"{os.fspath(folder)} holds the raw weights of a patched model (first: {layer!r}) "
-            f"without the {STATE_FILE} that save_pretrained writes: they would be taken for folded "
-            f"ones. Run hf-stable fold {os.fspath(folder)} OUT first, and go on with OUT (it reads "
+            f"without the {SIDECAR_FILE} that save_pretrained writes: they would be taken for "
+            f"folded ones. Run hf-stable fold {os.fspath(folder)} OUT first, and go on with OUT (it reads "
             "safetensors)"
         )
 

@@ -21,13 +21,14 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.provenance import restore_provenance
 from hf_stable.checkpoints.sidecar import WAY_OUT, SavedState, read_state
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
 from hf_stable.methods.layernorms.removal import RemovalConfig
 from hf_stable.methods.layernorms.standalone import standalone_class
-from hf_stable.methods.patching import STATE_FILE, patch_configs
+from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SIGMA_CLASSES, SigmaLayer, SigmaState
 from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
@@ -263,7 +264,7 @@ def _find_layer(model: nn.Module, key: str, saved: SavedState) -> tuple[str, Any
 
 def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
     """Read and check the sidecar that a model needs, before anything of the model changes."""
-    path = os.path.join(folder, STATE_FILE)
+    path = os.path.join(folder, SIDECAR_FILE)
     names = [name for name, _ in sigma_layers(model)]
     if not names and not patch_configs(model):
         if os.path.isfile(path):

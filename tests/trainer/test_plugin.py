@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import hf_stable
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.trainer.plugin import WRAPPED, register
 
 try:
@@ -293,16 +293,16 @@ def hub(monkeypatch):
 def test_saving_with_push_uploads_no_sidecar(hub, tmp_path):
     model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
     model.save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
-    assert (tmp_path / "model" / STATE_FILE).is_file()
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
+    assert (tmp_path / "model" / SIDECAR_FILE).is_file()
     hub.files.clear()
     model.save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert STATE_FILE not in hub.files
+    assert SIDECAR_FILE not in hub.files
 
 
 def test_pushing_a_model_uploads_no_sidecar(hub):
     hf_stable.patch(tiny_model("vit"), "sigma_reparam").push_to_hub("me/model")
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
 
 
 def test_pushing_from_the_trainer_uploads_no_sidecar(hub, tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_pushing_from_the_trainer_uploads_no_sidecar(hub, tmp_path, monkeypatch)
     trainer = make_trainer(model, tmp_path, save_steps=2, max_steps=2)
     trainer.train()
     trainer.save_model()
-    assert (tmp_path / STATE_FILE).is_file()
+    assert (tmp_path / SIDECAR_FILE).is_file()
     trainer.push_to_hub()
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
-    assert (tmp_path / "checkpoint-2" / STATE_FILE).is_file()
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
+    assert (tmp_path / "checkpoint-2" / SIDECAR_FILE).is_file()

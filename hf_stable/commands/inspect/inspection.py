@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._json import as_json_value
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
@@ -24,7 +25,6 @@ from hf_stable.commands.inspect.blocks import (
 )
 from hf_stable.commands.inspect.findings import find_signs
 from hf_stable.commands.inspect.matrices import LayerSpectrum, inspect_matrix, is_finite, is_matrix
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 
 __all__ = ["CheckpointReport", "inspect_checkpoint", "pair_layers"]
@@ -110,7 +110,9 @@ def inspect_checkpoint(
     """
     weights = open_weights(path)
     folder = weights.path if weights.path.is_dir() else weights.path.parent
-    sidecar = None if weights.path.name.startswith(Path(STATE_FILE).stem) else open_sidecar(folder)
+    sidecar = (
+        None if weights.path.name.startswith(Path(SIDECAR_FILE).stem) else open_sidecar(folder)
+    )
     partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
     raw = set(weights.raw_layers)
     own = {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
@@ -134,7 +136,7 @@ def inspect_checkpoint(
     problem = None
     if unmatched and weights.path.is_dir():
         problem = (
-            f"{STATE_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
+            f"{SIDECAR_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
             f"of its layers fold to none of them (first: {unmatched[0]!r})"
         )
     blocks, norms, note = _blocks_and_norms(weights)
