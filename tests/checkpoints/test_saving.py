@@ -20,8 +20,8 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.checkpoints.saving import fold_state_dict
 from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 

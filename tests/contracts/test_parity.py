@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.checkpoints.saving import fold_state_dict
+from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.commands.main import main
 from hf_stable.monitor.log_file import read_log
 

@@ -24,7 +24,7 @@ from transformers import Trainer
 
 import hf_stable.checkpoints.sidecar
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.checkpoints.saving import is_complete
+from hf_stable.checkpoints.completeness import is_complete
 
 PATCHED = {"plain": False, "patched": True}
 

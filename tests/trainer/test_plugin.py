@@ -17,7 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.trainer.plugin import WRAPPED, register
+from hf_stable.commands.launch.launcher import LAUNCHER
+from hf_stable.trainer.changes import ON_IMPORT, listed
+from hf_stable.trainer.plugin import register
 
 try:
     import peft
@@ -51,6 +53,11 @@ ADDED_TO = {
     "torch.optim.optimizer:register_optimizer_step_post_hook",
 }
 
+LAUNCHER_TARGETS = {
+    "transformers.trainer:Trainer.__init__",
+    "transformers.trainer:Trainer.train",
+}
+
 SNAPSHOT = """
 import sys
 import torch, transformers, transformers.trainer, transformers.modeling_utils
@@ -78,9 +85,16 @@ print(args.optim.value)
 
 
 def test_the_list_is_pinned_and_says_why():
-    assert {wrap.target for wrap in WRAPPED if wrap.wrapper} == TARGETS
-    assert {wrap.target for wrap in WRAPPED if not wrap.wrapper} == ADDED_TO
-    assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in WRAPPED)
+    by_maker = {
+        maker: [wrap for wrap in listed() if wrap.made_by == maker]
+        for maker in {wrap.made_by for wrap in listed()}
+    }
+    assert by_maker.keys() == {ON_IMPORT, LAUNCHER}
+    assert {wrap.target for wrap in by_maker[ON_IMPORT] if wrap.wrapper} == TARGETS
+    assert {wrap.target for wrap in by_maker[ON_IMPORT] if not wrap.wrapper} == ADDED_TO
+    assert {wrap.target for wrap in by_maker[LAUNCHER]} == LAUNCHER_TARGETS
+    assert len(listed()) == len(TARGETS | ADDED_TO) + len(LAUNCHER_TARGETS)
+    assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in listed())
 
 
 def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
