@@ -292,8 +292,15 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     assert report["is_healthy"]
     assert [change["target"] for change in report["changes"]] == [w.target for w in listed()]
     # The hook comes with the first patch, which another test may have made.
-    certain = [c for c in report["changes"] if not re.search("peft|step_post_hook", c["target"])]
+    certain = [
+        change
+        for change in report["changes"]
+        if change["made_by"] == "import hf_stable"
+        and not re.search("peft|step_post_hook", change["target"])
+    ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
+    launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
+    assert len(launched) == 2 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 
