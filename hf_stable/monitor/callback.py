@@ -32,7 +32,7 @@ from hf_stable.monitor.readings import (
     scale_rates,
 )
 from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
-from hf_stable.trainer.watching import alert_trackers
+from hf_stable.monitor.trackers import alert_trackers
 
 __all__ = ["StabilityCallback"]
 
