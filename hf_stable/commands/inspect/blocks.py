@@ -33,7 +33,7 @@ from hf_stable.measures.products import (
     stable_rank,
 )
 from hf_stable.modeling_hf_stable import PREFIX
-from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.monitor.terms import SEC_VALUES
 from hf_stable.trainer.plugin import key_renaming
 
 __all__ = [
