@@ -22,7 +22,7 @@ import hf_stable
 from hf_stable.commands.conventions import BAD_INPUT, BROKEN_PIPE, CRASH, NO, SUCCESS
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, diagnose, list_changes
 from hf_stable.commands.main import app, main
-from hf_stable.trainer.plugin import WRAPPED
+from hf_stable.trainer.changes import listed
 
 COMMANDS = (
     "demo",
@@ -282,16 +282,23 @@ def test_report_indents_what_a_terminal_wraps(three_runs, tmp_path):
 def test_doctor_lists_versions_support_and_every_change(capsys):
     assert main(["doctor"]) == SUCCESS
     out = capsys.readouterr().out
-    for wrap in WRAPPED:
+    for wrap in listed():
         assert wrap.target in out and wrap.reason in out
     assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
     assert main(["doctor", "--json"]) == SUCCESS
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
-    assert [change["target"] for change in report["changes"]] == [w.target for w in WRAPPED]
+    assert [change["target"] for change in report["changes"]] == [w.target for w in listed()]
     # The hook comes with the first patch, which another test may have made.
-    certain = [c for c in report["changes"] if not re.search("peft|step_post_hook", c["target"])]
+    certain = [
+        change
+        for change in report["changes"]
+        if change["made_by"] == "import hf_stable"
+        and not re.search("peft|step_post_hook", change["target"])
+    ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
+    launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
+    assert len(launched) == 2 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 
@@ -307,9 +314,10 @@ def test_doctor_says_what_a_report_of_a_bug_needs(capsys):
 
 
 def test_the_list_of_changes_is_a_table_for_the_guide():
+    first = listed()[0]
     lines = changes_as_markdown(list_changes()).splitlines()
-    assert len(lines) == len(WRAPPED) + 2 and all(line.count("|") == 3 for line in lines)
-    assert f"| `{WRAPPED[0].target}` | {WRAPPED[0].reason} |" in lines
+    assert len(lines) == len(listed()) + 2 and all(line.count("|") == 4 for line in lines)
+    assert f"| `{first.target}` | {first.made_by} | {first.reason} |" in lines
 
 
 def test_doctor_sees_what_is_in_place_and_what_is_not(monkeypatch):

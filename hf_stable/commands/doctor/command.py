@@ -22,7 +22,7 @@ room = typer.Typer()
 def doctor(as_json: Json = False, debug: Debug = False) -> int:
     """Show what a report of a bug needs.
 
-    Versions, the machine, what is supported, and all that importing hf_stable changes in a process.
+    Versions, the machine, what is supported, and all that hf_stable changes in a process.
     Exit code 1 if something that hf_stable needs is missing or of a version that it does not fit.
     """
     from hf_stable.commands.doctor.diagnosis import diagnose
@@ -45,9 +45,10 @@ def _print_diagnosis(report: Diagnosis) -> None:
     for name, value in report.machine.items():
         machine.add_row(name, value)
     console.print("Here", machine, "", sep="\n")
-    changes = make_table("what", "in place", "why")
+    changes = make_table("what", "by", "in place", "why")
     for change in report.changes:
-        changes.add_row(change.target, "yes" if change.active else "no", change.reason)
-    console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
+        in_place = "yes" if change.active else "no"
+        changes.add_row(change.target, change.made_by, in_place, change.reason)
+    console.print("What hf_stable changes in a process, by what", changes, "", sep="\n")
     for name, values in report.supported.items():
         console.print(f"{name}: {', '.join(values)}")

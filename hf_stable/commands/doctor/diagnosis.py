@@ -11,9 +11,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 
+import hf_stable.commands.launch.attaching  # noqa: F401  (has changes of its own on the list)
 from hf_stable.architectures import supported_architectures
 from hf_stable.methods.patching import METHODS
-from hf_stable.trainer.plugin import OPTIMIZER_NAME, WRAPPED, is_in_place
+from hf_stable.trainer.changes import is_in_place, listed
+from hf_stable.trainer.optimizer import OPTIMIZER_NAME
 
 __all__ = [
     "ChangeRow",
@@ -52,16 +54,18 @@ class PackageRow:
 
 @dataclass(frozen=True)
 class ChangeRow:
-    """Something that importing hf_stable changes in a process.
+    """Something that hf_stable changes in a process.
 
     Attributes:
         target: `module:qualified.name` of what is wrapped or added to.
         reason: why.
+        made_by: what makes the change: the import of hf_stable, or a command.
         active: whether the change is in place in this process now.
     """
 
     target: str
     reason: str
+    made_by: str
     active: bool
 
 
@@ -102,14 +106,16 @@ def diagnose() -> Diagnosis:
 
 
 def list_changes() -> tuple[ChangeRow, ...]:
-    """Return all that importing hf_stable changes in a process."""
-    return tuple(ChangeRow(wrap.target, wrap.reason, is_in_place(wrap)) for wrap in WRAPPED)
+    """Return all that hf_stable changes in a process."""
+    return tuple(
+        ChangeRow(wrap.target, wrap.reason, wrap.made_by, is_in_place(wrap)) for wrap in listed()
+    )
 
 
 def changes_as_markdown(changes: Sequence[ChangeRow]) -> str:
     """Return the list of changes as the table that the guide shows."""
-    rows = [f"| `{change.target}` | {change.reason} |" for change in changes]
-    return "\n".join(["| What | Why |", "|---|---|", *rows]) + "\n"
+    rows = [f"| `{change.target}` | {change.made_by} | {change.reason} |" for change in changes]
+    return "\n".join(["| What | By | Why |", "|---|---|---|", *rows]) + "\n"
 
 
 def _packages() -> tuple[PackageRow, ...]:

@@ -15,7 +15,7 @@ import hf_stable
 from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
 from hf_stable.commands.main import main
-from hf_stable.measures.spectral import as_matrix
+from hf_stable.measures.matrices import as_matrix
 
 # A singular value of float32 entries is known to some 1e-6 of itself.
 RTOL = 1e-5
