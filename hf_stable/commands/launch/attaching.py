@@ -23,8 +23,6 @@ __all__ = ["LAUNCHER", "Attachment", "attach"]
 
 LAUNCHER = "hf-stable run"
 
-_attached: list[Attachment] = []
-
 
 def attach(options: RunOptions) -> Attachment:
     """Attach to every Trainer that this process builds from now on.
@@ -33,10 +31,10 @@ def attach(options: RunOptions) -> Attachment:
     monitor among its callbacks; no optimizer exists at that moment. Models that `model_init`
     makes later are patched as they are made.
     """
-    attachment = Attachment(options)
-    _attached.append(attachment)
+    global _attachment
+    _attachment = Attachment(options)
     make(LAUNCHER)
-    return attachment
+    return _attachment
 
 
 @wrapping(
@@ -46,8 +44,7 @@ def attach(options: RunOptions) -> Attachment:
 )
 def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     build(trainer, *args, **kwargs)
-    for attachment in _attached:
-        attachment.add(trainer)
+    _attachment.add(trainer)
 
 
 @wrapping(
@@ -56,17 +53,15 @@ def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -
     made_by=LAUNCHER,
 )
 def _train_and_fold(train: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    folding = [attachment for attachment in _attached if attachment.folds(trainer)]
-    for attachment in folding:
-        attachment.refuse_folded(trainer)
-        attachment.training.add(trainer)
+    if not _attachment.folds(trainer):
+        return train(trainer, *args, **kwargs)
+    _attachment.refuse_folded(trainer)
+    _attachment.training.add(trainer)
     try:
         result = train(trainer, *args, **kwargs)
     finally:
-        for attachment in folding:
-            attachment.training.discard(trainer)
-    for attachment in folding:
-        attachment.fold(trainer)
+        _attachment.training.discard(trainer)
+    _attachment.fold(trainer)
     return result
 
 
@@ -156,6 +151,10 @@ class Attachment:
         }
         _say(f"StabilityCallback({', '.join(f'{k}={v!r}' for k, v in given.items())}) added")
         return StabilityCallback(**given)
+
+
+_attachment = Attachment(RunOptions())
+"""What the script of this process runs with."""
 
 
 def _say(message: str) -> None:
