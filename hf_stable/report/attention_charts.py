@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hf_stable.monitor.terms import find_term, names_of
 from hf_stable.report.charts import Curve, Section, make_chart, not_recorded
 from hf_stable.report.curves import compare_runs, layer_curves, title_of
 from hf_stable.report.run_records import RunRecords, short_names
@@ -47,29 +48,21 @@ def entropy_section(runs: Sequence[RunRecords]) -> Section:
 def spectra_section(runs: Sequence[RunRecords]) -> Section:
     """Return concentration, norm and stable rank of Wq^T Wk of each layer, charts of each run."""
     charts = []
-    for quantity, title, unit in (
-        ("sec", "Spectral energy concentration SEC(d_q, 4)", "share of energy (0 to 1)"),
-        ("sigma_qk", "\u03c3\u2081(Wq\u1d40Wk)", "largest singular value"),
-        ("stable_rank", "Stable rank of Wq\u1d40Wk", "directions"),
-    ):
-        if quantity == "stable_rank" and not any(layer_curves(r, 0, quantity) for r in runs):
+    for name in names_of(section="spectra"):
+        term = find_term(name)
+        if not term.default and not any(layer_curves(run, 0, name) for run in runs):
             continue
-        log = quantity == "sigma_qk"
         if len(runs) > 1:
-            charts.append(
-                replace(
-                    compare_runs(runs, quantity, f"{title}: worst head, every run", unit), log=log
-                )
-            )
+            title = f"{term.title}: worst head, every run"
+            charts.append(replace(compare_runs(runs, name, title, term.unit), log=term.log_scale))
         for number, run in enumerate(runs):
-            curves = layer_curves(run, number, quantity)
             chart = make_chart(
-                title_of(f"{title}: worst head of each layer", run, runs),
-                unit,
-                curves,
-                missing=not_recorded(run, quantity),
+                title_of(f"{term.title}: worst head of each layer", run, runs),
+                term.unit,
+                layer_curves(run, number, name),
+                missing=not_recorded(run, name),
             )
-            charts.append(replace(chart, log=log))
+            charts.append(replace(chart, log=term.log_scale))
     return Section(
         "spectra",
         "Spectra of Wq\u1d40Wk",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from hf_stable.monitor.terms import find_term
 from hf_stable.report.run_records import Event, Probe, RunRecords
 from hf_stable.report.values import curve_points, to_number
 
@@ -53,7 +54,7 @@ def _of_probe(probe: Probe) -> Iterator[Cells]:
                 continue
             heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
             for head, entry in heads:
-                if quantity == "mode":
+                if find_term(quantity).per == "mode":
                     yield *at, quantity, layer, head, math.nan, str(entry)
                 else:
                     yield *at, quantity, layer, head, to_number(entry), None

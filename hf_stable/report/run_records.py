@@ -10,12 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_stable.monitor.terms import find_term
 from hf_stable.report.values import to_number, to_step, worst_head
 
 __all__ = ["AttentionMap", "Event", "Probe", "RunRecords", "short_names"]
-
-OF_MODULES = ("gamma",)
-"""Quantities whose names are not those of layers but of the modules within them."""
 
 
 class AttentionMap(NamedTuple):
@@ -102,7 +100,7 @@ class RunRecords:
         seen: dict[str, None] = {}
         for probe in self.probes:
             for name, by_layer in probe.quantities.items():
-                if name not in OF_MODULES:
+                if find_term(name).per != "weight":  # whose names are of modules within layers
                     seen |= dict.fromkeys(by_layer)
         return list(seen)
 

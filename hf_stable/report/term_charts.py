@@ -5,31 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from hf_stable.monitor.terms import Term, find_term, names_of
 from hf_stable.report.charts import ALL_RUNS, Chart, Curve, Section, make_chart, not_recorded
 from hf_stable.report.curves import compare_runs, layer_curves, segments
 from hf_stable.report.run_records import RunRecords, short_names
 from hf_stable.report.values import worst_head
 
 __all__ = ["rates_section", "terms_section"]
-
-BLOCK_TERMS = (
-    ("sigma_wq", "\u03c3\u2081(Wq)"),
-    ("sigma_wk", "\u03c3\u2081(Wk)"),
-    ("sigma_wv", "\u03c3\u2081(Wv)"),
-    ("sigma_wo", "\u03c3\u2081(Wo)"),
-    ("sigma_w1", "\u03c3\u2081(W1)"),
-    ("sigma_w2", "\u03c3\u2081(W2)"),
-    ("sigma_qk", "\u03c3\u2081(Wq\u1d40Wk), largest head"),
-    ("sigma_ov", "\u03c3\u2081(Wo Wv), largest head"),
-    ("sigma_w2w1", "\u03c3\u2081(W2 W1)"),
-    ("norm_gamma1", "\u2016\u03b31\u2016, gain of norm 1"),
-    ("norm_beta1", "\u2016\u03b21\u2016, bias of norm 1"),
-    ("norm_gamma2", "\u2016\u03b32\u2016, gain of norm 2"),
-    ("norm_beta2", "\u2016\u03b22\u2016, bias of norm 2"),
-    ("norm_x", "\u2016x\u2016, input of the block"),
-    ("norm_dx", "\u2016\u2202L/\u2202x\u2016, its gradient"),
-)
-"""The fifteen terms of Eq. 1 and Figure 1 (Qi et al. 2025), in its order."""
 
 OUTSIDE = "outside the blocks"
 
@@ -38,18 +20,18 @@ def terms_section(runs: Sequence[RunRecords]) -> Section:
     """Return a panel per term, with a curve per block; of several runs one that compares too."""
     charts = []
     if len(runs) > 1:
-        for quantity, title in BLOCK_TERMS:
-            chart = compare_runs(runs, quantity, title, _term_unit(quantity))
-            charts.append(replace(chart, variant=ALL_RUNS, log=True))
+        for term in _block_terms():
+            chart = compare_runs(runs, term.name, _block_title(term), term.unit)
+            charts.append(replace(chart, variant=ALL_RUNS, log=term.log_scale))
     for number, run in enumerate(runs):
-        for quantity, title in BLOCK_TERMS:
+        for term in _block_terms():
             chart = make_chart(
-                title,
-                _term_unit(quantity),
-                layer_curves(run, number, quantity),
-                missing=not_recorded(run, quantity),
+                _block_title(term),
+                term.unit,
+                layer_curves(run, number, term.name),
+                missing=not_recorded(run, term.name),
             )
-            charts.append(replace(chart, variant=run.name, log=True))
+            charts.append(replace(chart, variant=run.name, log=term.log_scale))
     return Section(
         "terms",
         "Fifteen terms of each block",
@@ -61,8 +43,13 @@ def terms_section(runs: Sequence[RunRecords]) -> Section:
     )
 
 
-def _term_unit(quantity: str) -> str:
-    return "l2 norm" if quantity.startswith("norm_") else "singular value"
+def _block_terms() -> list[Term]:
+    """Return the fifteen terms of Eq. 1 and Figure 1 (Qi et al. 2025), in its order."""
+    return [find_term(name) for name in names_of(section="terms")]
+
+
+def _block_title(term: Term) -> str:
+    return f"{term.title}, largest head" if term.per == "head" else term.title
 
 
 def rates_section(runs: Sequence[RunRecords]) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hf_stable.monitor.log_keys import LOW_IS_BAD
+from hf_stable.monitor.terms import find_term
 
 __all__ = ["curve_points", "to_number", "to_step", "worst_head"]
 
@@ -28,7 +28,7 @@ def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
     finite = [(number, i) for i, v in enumerate(value) if math.isfinite(number := to_number(v))]
     if not finite:
         return math.nan, None
-    return min(finite) if quantity in LOW_IS_BAD else max(finite)
+    return min(finite) if find_term(quantity).low_is_bad else max(finite)
 
 
 def curve_points(value: Any) -> list[tuple[int, float]]:

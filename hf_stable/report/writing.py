@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_stable._files import write_whole
 from hf_stable._json import as_json_value
+from hf_stable._whole_files import write_whole
 from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page, require_page_packages

@@ -52,7 +52,7 @@ def test_a_folder_that_names_no_class_of_transformers_is_refused(tmp_path):
     tiny_model("vit").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MyViT"]}))
-    with pytest.raises(ValueError, match="'MyViT' under 'architectures'"):
+    with pytest.raises(ValueError, match=r"\['MyViT'\] under 'architectures'"):
         load_saved(tmp_path)
 
 
