@@ -21,8 +21,9 @@ from hf_stable.methods.config import CONFIGS_ATTRIBUTE
 from hf_stable.methods.layernorms.removal import RemovalConfig
 from hf_stable.methods.layernorms.standalone import standalone_class
 from hf_stable.methods.patching import patch_configs
-from hf_stable.methods.sigma_reparam.layers import SIGMA_CLASSES, SigmaLayer, SigmaState
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
+from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState
 
 __all__ = ["load", "restoring"]
 

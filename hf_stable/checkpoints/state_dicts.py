@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from hf_stable._ranks import whole_tensor
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
@@ -38,7 +38,7 @@ def fold_state_dict(
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
     """
-    plain = {key: _whole(value) for key, value in state_dict.items()}
+    plain = {key: whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
     layers = sigma_layers(model)
     num_found = 0
@@ -56,7 +56,7 @@ def fold_state_dict(
             )
         for part, tensor in parts.items():
             if tensor is None:
-                parts[part] = _whole(getattr(layer, part)).detach().to(weight.device)
+                parts[part] = whole_tensor(getattr(layer, part)).detach().to(weight.device)
         raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
         scale = parts["gamma"] / parts["sigma"]
         plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
@@ -68,7 +68,3 @@ def fold_state_dict(
                 "that of the model inside"
             )
     return plain, raw if num_found == len(layers) else {}
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.monitor.terms import SEC_VALUES
 from hf_stable.report.charts import (
     ALL_RUNS,
     Axis,

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_stable.monitor.log_keys import LOW_IS_BAD
+from hf_stable.monitor.terms import find_term
 
 __all__ = [
     "TIDY_COLUMNS",
@@ -30,9 +30,6 @@ TIDY_COLUMNS = ("run", "attempt", "step", "quantity", "layer", "head", "value", 
 
 MOST_SIZES = 32
 """Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
-
-OF_MODULES = ("gamma",)
-"""Quantities whose names are not those of layers but of the modules within them."""
 
 
 class AttentionMap(NamedTuple):
@@ -119,7 +116,7 @@ class RunRecords:
         seen: dict[str, None] = {}
         for probe in self.probes:
             for name, by_layer in probe.quantities.items():
-                if name not in OF_MODULES:
+                if find_term(name).per != "weight":  # whose names are of modules within layers
                     seen |= dict.fromkeys(by_layer)
         return list(seen)
 
@@ -235,7 +232,7 @@ def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
     finite = [(number, i) for i, v in enumerate(value) if math.isfinite(number := to_number(v))]
     if not finite:
         return math.nan, None
-    return min(finite) if quantity in LOW_IS_BAD else max(finite)
+    return min(finite) if find_term(quantity).low_is_bad else max(finite)
 
 
 def curve_points(value: Any) -> list[tuple[int, float]]:
@@ -292,7 +289,7 @@ def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
                     continue
                 heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
                 for head, entry in heads:
-                    if quantity == "mode":
+                    if find_term(quantity).per == "mode":
                         yield row(*at, quantity, layer, head, math.nan, str(entry))
                     else:
                         yield row(*at, quantity, layer, head, to_number(entry), None)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from hf_stable.monitor.terms import Term, find_term, names_of
 from hf_stable.report.charts import (
     ALL_RUNS,
     Chart,
@@ -24,25 +25,6 @@ from hf_stable.report.concentration import concentration_section
 from hf_stable.report.run_records import RunRecords, short_names, to_number, worst_head
 
 __all__ = ["build_sections"]
-
-BLOCK_TERMS = (
-    ("sigma_wq", "\u03c3\u2081(Wq)"),
-    ("sigma_wk", "\u03c3\u2081(Wk)"),
-    ("sigma_wv", "\u03c3\u2081(Wv)"),
-    ("sigma_wo", "\u03c3\u2081(Wo)"),
-    ("sigma_w1", "\u03c3\u2081(W1)"),
-    ("sigma_w2", "\u03c3\u2081(W2)"),
-    ("sigma_qk", "\u03c3\u2081(Wq\u1d40Wk), largest head"),
-    ("sigma_ov", "\u03c3\u2081(Wo Wv), largest head"),
-    ("sigma_w2w1", "\u03c3\u2081(W2 W1)"),
-    ("norm_gamma1", "\u2016\u03b31\u2016, gain of norm 1"),
-    ("norm_beta1", "\u2016\u03b21\u2016, bias of norm 1"),
-    ("norm_gamma2", "\u2016\u03b32\u2016, gain of norm 2"),
-    ("norm_beta2", "\u2016\u03b22\u2016, bias of norm 2"),
-    ("norm_x", "\u2016x\u2016, input of the block"),
-    ("norm_dx", "\u2016\u2202L/\u2202x\u2016, its gradient"),
-)
-"""The fifteen terms of Eq. 1 and Figure 1 (Qi et al. 2025), in its order."""
 
 OUTSIDE = "outside the blocks"
 
@@ -146,27 +128,21 @@ def _entropy_section(runs: Sequence[RunRecords]) -> Section:
 
 def _spectra_section(runs: Sequence[RunRecords]) -> Section:
     charts = []
-    for quantity, title, unit in (
-        ("sec", "Spectral energy concentration SEC(d_q, 4)", "share of energy (0 to 1)"),
-        ("sigma_qk", "\u03c3\u2081(Wq\u1d40Wk)", "largest singular value"),
-        ("stable_rank", "Stable rank of Wq\u1d40Wk", "directions"),
-    ):
-        if quantity == "stable_rank" and not any(_by_layer(r, 0, quantity) for r in runs):
+    for name in names_of(section="spectra"):
+        term = find_term(name)
+        if not term.default and not any(_by_layer(run, 0, name) for run in runs):
             continue
-        log = quantity == "sigma_qk"
         if len(runs) > 1:
-            charts.append(
-                replace(_compared(runs, quantity, f"{title}: worst head, every run", unit), log=log)
-            )
+            title = f"{term.title}: worst head, every run"
+            charts.append(replace(_compared(runs, name, title, term.unit), log=term.log_scale))
         for number, run in enumerate(runs):
-            curves = _by_layer(run, number, quantity)
             chart = make_chart(
-                _of_run(f"{title}: worst head of each layer", run, runs),
-                unit,
-                curves,
-                missing=not_recorded(run, quantity),
+                _of_run(f"{term.title}: worst head of each layer", run, runs),
+                term.unit,
+                _by_layer(run, number, name),
+                missing=not_recorded(run, name),
             )
-            charts.append(replace(chart, log=log))
+            charts.append(replace(chart, log=term.log_scale))
     return Section(
         "spectra",
         "Spectra of Wq\u1d40Wk",
@@ -179,18 +155,18 @@ def _spectra_section(runs: Sequence[RunRecords]) -> Section:
 def _terms_section(runs: Sequence[RunRecords]) -> Section:
     charts = []
     if len(runs) > 1:
-        for quantity, title in BLOCK_TERMS:
-            chart = _compared(runs, quantity, title, _term_unit(quantity))
-            charts.append(replace(chart, variant=ALL_RUNS, log=True))
+        for term in _block_terms():
+            chart = _compared(runs, term.name, _block_title(term), term.unit)
+            charts.append(replace(chart, variant=ALL_RUNS, log=term.log_scale))
     for number, run in enumerate(runs):
-        for quantity, title in BLOCK_TERMS:
+        for term in _block_terms():
             chart = make_chart(
-                title,
-                _term_unit(quantity),
-                _by_layer(run, number, quantity),
-                missing=not_recorded(run, quantity),
+                _block_title(term),
+                term.unit,
+                _by_layer(run, number, term.name),
+                missing=not_recorded(run, term.name),
             )
-            charts.append(replace(chart, variant=run.name, log=True))
+            charts.append(replace(chart, variant=run.name, log=term.log_scale))
     return Section(
         "terms",
         "Fifteen terms of each block",
@@ -202,8 +178,13 @@ def _terms_section(runs: Sequence[RunRecords]) -> Section:
     )
 
 
-def _term_unit(quantity: str) -> str:
-    return "l2 norm" if quantity.startswith("norm_") else "singular value"
+def _block_terms() -> list[Term]:
+    """Return the fifteen terms of Eq. 1 and Figure 1 (Qi et al. 2025), in its order."""
+    return [find_term(name) for name in names_of(section="terms")]
+
+
+def _block_title(term: Term) -> str:
+    return f"{term.title}, largest head" if term.per == "head" else term.title
 
 
 def _rates_section(runs: Sequence[RunRecords]) -> Section:

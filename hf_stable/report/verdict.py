@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_stable.monitor.alarms import ADVICE, Thresholds
-from hf_stable.monitor.log_keys import UNUSED_SHARE
+from hf_stable.monitor.terms import UNUSED_SHARE
 from hf_stable.report.findings import (
     Collapse,
     LossTrouble,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.groups import part_schedule
 from hf_stable.checkpoints.completeness import is_complete, newest_complete
 from hf_stable.checkpoints.continuing import restoring
@@ -50,7 +51,7 @@ def _load_best_model(original: Any, trainer: Any) -> None:
 )  # fmt: skip
 def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
     original(trainer, checkpoint)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = inner_optimizer(trainer.optimizer)
     part_schedule(trainer.lr_scheduler, optimizer)
 
 

@@ -22,9 +22,13 @@ from hf_stable.architectures.registry import (
 )
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
-from hf_stable.monitor.block_terms import WEIGHT_TERMS
-from hf_stable.monitor.probing import ATTENTION_TERMS, TERMS, probe
+from hf_stable.monitor.probing import probe
 from hf_stable.monitor.records import MAP_SIZE
+from hf_stable.monitor.terms import names_of
+
+ALL_TERMS = names_of()
+ATTENTION_TERMS = names_of(seen=("attention",))
+WEIGHT_TERMS = names_of(seen=("weights",))
 
 FIFTEEN = (
     "sigma_wq", "sigma_wk", "sigma_wv", "sigma_wo", "sigma_w1", "sigma_w2", "sigma_qk", "sigma_ov",
@@ -66,7 +70,7 @@ def assert_same_tensors(left, right):
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def assert_same_records(left, right, *, terms=TERMS, atol=1e-5, rtol=1e-5):
+def assert_same_records(left, right, *, terms=ALL_TERMS, atol=1e-5, rtol=1e-5):
     for term in terms:
         a, b = getattr(left, term), getattr(right, term)
         assert list(a) == list(b), term
@@ -704,7 +708,7 @@ def test_only_the_terms_asked_for_are_recorded(model_type):
     for terms in (["entropy"], ["sigma_qk", "norm_dx"], ["mode"], ["entropy_bound"]):
         with probe(model, terms=terms) as records:
             model(**tiny_batch(model)).loss.backward()
-        assert list(records.to_dict()) == sorted(terms, key=list(records.__dict__).index)
+        assert list(records.to_dict()) == sorted(terms, key=ALL_TERMS.index)
     with probe(model, terms="default") as records:
         model(**tiny_batch(model)).loss.backward()
     assert "sigma_w1" not in records.to_dict()

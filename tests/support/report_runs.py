@@ -7,7 +7,7 @@ import math
 import re
 
 from hf_stable.monitor.log_file import StabilityLog
-from hf_stable.monitor.probing import TERMS
+from hf_stable.monitor.terms import names_of
 
 LAYERS = ("vit.layers.0", "vit.layers.1")
 
@@ -127,7 +127,7 @@ def deep_probe(step, side, num_layers=12, num_heads=12):
     """All that a probe of twelve layers records, with maps."""
     quantities = calm(step, num_layers, num_heads, sigma_qk=1 + step / 5000)
     layers = list(quantities["mode"])
-    for i, name in enumerate(TERMS):
+    for i, name in enumerate(names_of()):
         if name not in quantities:
             per_head = name in ("entropy_bound", "sigma_ov", "stable_rank")
             value = 1.0 + math.sin(step * (i + 1))

@@ -31,7 +31,7 @@ from hf_stable.measures.products import (
     spectral_energy_concentration,
     stable_rank,
 )
-from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.monitor.terms import SEC_VALUES
 
 __all__ = [
     "BlockSpectrum",
