@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["missing_package", "nearest"]
+__all__ = ["extra_needed", "nearest"]
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
@@ -15,10 +15,17 @@ def nearest(given: object, allowed: Iterable[object]) -> str:
     return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
-def missing_package(name: str, *, needed_by: str, extra: str) -> ModuleNotFoundError:
-    """Return the error for a package that is not installed: who needs it and how to get it."""
+def extra_needed(what: str, extra: str, missing: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error of something that needs a package of one of our extras.
+
+    Args:
+        what: needs it, such as "the page".
+        extra: brings it.
+        missing: the error of its import.
+    """
+    package = (missing.name or "a package").split(".")[0]
     return ModuleNotFoundError(
-        f"{needed_by} needs {name}, which comes with the {extra} extra: "
+        f"{what} needs {package}, which comes with the {extra} extra: "
         f'pip install "hf-stable[{extra}]"',
-        name=name,
+        name=package,
     )

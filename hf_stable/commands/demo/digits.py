@@ -5,14 +5,13 @@ What comes from the `recipes` extra is imported when it is needed.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_stable._wording import missing_package
+from hf_stable._wording import extra_needed
 
 __all__ = ["accuracy_metric", "load_digits", "require_recipes"]
 
@@ -22,8 +21,10 @@ NUM_TEST_IMAGES = 360
 def require_recipes() -> None:
     """Raise ModuleNotFoundError, saying what to install, unless what the demo needs is there."""
     for name in ("datasets", "evaluate", "plotly", "sklearn"):
-        if find_spec(name) is None:
-            raise missing_package(name, needed_by="the demo", extra="recipes")
+        try:
+            __import__(name)
+        except ModuleNotFoundError as error:
+            raise extra_needed("the demo", "recipes", error) from error
 
 
 def load_digits(seed: int, quick: bool) -> Any:
