@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
 from hf_stable.commands.doctor import diagnose
-from hf_stable.monitor import log_keys
+from hf_stable.monitor import terms
 from recipes.evidence import lateness
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,10 +28,9 @@ def changes() -> list[str]:
     return ["| what | why |", "|---|---|", *rows]
 
 
-def keys() -> list[str]:
-    """Return the names of the values that the monitor logs."""
-    assert log_keys.__doc__ is not None
-    return [line for line in log_keys.__doc__.splitlines() if line.startswith("|")]
+def monitored() -> list[str]:
+    """Return every term of the monitor, with the names of what it logs."""
+    return terms.table().splitlines()
 
 
 def late() -> list[str]:
@@ -41,7 +40,7 @@ def late() -> list[str]:
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
-    "keys": ("hf_stable/monitor/README.md", keys),
+    "terms": ("hf_stable/monitor/README.md", monitored),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
