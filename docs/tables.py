@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
-from hf_stable.commands.doctor import diagnose
+from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.monitor import terms
 from recipes.evidence import lateness
 
@@ -24,8 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def changes() -> list[str]:
     """Return what importing hf_stable changes, and why."""
-    rows = [f"| `{row.target}` | {row.reason} |" for row in diagnose().changes]
-    return ["| what | why |", "|---|---|", *rows]
+    return changes_as_markdown(list_changes()).splitlines()
 
 
 def monitored() -> list[str]:

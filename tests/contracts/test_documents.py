@@ -14,10 +14,11 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+import typer
 from documents import CARDS, DOCUMENTS, GUIDES, README, ROOT, CodeBlock, code_blocks
 
 import hf_stable
-from hf_stable.commands.main import main
+from hf_stable.commands.main import app, main
 from hf_stable.public_modules import PUBLIC
 
 RUN_ELSEWHERE = {"main-job", "tests"}
@@ -164,23 +165,16 @@ def test_excerpts_of_python_parse_and_name_what_exists(document):
 
 def options_of(words: list[str]) -> tuple[str, set[str], set[str]]:
     """A command, the options that a document gives it, and those that it has."""
-    import typer
-
-    from hf_stable.commands.launch.options import make_parser
-    from hf_stable.commands.main import app
-
-    if words[0] == "run":
-        script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
-        given = {word for word in words[1:script] if word.startswith("--")}
-        return "run", given, set(make_parser()._option_string_actions)
     command, name = typer.main.get_command(app), "hf-stable"
-    known = {option for parameter in command.params for option in parameter.opts}
+    known = {"--help"}
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), len(words))
     for word in words:
+        known |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
         if word in getattr(command, "commands", {}):
             command, name = command.commands[word], word
-            options = [p.opts + p.secondary_opts for p in command.params]
-            known |= {option for each in options for option in each}
-    return name, {word for word in words if word.startswith("--")}, known | {"--help"}
+    known |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    given = words[:script] if name == "run" else words
+    return name, {word for word in given if word.startswith("--")}, known
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -196,10 +190,6 @@ def test_every_option_of_a_command_exists(document):
 
 
 def test_every_command_is_in_its_card_and_no_other():
-    import typer
-
-    from hf_stable.commands.main import app
-
     commands = {command.name for command in typer.main.get_command(app).commands.values()}
     card = (ROOT / "hf_stable" / "commands" / "README.md").read_text()
     assert set(re.findall(r"`hf-stable ([a-z]+)", card)) == commands
