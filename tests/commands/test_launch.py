@@ -65,6 +65,7 @@ def launch(monkeypatch, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as trainers:
             for name in ("__init__", "train"):
                 trainers.setattr(Trainer, name, getattr(Trainer, name))
+            trainers.setattr("hf_stable.commands.launch.launcher._attached", [])
             main([str(arg) for arg in argv])
         return capsys.readouterr().err
 
