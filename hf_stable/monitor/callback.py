@@ -33,7 +33,7 @@ from hf_stable.monitor.readings import (
     value_of_first_rank,
 )
 from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
-from hf_stable.trainer.watching import alert_trackers
+from hf_stable.monitor.trackers import alert_trackers
 
 __all__ = ["StabilityCallback"]
 
@@ -145,7 +145,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._stack.close()
         self._started = time.perf_counter()
         model = kwargs["model"]
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        # The Trainer fails to save where a checkpoint of a run without it left no entry for it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if isinstance(saved, list):
             raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
         if callable(self.on_collapse) and args.restore_callback_states_from_checkpoint:

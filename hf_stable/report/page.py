@@ -7,7 +7,6 @@ plotly.js from data in the page (`assets/page.js`).
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -15,6 +14,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from hf_stable._json import to_json
 from hf_stable.report.charts import Chart, Mark, Section, marks_of, order_layers
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.run_records import RunRecords, to_number
@@ -224,7 +224,7 @@ def _notes(runs: Sequence[RunRecords]) -> str:
 
 
 def _json(content: Any) -> str:
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    text = to_json(content, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_stable._json import as_json_value
+from hf_stable._json import to_json
 from hf_stable.report.images import write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page
@@ -88,7 +87,7 @@ def write_report(
         )
         _write(target, page)
     elif format == "json":
-        _write(target, json.dumps(_content(runs, summaries), allow_nan=False) + "\n")
+        _write(target, to_json(_content(runs, summaries)) + "\n")
     else:
         _write_csv(target, runs)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
@@ -137,9 +136,9 @@ def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dic
     """Return everything for JSON, the rows as lists in the order of "columns"."""
     return {
         "runs": [
-            as_json_value(asdict(summary)) | {"path": run.path, "notes": list(run.notes)}
+            asdict(summary) | {"path": run.path, "notes": list(run.notes)}
             for run, summary in zip(runs, summaries, strict=True)
         ],
         "columns": list(TIDY_COLUMNS),
-        "rows": [as_json_value(list(row.values())) for run in runs for row in tidy_rows(run)],
+        "rows": [list(row.values()) for run in runs for row in tidy_rows(run)],
     }

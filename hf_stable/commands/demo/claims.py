@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hf_stable._json import as_json_value
+from hf_stable._json import as_json_value, to_json
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.commands.demo.runs import (
     DemoRun,
@@ -228,7 +228,7 @@ def run_demo(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "hf-stable")},
     )
-    (output / "results.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (output / "results.json").write_text(to_json(result.to_dict(), indent=2) + "\n")
     return result
 
 
