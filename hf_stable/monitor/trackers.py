@@ -1,4 +1,4 @@
-"""What experiment trackers are told beside the values in the Trainer's record: alarms."""
+"""Alerts in experiment trackers that have alerts of their own."""
 
 from __future__ import annotations
 
