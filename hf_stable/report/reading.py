@@ -16,7 +16,8 @@ from typing import Any
 from hf_stable._file_names import TRAINER_STATE_FILE
 from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.map_lines import cut_maps
-from hf_stable.report.run_records import Event, Probe, RunRecords, to_number, to_step
+from hf_stable.report.run_records import Event, Probe, RunRecords
+from hf_stable.report.values import to_number, to_step
 
 __all__ = ["name_runs", "read_run", "read_runs"]
 

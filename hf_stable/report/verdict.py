@@ -20,7 +20,8 @@ from hf_stable.report.findings import (
     find_trouble,
     hardly_moved,
 )
-from hf_stable.report.run_records import Event, RunRecords, short_names, to_number
+from hf_stable.report.run_records import Event, RunRecords, short_names
+from hf_stable.report.values import to_number
 
 __all__ = ["Verdict", "judge"]
 

@@ -27,7 +27,7 @@ FOLDERS = (
 )  # fmt: skip
 """From the ground up: a folder imports from itself and from those before it."""
 
-GROUND = ("_file_names", "_json", "_ranks", "_wording", "modeling_hf_stable")
+GROUND = ("_file_names", "_json", "_ranks", "_whole_files", "_wording", "modeling_hf_stable")
 FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log", "trainer_plugin")
 """Modules of the package's top level; "" is the package itself."""
 

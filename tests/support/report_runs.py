@@ -9,6 +9,9 @@ import re
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.monitor.terms import names_of
 
+FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
+"""Losses of a run in which all is well."""
+
 LAYERS = ("vit.layers.0", "vit.layers.1")
 
 
@@ -82,9 +85,6 @@ def collapsing(folder, *, malignant=True, lost=True, **options):
         "value": 40.0, "threshold": 4.0, "reason": "because", "advice": "try",
     }  # fmt: skip
     return write_run(folder, losses, probes, [("alarm", 80, alarm)] if lost else [], **options)
-
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
 
 def small_maps(num_layers=2, num_heads=2, shift=0):
