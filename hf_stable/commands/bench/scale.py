@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from hf_stable._json import to_json
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.commands.bench.cost_model import Cost, measure_shape, step_costs
 from hf_stable.commands.bench.machines import Machine
 from hf_stable.commands.bench.timing import PhaseClock, alternate, describe_machine
