@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.commands.bench.collectives import time_collectives
 from hf_stable.commands.bench.cost_model import Cost, measure_shape, step_costs
 from hf_stable.commands.bench.machines import Machine
