@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from rich.padding import Padding
 from rich.progress import Progress
 from rich.table import Table
 
-from hf_stable._json import as_json_value
+from hf_stable._json import to_json
 
 __all__ = [
     "indented",
@@ -49,7 +48,7 @@ def indented(sentences: Sequence[str]) -> list[Padding]:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print plain data for a machine; NaN and infinity as null, which JSON has no numbers for."""
-    print(json.dumps(as_json_value(content), indent=2, allow_nan=False))
+    print(to_json(content, indent=2))
 
 
 @contextlib.contextmanager

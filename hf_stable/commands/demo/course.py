@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hf_stable._json import to_json
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.commands.demo.digits import load_digits, require_recipes
 from hf_stable.commands.demo.parts import PARTS, DemoPart
@@ -82,7 +83,7 @@ def run_demo(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "hf-stable")},
     )
-    (output / "results.json").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    (output / "results.json").write_text(to_json(result.to_dict(), indent=2) + "\n")
     return result
 
 
