@@ -13,10 +13,7 @@ import transformers
 from exported_cases import ALL, METHODS, export_case, patched, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import sgd_steps, tiny_batch, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny_models import sgd_steps, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import hf_stable
@@ -37,14 +34,6 @@ PIPELINES = [
     ("text-classification", "bert", "BertForSequenceClassification"),
     ("token-classification", "bert", "BertForTokenClassification"),
 ]
-
-
-def tiny_tokenizer():
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
-    words = [*special.values(), *(f"w{i}" for i in range(34))]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_processor(model):

@@ -8,8 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file, save_file
-from test_norm_removal import METHOD
-from tiny_models import DEFAULT_HEADS, sgd_steps, tiny_batch, tiny_model
+from tiny_models import DEFAULT_HEADS, METHOD, sgd_steps, tiny_batch, tiny_model
 
 import hf_stable
 from hf_stable.checkpoints.folding import fold_checkpoint

@@ -10,8 +10,7 @@ import transformers
 from exported_cases import patched
 from hub_stand_in import assert_published, card_of, files
 from safetensors.torch import load_file, save_file
-from test_exporting import tiny_tokenizer
-from tiny_models import sgd_steps, tiny_batch, tiny_model
+from tiny_models import sgd_steps, tiny_batch, tiny_model, tiny_tokenizer
 
 import hf_stable
 from hf_stable.checkpoints.saved_models import export_saved, load_saved

@@ -122,10 +122,10 @@ def train_on_ranks(folder, mode, cases):
 
 UNDER_TORCHRUN = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], os.path.join(sys.argv[1], "..", "..")
 from accelerate import PartialState
 import torch.distributed as dist
-from test_parity import train_on_ranks
+from tests.contracts.test_parity import train_on_ranks
 
 folder, mode, *cases = sys.argv[2:]
 PartialState(cpu=True)  # joins the others, as the Trainer's arguments do

@@ -7,8 +7,7 @@ import shutil
 import time
 
 import pytest
-from report_runs import calm, collapsing, write_run
-from test_report_pictures import alarm, going_back, small_maps
+from report_runs import alarm, calm, collapsing, going_back, small_maps, write_run
 
 from hf_stable.report import write_report
 

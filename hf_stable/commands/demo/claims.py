@@ -246,7 +246,7 @@ def _one_thread() -> Iterator[None]:
 def _reload(output: Path) -> Reload:
     """Run the reload script, which knows nothing of hf_stable, in a process of its own."""
     script = output / "reload.py"
-    shutil.copyfile(Path(__file__).with_name("demo_reload.py"), script)
+    shutil.copyfile(Path(__file__).with_name("reload.py"), script)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(

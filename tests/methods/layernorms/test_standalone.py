@@ -9,8 +9,15 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from test_norm_removal import METHOD
-from tiny_models import DEFAULT_HEADS, MODEL_TYPES, sgd_steps, tiny_batch, tiny_config, tiny_model
+from tiny_models import (
+    DEFAULT_HEADS,
+    METHOD,
+    MODEL_TYPES,
+    sgd_steps,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
 from transformers.models.auto import modeling_auto
 
