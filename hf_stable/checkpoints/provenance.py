@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.checkpoints.sidecar import read_provenance
 from hf_stable.methods.layernorms.standalone import is_standalone
@@ -180,7 +181,7 @@ def _settings(trainer: Any, brings_optimizer: bool) -> dict[str, Any]:
 def _optimizer_settings(trainer: Any, is_given: bool) -> dict[str, Any]:
     args = trainer.args
     if is_given:  # the optimizer's settings are not those in the arguments then
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        optimizer = inner_optimizer(trainer.optimizer)
         return {"optimizer": f"{type(optimizer).__name__}, handed to the Trainer"}
     options = args.optim_args or ""
     if args.optim == "adamw2" and "tau" not in options:

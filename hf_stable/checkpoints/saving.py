@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.provenance import restore_provenance
 from hf_stable.checkpoints.sidecar import WAY_OUT, SavedState, read_state
@@ -29,8 +29,9 @@ from hf_stable.methods.layernorms.removal import RemovalConfig
 from hf_stable.methods.layernorms.standalone import standalone_class
 from hf_stable.methods.patching import STATE_FILE, patch_configs
 from hf_stable.methods.sigma_reparam.function import scale_blocks
-from hf_stable.methods.sigma_reparam.layers import SIGMA_CLASSES, SigmaLayer, SigmaState
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
+from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState
 
 __all__ = [
     "check_writable",
@@ -69,7 +70,7 @@ def fold_state_dict(
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
     """
-    plain = {key: _whole(value) for key, value in state_dict.items()}
+    plain = {key: whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
     layers = sigma_layers(model)
     num_found = 0
@@ -87,7 +88,7 @@ def fold_state_dict(
             )
         for part, tensor in parts.items():
             if tensor is None:
-                parts[part] = _whole(getattr(layer, part)).detach().to(weight.device)
+                parts[part] = whole_tensor(getattr(layer, part)).detach().to(weight.device)
         raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
         scale = parts["gamma"] / parts["sigma"]
         plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
@@ -230,10 +231,6 @@ def newest_complete(folder: Folder) -> str | None:
     newest_first = sorted(((int(match[1]), name) for match, name in found if match), reverse=True)
     paths = (os.path.join(folder, name) for _, name in newest_first)
     return next((path for path in paths if is_complete(path)), None)
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @contextmanager

@@ -25,12 +25,12 @@ from hf_stable.methods.layernorms.removal import (
     removed_norms,
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.methods.sigma_reparam.layers import fold_layer
 from hf_stable.methods.sigma_reparam.method import (
     SigmaReparamConfig,
     plan_sigma_reparam,
     sigma_layers,
 )
+from hf_stable.methods.sigma_reparam.swapping import fold_layer
 
 __all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_configs"]
 

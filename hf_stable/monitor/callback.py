@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_stable._ranks import inner_optimizer, mean_over_ranks, value_of_first_rank
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.monitor.alarms import Alarm, AlarmRules, Thresholds
 from hf_stable.monitor.combining import gather_records
@@ -27,10 +28,8 @@ from hf_stable.monitor.readings import (
     effective_rates,
     gammas,
     gradients_are_finite,
-    mean_over_ranks,
     measure_loss_sharpness,
     scale_rates,
-    value_of_first_rank,
 )
 from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
 from hf_stable.trainer.watching import alert_trackers
@@ -235,7 +234,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read the rates of AdamW2 while the groups still have those of this step."""
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        optimizer = inner_optimizer(kwargs["optimizer"])
         if isinstance(optimizer, AdamW2) and (self._values or self._records is not None):
             rates, clipped = effective_rates(optimizer, kwargs["model"])
             self._values["effective_lr"] = rates

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hf_stable.monitor.readings import values_of_all_ranks
+from hf_stable._ranks import values_of_all_ranks
 from hf_stable.monitor.records import Records
 
 __all__ = ["combine_records", "gather_records"]

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from hf_stable.architectures.registry import Block, state_dict_name
+from hf_stable.measures.collapse import collapse_mode, rank_share
 from hf_stable.measures.entropy import (
     HIDDEN_LOGIT,
     NEGLIGIBLE_LOGIT,
     attention_entropy_from_qk,
-    collapse_mode,
     count_visible_keys,
     entropy_lower_bound,
     normalise_entropy,
-    rank_share,
     sample_queries,
 )
 from hf_stable.monitor.block_terms import WEIGHT_TERMS, query_bias_reach, weight_terms

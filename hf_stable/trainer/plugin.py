@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, __version__
 
 from hf_stable import modeling_hf_stable
+from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.groups import (
     ModelAdamW2,
     parse_options,
@@ -323,7 +324,7 @@ def _load_best_model(original: Any, trainer: Any) -> None:
 )  # fmt: skip
 def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
     original(trainer, checkpoint)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = inner_optimizer(trainer.optimizer)
     part_schedule(trainer.lr_scheduler, optimizer)
 
 

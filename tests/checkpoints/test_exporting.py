@@ -21,8 +21,8 @@ from hf_stable import modeling_hf_stable
 from hf_stable.checkpoints.exporting import plain_copy
 from hf_stable.checkpoints.saved_models import load_saved
 from hf_stable.methods.patching import STATE_FILE
-from hf_stable.methods.sigma_reparam.layers import live_layers
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.steps import live_layers
 
 PIPELINES = [
     ("text-generation", "gpt2", "GPT2LMHeadModel"),

@@ -229,7 +229,7 @@ def test_recipes_use_public_names_only():
         ),
         ("methods.patching", "import hf_stable"),
         ("adamw2.optimizer", "from hf_stable import patch"),
-        ("_json", "from hf_stable.measures.entropy import rank_share"),
+        ("_json", "from hf_stable.measures.collapse import rank_share"),
         ("monitor.callback", "import importlib\nimportlib.import_module('hf_stable.report')"),
         ("monitor.callback", "__import__('hf_stable.report')"),
         (
@@ -244,7 +244,7 @@ def test_a_wrong_import_is_found(module, source):
 
 
 def test_right_imports_pass():
-    assert not layer_violations("methods.patching", "from hf_stable.measures.spectral import x")
+    assert not layer_violations("methods.patching", "from hf_stable.measures.matrices import x")
     assert not layer_violations("methods.patching", "from hf_stable import modeling_hf_stable")
     assert not layer_violations("commands.main", "import torch\nfrom hf_stable import __version__")
 

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from hf_stable.architectures.registry import find_layers, lookup
-from hf_stable.measures.spectral import as_matrix, leading_triple
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import as_matrix
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import is_patched, patch
 from hf_stable.monitor.callback import StabilityCallback

@@ -14,7 +14,7 @@ from tiny_models import sgd_steps, tiny_model
 import hf_stable
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
 from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
-from hf_stable.measures.spectral import as_matrix
+from hf_stable.measures.matrices import as_matrix
 
 # A singular value of float32 entries is known to some 1e-6 of itself.
 RTOL = 1e-5
