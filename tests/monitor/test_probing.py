@@ -13,13 +13,8 @@ from tiny_models import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from torch import nn
 
 from hf_stable.architectures import registry
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    UnsupportedModelError,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block
+from hf_stable.architectures.registry import UnsupportedModelError, register_architecture
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
 from hf_stable.monitor.block_terms import WEIGHT_TERMS
