@@ -28,31 +28,9 @@ from hf_stable.measures.products import (
 )
 from hf_stable.measures.tracking import leading_sigmas, start_vectors
 from hf_stable.monitor.block_weights import AttentionWeights, BlockWeights, NormGains
+from hf_stable.monitor.terms import SEC_VALUES
 
-__all__ = ["SEC_VALUES", "WEIGHT_TERMS", "query_bias_reach", "weight_terms"]
-
-WEIGHT_TERMS = (
-    "sigma_wq",
-    "sigma_wk",
-    "sigma_wv",
-    "sigma_wo",
-    "sigma_w1",
-    "sigma_w2",
-    "sigma_qk",
-    "sigma_ov",
-    "sigma_w2w1",
-    "norm_gamma1",
-    "norm_beta1",
-    "norm_gamma2",
-    "norm_beta2",
-    "sec",
-    "sec_curve",
-    "stable_rank",
-)
-"""What `weight_terms` knows: thirteen terms of Eq. 1, three shapes of the spectrum of Wq^T Wk."""
-
-SEC_VALUES = 4
-"""How many singular values of Wq^T Wk count as dominant: the paper's SEC(d_q, 4)."""
+__all__ = ["query_bias_reach", "weight_terms"]
 
 TRACKING_TOLERANCE = 1e-5
 """Iteration for sigma_1 of a large matrix ends when it raises it by no more than this share."""
@@ -68,7 +46,7 @@ def weight_terms(found: FoundBlock, wanted: Collection[str]) -> dict[str, dict[s
 
     Args:
         found: the block, its parameters whole (FSDP2 has them whole within its forward).
-        wanted: names from `WEIGHT_TERMS`.
+        wanted: names of terms that need weights only.
 
     Returns:
         By the name of each attention (the first goes by that of the block), float32 (float64 for a

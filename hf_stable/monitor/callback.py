@@ -32,7 +32,7 @@ from hf_stable.monitor.readings import (
     scale_rates,
 )
 from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
-from hf_stable.trainer.watching import alert_trackers
+from hf_stable.monitor.trackers import alert_trackers
 
 __all__ = ["StabilityCallback"]
 
@@ -49,7 +49,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
     torch.compile a probed step runs uncompiled, and draws dropout masks as uncompiled code does.
 
     Values go to `trainer.state.log_history` and every tracker at the step that they belong to
-    (the table in `hf_stable.monitor.log_keys`), and in full to `stability.jsonl` in the output
+    (under the keys of `hf_stable.monitor.terms`), and in full to `stability.jsonl` in the output
     folder. For that, a record is written at each multiple of `every` even between two logging
     steps (not with logging_strategy="no"): the Trainer then averages the logged loss from record
     to record, over a shorter stretch. With `every` a multiple of logging_steps nothing changes.
@@ -62,7 +62,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
     Args:
         every: steps from probe to probe.
         queries: rows of each attention map to measure, "all" or a number.
-        terms: what to record: "default", "all" or names from `hf_stable.monitor.probing.TERMS`.
+        terms: what to record: "default", "all" or names from `hf_stable.monitor.terms`.
         maps: heads whose subsampled maps `stability.jsonl` keeps: False, "all" or indices.
         sharpness_every: steps from one measurement of sharpness to the next, on the loss that the
             Trainer computes for the first micro-batch; it costs as much as some sixty backward

@@ -28,9 +28,10 @@ from hf_stable.measures.entropy import (
     normalise_entropy,
     sample_queries,
 )
-from hf_stable.monitor.block_terms import WEIGHT_TERMS, query_bias_reach, weight_terms
+from hf_stable.monitor.block_terms import query_bias_reach, weight_terms
 from hf_stable.monitor.block_weights import AttentionWeights
-from hf_stable.monitor.records import ATTENTION_TERMS, MAP_SIZE, Records
+from hf_stable.monitor.records import MAP_SIZE, Records
+from hf_stable.monitor.terms import TERMS, names_of
 
 __all__ = ["AttentionCall", "Recorder", "is_recomputing"]
 
@@ -183,7 +184,7 @@ class Recorder:
             )
 
     def _measure_weights(self, block: FoundBlock) -> None:
-        wanted = {term for term in WEIGHT_TERMS if term in self._terms}
+        wanted = self._terms & set(names_of(seen=("weights",)))
         bounded = {"sigma_qk"} if self._bounded else set()
         for layer, terms in weight_terms(block, wanted | bounded).items():
             for term, value in terms.items():
@@ -208,7 +209,7 @@ class Recorder:
     @torch.no_grad()
     def observe_attention(self, call: AttentionCall) -> None:
         """Record entropy, its bound and the shape of the map of one attention call."""
-        if not self._maps and self._terms.isdisjoint((*ATTENTION_TERMS, "entropy_bound")):
+        if not self._maps and not any("attention" in TERMS[term].needs for term in self._terms):
             return
         layer = self._layers.get(call.module, self._names[call.module])
         rows = sample_queries(

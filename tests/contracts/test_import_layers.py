@@ -27,8 +27,8 @@ FOLDERS = (
 )  # fmt: skip
 """From the ground up: a folder imports from itself and from those before it."""
 
-GROUND = ("_json", "_ranks", "_wording", "modeling_hf_stable")
-FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log")
+GROUND = ("_file_names", "_json", "_ranks", "_whole_files", "_wording", "modeling_hf_stable")
+FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log", "trainer_plugin")
 """Modules of the package's top level; "" is the package itself."""
 
 PRIVATE_FOLDER = "trainer"
@@ -225,7 +225,7 @@ def test_recipes_use_public_names_only():
         (
             "methods.patching",
             "from typing import TYPE_CHECKING\n"
-            "if TYPE_CHECKING:\n    from hf_stable.trainer.plugin import Wrap",
+            "if TYPE_CHECKING:\n    from hf_stable.trainer.changes import Wrap",
         ),
         ("methods.patching", "import hf_stable"),
         ("adamw2.optimizer", "from hf_stable import patch"),

@@ -99,7 +99,8 @@ def test_a_zero_product_reports_zero_and_restarts(shape):
     assert stuck.sigma == 0 and torch.equal(stuck.u, u)
     assert stuck.v.norm().item() == pytest.approx(1) and not torch.equal(stuck.v, v)
     (moving,) = power_step([matrix], [stuck.u], [stuck.v])
-    assert moving.sigma > 0
+    assert moving.sigma.item() == pytest.approx((moving.u @ matrix @ moving.v).item(), rel=1e-5)
+    assert moving.sigma > (matrix @ stuck.v).norm()  # it has got on
     (again,) = power_step([matrix], [u], [v])
     assert again.sigma == 0  # with the old vector it would report 0 for ever
 

@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_stable._wording import extra_needed
 from hf_stable.architectures.finding import find_layers
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix
@@ -93,13 +94,7 @@ def require_recipes() -> None:
         try:
             __import__(name)
         except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            raise ModuleNotFoundError(
-                f"the demo needs {name}, which comes with the recipes extra: "
-                'pip install "hf-stable[recipes]"',
-                name=name,
-            ) from error
+            raise extra_needed("the demo", "recipes", error) from error
 
 
 def load_digits(seed: int, quick: bool) -> Any:

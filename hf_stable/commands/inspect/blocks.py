@@ -9,27 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-import torch
-import transformers
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_stable import modeling_hf_stable
 from hf_stable.architectures.description import Attention
 from hf_stable.architectures.finding import FoundBlock, find_blocks, find_norms, find_regions
 from hf_stable.architectures.heads import count_heads, part_of_role
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.checkpoints.described_models import empty_model
+from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.measures.products import (
     qk_singular_values,
     spectral_energy_concentration,
     stable_rank,
 )
-from hf_stable.modeling_hf_stable import PREFIX
-from hf_stable.monitor.block_terms import SEC_VALUES
-from hf_stable.trainer.plugin import key_renaming
+from hf_stable.monitor.terms import SEC_VALUES
 
 __all__ = [
     "BlockSpectrum",
@@ -141,47 +136,24 @@ def _build(folder: Path) -> PreTrainedModel:
     if not path.is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        # Code that lies beside the weights is neither run nor asked about: this only looks.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = _model_class(config.architectures)
-        if model_class is not None:
-            with torch.device("meta"):
-                return model_class(config)
+        return empty_model(folder)
     except Exception as error:  # which one an impossible value raises is up to the model
         reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedModelError(
             f"{path} describes no model that transformers can build: {reason}"
         ) from error
-    raise UnsupportedModelError(
-        f"{path} has {config.architectures!r} under 'architectures'; it takes a list whose first "
-        "entry is the name of a model class of transformers"
-    )
-
-
-def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
-    """Return the class that a config names under "architectures", or None if it is no model's."""
-    name = str(architectures[0]) if architectures else ""
-    found = getattr(modeling_hf_stable if name.startswith(PREFIX) else transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-
-
-def _query_and_key(
-    weights: WeightFiles, model: ModelOutline, block: FoundBlock, attention: Attention
-) -> tuple[Tensor, Tensor]:
-    """Read the effective Wq and Wk as (out, in); of a fused projection only these parts stay."""
-    whole = {
-        path: weights.read_effective(model.on_disk[f"{block.name}.{path}.weight"])
-        for path in dict.fromkeys((attention.query, attention.key))
-    }
-    query = part_of_role(block.module, attention, "query", whole[attention.query])
-    return query, part_of_role(block.module, attention, "key", whole[attention.key])
 
 
 def _block_spectrum(
     weights: WeightFiles, model: ModelOutline, block: FoundBlock, name: str, attention: Attention
 ) -> BlockSpectrum:
+    whole = {
+        path: weights.read_effective(model.on_disk[f"{block.name}.{path}.weight"])
+        for path in dict.fromkeys((attention.query, attention.key))
+    }
     try:
-        query, key = _query_and_key(weights, model, block, attention)
+        query = part_of_role(block.module, attention, "query", whole[attention.query])
+        key = part_of_role(block.module, attention, "key", whole[attention.key])
         values = qk_singular_values(query, key, count_heads(block.module, attention))
     except ValueError as error:
         raise UnsupportedModelError(
