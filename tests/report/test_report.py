@@ -22,7 +22,7 @@ from hf_stable.report.charts import thin
 from hf_stable.report.images import draw_images
 from hf_stable.report.map_lines import read_maps
 from hf_stable.report.reading import name_runs, read_run
-from hf_stable.report.rows import TIDY_COLUMNS
+from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
 from hf_stable.report.run_records import short_names
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import summarise
@@ -352,6 +352,38 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(damage, note, format, tmp
     assert (note or "") in notes
     if format == "html" and note:
         assert note in (tmp_path / "out").read_text()
+
+
+SPELLINGS = {"bare": ("NaN", "Infinity"), "texts": ('"nan"', '"inf"'), "strict": ("null", "null")}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_what_is_not_finite_is_read(spelling, tmp_path):
+    """Logs of before 0.1.0 have NaN and Infinity as Python writes them, or as texts."""
+    nan, inf = SPELLINGS[spelling]
+    quantities = {"entropy": {"a.0": ["NAN", 1.5]}, "sigma_qk": {"a.0": ["INF", 2.0]}}
+    alarm = {"kind": "nonfinite", "quantity": "loss", "value": "NAN", "threshold": "INF"}
+    lines = [
+        {"event": "probe", "attempt": 0, "step": 1, "loss": 2.0, "quantities": quantities},
+        {"event": "probe", "attempt": 0, "step": 2, "loss": "NAN", "quantities": quantities},
+        {"event": "alarm", "attempt": 0, "step": 2, **alarm},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    text = text.replace('"NAN"', nan).replace('"INF"', inf)
+    (tmp_path / "stability.jsonl").write_text(text)
+    assert spelling == "bare" or '"loss": NaN' not in text
+    run = read_run(tmp_path)
+    assert [note for note in run.notes if "stability.jsonl" in note] == []
+    assert [value for _, value in run.losses][0] == 2 and math.isnan(run.losses[1][1])
+    values = {row["quantity"]: row["value"] for row in tidy_rows(run) if row["head"] != 1}
+    assert not any(map(math.isfinite, (values["entropy"], values["sigma_qk"])))
+    assert [v for _, _, v in run.probed("entropy", "a.0")] == [1.5, 1.5]
+    for format in ("html", "csv", "json"):
+        written = write_report([tmp_path], tmp_path / "out", format=format)
+        assert written.summaries[0].verdict.state == "failed"
+        assert written.summaries[0].verdict.divergence_step == 2
+    rows = json.loads((tmp_path / "out").read_text(), parse_constant=pytest.fail)["rows"]
+    assert {row[-2] for row in rows if row[3] == "entropy"} == {None, 1.5}
 
 
 def test_runs_of_different_lengths_and_nan_curves(tmp_path):
