@@ -36,14 +36,14 @@ from hf_stable.methods.sigma_reparam.swapping import fold_layer
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 
 
-class Plan(Protocol):
+class PatchPlan(Protocol):
     """A validated change of a model that has not been made yet."""
 
     def apply(self) -> None:
         """Make the change."""
 
 
-METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], Plan]]] = {
+METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], PatchPlan]]] = {
     SigmaReparamConfig.method: (SigmaReparamConfig, plan_sigma_reparam),
     RemovePreLayerNormConfig.method: (RemovePreLayerNormConfig, plan_removal),
     RemoveLayerNormConfig.method: (RemoveLayerNormConfig, plan_removal),

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.commands.bench.timing import (
     PeakBytes,

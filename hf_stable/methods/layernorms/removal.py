@@ -22,7 +22,7 @@ from hf_stable.architectures.registry import (
 )
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, method_options
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.modeling_hf_stable import PREFIX, epsilon_field
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, epsilon_field
 
 __all__ = [
     "RemovalConfig",
@@ -197,7 +197,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
             "a model of transformers, or keep them"
         )
     config_class = type(cast(Any, model).config)
-    name = config_class.__name__.removeprefix(PREFIX)
+    name = config_class.__name__.removeprefix(CLASS_PREFIX)
     try:
         epsilon_field(config_class)
         known = hasattr(transformers, name)

@@ -21,7 +21,7 @@ from hf_stable.architectures.registry import (
     lookup,
     supported_architectures,
 )
-from hf_stable.modeling_hf_stable import PREFIX, find_norms
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, locate_norms
 
 __all__ = [
     "AUTO_CLASSES",
@@ -53,7 +53,7 @@ AUTO_CLASSES = {
 
 def is_standalone(model: nn.Module) -> bool:
     """Say whether the model is of a class of `modeling_hf_stable`, imported or from a folder."""
-    return type(model).__name__.startswith(PREFIX)
+    return type(model).__name__.startswith(CLASS_PREFIX)
 
 
 def standalone_class(native: Any) -> Any:
@@ -63,7 +63,9 @@ def standalone_class(native: Any) -> Any:
         UnsupportedModelError: for a class that is not one of transformers' own.
     """
     try:
-        return getattr(modeling_hf_stable, PREFIX + native.__name__.removeprefix(PREFIX))
+        return getattr(
+            modeling_hf_stable, CLASS_PREFIX + native.__name__.removeprefix(CLASS_PREFIX)
+        )
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{native.__name__} is no model class of transformers, so there is none without norms "
@@ -124,7 +126,7 @@ def _auto_map(native_config: Any) -> dict[str, str]:
 
 def _native_classes(native_config: Any) -> dict[str, Any]:
     """Map the name of each auto class that knows a config to the class it would load."""
-    if native_config.__name__.startswith(PREFIX):
+    if native_config.__name__.startswith(CLASS_PREFIX):
         native_config = native_config.__base__
     found = {
         auto_class: getattr(transformers, table).get(native_config, None)
@@ -141,7 +143,7 @@ def removed_by_class(model: Any) -> dict[str, list[str]]:
     declared += [(member.class_name, member.path) for member in architecture.norms]
     removed: dict[str, list[str]] = {}
     for class_name, path in declared:
-        owners = find_norms(model, {class_name: [path]})
+        owners = locate_norms(model, {class_name: [path]})
         if any(isinstance(owner.get_submodule(path), nn.Identity) for owner, _ in owners):
             removed.setdefault(class_name, []).append(path)
     return removed
