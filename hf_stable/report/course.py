@@ -68,6 +68,11 @@ class Course(NamedTuple):
         return self.first - self.last > self.margin
 
     @property
+    def rose(self) -> bool:
+        """Whether the loss ended well above its first level: an accusation takes more."""
+        return self.last - self.first > 2 * self.margin
+
+    @property
     def moves_late(self) -> bool:
         """Whether it still came down in the second half."""
         return self.middle - self.last > self.margin
@@ -107,8 +112,8 @@ def course_of(losses: Sequence[float]) -> Course | None:
 def find_loss_of_course(losses: Sequence[float]) -> int | None:
     """Return the position of the first record from which a loss is lost at the end, or None.
 
-    Of 20 records and more it is lost where `lost_step` says, if it has given back a fifth of what it
-    had gained. Fewer are mostly means over many steps, which need no smoothing: the last one is
+    Of 20 records and more it is lost where `lost_step` says, if it has given back a fifth of what
+    it had gained. Fewer are mostly means over many steps, which need no smoothing: the last one is
     compared with the best.
 
     Args:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from hf_stable.monitor.alarms import Thresholds
 from hf_stable.report.collapses import Collapse, last_stretch
 from hf_stable.report.course import Course, course_of, find_loss_of_course
-from hf_stable.report.run_records import Event, RunRecords
+from hf_stable.report.run_records import RunRecords
 
-__all__ = ["LossTrouble", "find_trouble", "hardly_moved", "is_at_guessing"]
+__all__ = ["LossTrouble", "fault_of", "find_trouble", "is_at_guessing"]
 
-GUESSING = 0.97
-"""A loss above this share of that of guessing knows nothing but how frequent the labels are."""
+GUESSING = (0.97, 1.1)
+"""A loss between these shares of that of guessing knows nothing but how frequent the labels are.
+One far above it is another loss, or has more parts than a cross-entropy."""
 
 
 class LossTrouble(NamedTuple):
@@ -48,33 +48,31 @@ def find_trouble(
     return None
 
 
-def hardly_moved(run: RunRecords) -> bool:
-    """Return whether a run's loss is where it began, or where guessing would be."""
+def fault_of(run: RunRecords) -> str:
+    """Say in what a loss that was not lost did not do what training is for; "" if it did."""
     course = course_of([value for _, value in run.losses])
-    return course is not None and (not course.moved or is_at_guessing(run, course))
+    if course is None or (course.moved and not is_at_guessing(run, course)):
+        return ""
+    return "The loss rose" if course.rose else "The loss hardly moved"
 
 
 def is_at_guessing(run: RunRecords, course: Course) -> bool:
     """Return whether the loss ended where that of guessing is, as far as that is known."""
-    return run.guessing is not None and course.last > GUESSING * run.guessing
+    if run.guessing is None:
+        return False
+    low, high = GUESSING
+    return low * run.guessing < course.last < high * run.guessing
 
 
 def _stalled(
     run: RunRecords, course: Course, collapse: Collapse | None, limits: Thresholds
 ) -> bool:
     is_high = course.last > limits.learnt * course.first or is_at_guessing(run, course)
-    if not is_high or not (_is_to_blame(collapse, limits) or _has_alarm(run.events, run.attempt)):
+    alarmed = any(alarm.kind == "collapse" for alarm in run.alarms)
+    if not is_high or not (alarmed or _is_to_blame(collapse, limits)):
         return False
     return not course.moved or not course.moves_late or course.broke_out
 
 
 def _is_to_blame(collapse: Collapse | None, limits: Thresholds) -> bool:
     return collapse is not None and collapse.is_malignant and not collapse.is_old_habit(limits)
-
-
-def _has_alarm(events: Sequence[Event], attempt: int) -> bool:
-    """Return whether an alarm said that attention collapsed, on the way that led to the end."""
-    return any(
-        event.name == "alarm" and event.values.get("kind") == "collapse" and event.attempt == attempt
-        for event in events
-    )

@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 from hf_stable.monitor.alarms import Thresholds
 from hf_stable.report.collapses import Collapse, find_collapse
 from hf_stable.report.course import course_of
-from hf_stable.report.run_records import Event, RunRecords
+from hf_stable.report.events import Event
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.sentences import about_run, advice_on, count_of, place_of
-from hf_stable.report.troubles import LossTrouble, find_trouble, hardly_moved
+from hf_stable.report.troubles import LossTrouble, fault_of, find_trouble
 
 __all__ = ["State", "Verdict", "judge"]
 
@@ -51,7 +52,7 @@ class _Seen(NamedTuple):
     is_habit: bool
     trouble: LossTrouble | None
     stop: Event | None
-    moved: bool
+    fault: str
 
     @property
     def cause(self) -> Collapse | None:
@@ -70,7 +71,7 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
     collapse = find_collapse(run, limits)
     trouble, stop = find_trouble(run, collapse, limits), _last_stop(run)
     is_habit = collapse is not None and collapse.is_old_habit(limits)
-    seen = _Seen(run, collapse, is_habit, trouble, stop, not hardly_moved(run))
+    seen = _Seen(run, collapse, is_habit, trouble, stop, fault_of(run))
     sentences = about_run(run, collapse, trouble)
     if trouble is not None:
         sentences += advice_on(run, trouble, seen.cause)
@@ -95,9 +96,13 @@ def _judge_end(seen: _Seen) -> tuple[State, str] | None:
     if run.is_unfinished:
         so_far = "too early to judge its loss"
         if course_of(losses) is not None:
-            so_far = "the loss came down so far" if seen.moved else "the loss hardly moved so far"
+            fault = seen.fault or "The loss came down"
+            so_far = f"{fault[0].lower()}{fault[1:]} so far"
         alarms = f", after {count_of(len(run.alarms), 'alarm')}" if run.alarms else ""
-        return "unfinished", f"Unfinished: step {run.num_steps} of {run.max_steps}; {so_far}{alarms}"
+        return (
+            "unfinished",
+            f"Unfinished: step {run.num_steps} of {run.max_steps}; {so_far}{alarms}",
+        )
     if not losses:
         return "unknown", "Nothing to judge by: no finite loss was recorded"
     if len(losses) == 1:
@@ -108,27 +113,23 @@ def _judge_end(seen: _Seen) -> tuple[State, str] | None:
 def _judge_training(seen: _Seen) -> tuple[State, str]:
     """Return the verdict on a run that came to its end without a failure."""
     run, collapse = seen.run, seen.collapse
-    back = len([event for event in run.events if event.name == "rollback"])
-    trained = f"Trained, after going back {count_of(back, 'time')}" if back else "Trained"
+    rollbacks = sum(event.name == "rollback" for event in run.events)
+    after = f", after {count_of(rollbacks, 'rollback')}" if rollbacks else ""
+    what = (seen.fault or "Trained") + after
     if run.alarms:
-        what = "Trained on after" if seen.moved else "The loss hardly moved; there was"
-        return "warned", f"{what} {count_of(len(run.alarms), 'alarm')}"
+        alarms = count_of(len(run.alarms), "alarm")
+        said = f"{what}; there was {alarms}" if seen.fault else f"Trained on after {alarms}"
+        return "warned", said
     if collapse is not None and not seen.is_habit:
         kind = "malignant" if collapse.is_malignant else "benign"
         since = ", there from the first probe on," if collapse.from_start else ""
-        what = trained if seen.moved else "The loss hardly moved"
         return "warned", f"{what}, with a {kind} collapse of attention{since} to look at"
+    watched = any("entropy_normalised" in probe.quantities for probe in run.probes)
+    calm = "attention did not collapse" if watched else "attention was not watched"
     if collapse is not None:
-        calm = (
-            f"{collapse.num_heads} of {count_of(collapse.total_heads, 'head')} sparse from the "
-            "first probe on"
-        )
-    else:
-        watched = any("entropy_normalised" in p.quantities for p in run.probes)
-        calm = "attention did not collapse" if watched else "attention was not watched"
-    if not seen.moved:
-        return "warned", f"The loss hardly moved; {calm}"
-    return "trained", f"{trained}; {calm}"
+        heads = f"{collapse.num_heads} of {count_of(collapse.total_heads, 'head')}"
+        calm = f"{heads} sparse from the first probe on"
+    return "warned" if seen.fault else "trained", f"{what}; {calm}"
 
 
 def _last_stop(run: RunRecords) -> Event | None:
@@ -145,9 +146,7 @@ def _by_alarm(run: RunRecords, stop: Event) -> str:
     """Say which alarm stopped a run, if its log has one at that step."""
     for event in run.alarms:
         if event.step == stop.step:
-            layer, head = event.values.get("layer"), event.values.get("head")
-            where = f" in {place_of(run, layer, head)}" if isinstance(layer, str) else ""
-            return f" by an alarm: {event.values.get('kind', 'unknown')}{where}"
+            return f" by an alarm: {event.kind}{place_of(run, event)}"
     return ""
 
 
@@ -167,7 +166,7 @@ def _failure(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) -
     if collapse.from_start:
         return f"{what}; attention was collapsed at the first probe, step {collapse.step}"
     if trouble.step is None:
-        alarms = [e.step for e in run.alarms if e.values.get("kind") == "collapse"]
+        alarms = [e.step for e in run.alarms if e.kind == "collapse"]
         first = min([collapse.step, *alarms])
         alarm = "" if first == collapse.step else f" an alarm was raised at step {first},"
         return f"{what};{alarm} attention was found collapsed at step {collapse.step}"

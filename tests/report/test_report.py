@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from report_runs import FALLING, LAYERS, calm, collapsing, deep_probe, payload_of, write_run
@@ -330,7 +331,7 @@ def deep_nesting(folder):
 
 DAMAGES = {
     "huge numbers": (huge_numbers, "2 lines of stability.jsonl could not be read"),
-    "deep nesting": (deep_nesting, "trainer_state.json is damaged (RecursionError)"),
+    "deep nesting": (deep_nesting, "trainer_state.json is damaged (nested too deep)"),
     "half a state": (damage_state, "trainer_state.json is damaged"),
     "no state": (lambda f: (f / "trainer_state.json").unlink(), "There is no trainer_state.json"),
     "half a log": (damage_log, "5 lines of stability.jsonl could not be read"),
@@ -387,6 +388,32 @@ def test_every_spelling_of_what_is_not_finite_is_read(spelling, tmp_path):
     assert {row[-2] for row in rows if row[3] == "entropy"} == {None, 1.5}
 
 
+def test_a_report_that_nobody_named_goes_beside_its_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first, second = (collapsing(tmp_path / "runs" / name) for name in ("first", "second"))
+    for given, place in (
+        ([first], first),
+        ([first, second], tmp_path / "runs"),
+        ([Path("../runs/second")], second),
+    ):
+        for more in ([], ["--json"]):
+            assert main(["report", *map(str, given), *more]) == NO
+            printed = capsys.readouterr().out
+            assert (place / "report.html").is_file()
+            written = json.loads(printed)["files"] if more else printed.splitlines()[-1:]
+            assert [Path(name).resolve() for name in written] == [place / "report.html"]
+            (place / "report.html").unlink()
+    # A checkpoint is no place for it: the Trainer deletes old ones.
+    (first / "checkpoint-100").mkdir()
+    state = json.loads((first / "trainer_state.json").read_text())
+    (first / "checkpoint-100" / "trainer_state.json").write_text(json.dumps(state))
+    assert main(["report", str(first / "checkpoint-100"), "--format", "csv"]) == NO
+    assert (first / "report.csv").is_file()
+    assert not list((tmp_path / "here").iterdir())
+    assert {path.name for path in second.iterdir()} == {"trainer_state.json", "stability.jsonl"}
+
+
 def test_runs_of_different_lengths_and_nan_curves(tmp_path):
     runs = [
         collapsing(tmp_path / "long"),
@@ -396,7 +423,7 @@ def test_runs_of_different_lengths_and_nan_curves(tmp_path):
     for format in FORMATS:
         written = write_report(runs, tmp_path / f"out-{format}", format=format)
         states = [summary.verdict.state for summary in written.summaries]
-        assert states == ["failed", "warned", "failed"]
+        assert states == ["failed", "trained", "failed"]
     page = (tmp_path / "out-html").read_text()
     assert [run["name"] for run in payload_of(page)["runs"]] == ["long", "short", "nan"]
 
