@@ -43,7 +43,7 @@ def quieten(args: TrainingArguments, leg: Leg, folder: Path) -> None:
     args.logging_steps = 1
     args.logging_nan_inf_filter = False
     own = getattr(args, "_preflight_seeds", None) or (args.seed, args.data_seed)
-    args._preflight_seeds = own  # type: ignore[attr-defined]  # survives a second call
+    args._preflight_seeds = own  # survives a second call
     args.seed = own[0] + leg.seed
     args.data_seed = None if own[1] is None else own[1] + leg.seed
 

@@ -68,9 +68,9 @@ def attach(leg: Leg, settings: Settings, folder: Path) -> None:
             train_leg(train, trainer, callback, *args, **options)
         raise SystemExit(0)
 
-    TrainingArguments.__post_init__ = finish_quietly  # type: ignore[method-assign]
-    Trainer.__init__ = build_quietly  # type: ignore[method-assign]
-    Trainer.train = train_and_leave  # type: ignore[method-assign]
+    TrainingArguments.__post_init__ = finish_quietly
+    Trainer.__init__ = build_quietly
+    Trainer.train = train_and_leave
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ def test_losses_that_move_nowhere_are_not_judged_and_that_is_said():
 
 def test_a_remedy_that_cannot_be_used_says_why_and_is_not_advised():
     found = [outcome(NONE, 1.0, "nan", None),
-             outcome(ADAMW2, 1.0, "refused", None, reason="the script has its own optimizer")]  # fmt: skip
+             outcome(ADAMW2, 1.0, "refused", None, reason="it has its own optimizer")]  # fmt: skip
     result = conclude(found, SETTINGS)
-    assert "not usable here: the script has its own optimizer" in result.sentences[1]
+    assert "not usable here: it has its own optimizer" in result.sentences[1]
     assert result.sentences[-1] == "No remedy that was tried helps; try lower --rates."
 
 
