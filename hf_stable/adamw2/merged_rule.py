@@ -25,7 +25,8 @@ from hf_stable.adamw2.rule import (
     move,
     target_scale,
 )
-from hf_stable.measures.spectral import as_matrix, generic_vector, spectral_dtype
+from hf_stable.measures.matrices import as_matrix, spectral_dtype
+from hf_stable.measures.power_iteration import generic_vector
 
 __all__ = ["Adapter", "check_factors", "pair_factors", "update_adapters"]
 

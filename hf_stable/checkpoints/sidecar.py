@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.methods.config import MethodConfig
-from hf_stable.methods.patching import METHODS, STATE_FILE
+from hf_stable.methods.patching import METHODS
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
@@ -46,7 +47,7 @@ WAY_OUT = (
 
 _METADATA_KEY = "hf_stable"
 _LAYER_TENSORS = ("weight", *SigmaLayer.SIGMA_TENSORS)
-_STEM = STATE_FILE.removesuffix(".safetensors")
+_STEM = SIDECAR_FILE.removesuffix(".safetensors")
 _OUR_FILES = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp)?")
 
 Folder = str | os.PathLike[str]
@@ -137,10 +138,10 @@ def write_state(
     files = {
         file: {key: tensors[key] for key in keys}
         for file, keys in split.filename_to_tensors.items()
-    } or {STATE_FILE: {}}  # a method may have no tensors: then it is the configs that count
+    } or {SIDECAR_FILE: {}}  # a method may have no tensors: then it is the configs that count
     if split.is_sharded:
         description["shards"] = sorted(files)
-        files[STATE_FILE] = {}  # comes last: the shards count from when it is there
+        files[SIDECAR_FILE] = {}  # comes last: the shards count from when it is there
     for file, content in files.items():
         _replace_file(os.path.join(folder, file), content, description)
     remove_state(folder, keep=files)
@@ -160,7 +161,7 @@ def read_state(folder: Folder) -> SavedState:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged, or of a later format.
     """
-    path = os.path.join(folder, STATE_FILE)
+    path = os.path.join(folder, SIDECAR_FILE)
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path} is missing: without the raw weights and gamma in it, a patched model cannot "
@@ -196,7 +197,7 @@ def read_provenance(folder: Folder) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged.
     """
-    path = os.path.join(folder, STATE_FILE)
+    path = os.path.join(folder, SIDECAR_FILE)
     if not os.path.isfile(path):
         return {}
     try:

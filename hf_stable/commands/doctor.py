@@ -9,9 +9,11 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 
+import hf_stable.commands.launch.launcher  # noqa: F401  (has changes of its own on the list)
 from hf_stable.architectures import supported_architectures
 from hf_stable.methods.patching import METHODS
-from hf_stable.trainer.plugin import OPTIMIZER_NAME, WRAPPED, is_in_place
+from hf_stable.trainer.changes import is_in_place, listed
+from hf_stable.trainer.optimizer import OPTIMIZER_NAME
 
 __all__ = ["ChangeRow", "Diagnosis", "PackageRow", "diagnose"]
 
@@ -38,16 +40,18 @@ class PackageRow:
 
 @dataclass(frozen=True)
 class ChangeRow:
-    """Something that importing hf_stable changes in a process.
+    """Something that hf_stable changes in a process.
 
     Attributes:
         target: `module:qualified.name` of what is wrapped or added to.
         reason: why.
+        made_by: what makes the change: the import of hf_stable, or a command.
         active: whether the change is in place in this process now.
     """
 
     target: str
     reason: str
+    made_by: str
     active: bool
 
 
@@ -85,7 +89,9 @@ def diagnose() -> Diagnosis:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": _EXTRA}):
             packages.append(_package_row(requirement))
-    changes = tuple(ChangeRow(wrap.target, wrap.reason, is_in_place(wrap)) for wrap in WRAPPED)
+    changes = tuple(
+        ChangeRow(wrap.target, wrap.reason, wrap.made_by, is_in_place(wrap)) for wrap in listed()
+    )
     supported = {
         "architectures": supported_architectures(),
         "patch methods": list(METHODS),

@@ -146,10 +146,11 @@ def print_diagnosis(report: Diagnosis) -> None:
     for row in report.packages:
         versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
     console.print("Versions", versions, "", sep="\n")
-    changes = make_table("what", "in place", "why")
+    changes = make_table("what", "by", "in place", "why")
     for change in report.changes:
-        changes.add_row(change.target, "yes" if change.active else "no", change.reason)
-    console.print("Changed in this process by importing hf_stable", changes, "", sep="\n")
+        in_place = "yes" if change.active else "no"
+        changes.add_row(change.target, change.made_by, in_place, change.reason)
+    console.print("What hf_stable changes in a process, by what", changes, "", sep="\n")
     for name, values in report.supported.items():
         console.print(f"{name}: {', '.join(values)}")
 

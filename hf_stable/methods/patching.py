@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.registry import UnsupportedModelError, lookup
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig
@@ -25,17 +26,14 @@ from hf_stable.methods.layernorms.removal import (
     removed_norms,
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.methods.sigma_reparam.layers import fold_layer
 from hf_stable.methods.sigma_reparam.method import (
     SigmaReparamConfig,
     plan_sigma_reparam,
     sigma_layers,
 )
+from hf_stable.methods.sigma_reparam.swapping import fold_layer
 
-__all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_configs"]
-
-STATE_FILE = "hf_stable_state.safetensors"
-"""The file beside a checkpoint's plain weights that holds raw W, gamma, sigma, u and v."""
+__all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 
 
 class Plan(Protocol):
@@ -231,10 +229,10 @@ def _wrapper_of(model: nn.Module) -> str | None:
 
 def _warn_if_continuing(model: nn.Module) -> None:
     folder = getattr(model, "name_or_path", "")
-    if folder and os.path.isfile(os.path.join(folder, STATE_FILE)):
+    if folder and os.path.isfile(os.path.join(folder, SIDECAR_FILE)):
         warnings.warn(
-            f"{folder} holds the state of a patched model ({STATE_FILE}), which this patch starts "
-            "anew; to continue it, use hf_stable.load(model_class, path) instead",
+            f"{folder} holds the state of a patched model ({SIDECAR_FILE}), which this patch "
+            "starts anew; to continue it, use hf_stable.load(model_class, path) instead",
             UserWarning,
             stacklevel=3,
         )

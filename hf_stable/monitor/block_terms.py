@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import Block
+from hf_stable.measures.leading import EXACT_SVD_MAX_DIM
+from hf_stable.measures.matrices import spectral_dtype
 from hf_stable.measures.products import (
     ov_singular_values,
     qk_singular_values,
@@ -27,35 +29,12 @@ from hf_stable.measures.products import (
     spectral_energy_curve,
     stable_rank,
 )
-from hf_stable.measures.spectral import EXACT_SVD_MAX_DIM, spectral_dtype
 from hf_stable.measures.tracking import leading_sigmas, start_vectors
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.monitor.terms import SEC_VALUES
 
-__all__ = ["SEC_VALUES", "WEIGHT_TERMS", "query_bias_reach", "weight_terms"]
-
-WEIGHT_TERMS = (
-    "sigma_wq",
-    "sigma_wk",
-    "sigma_wv",
-    "sigma_wo",
-    "sigma_w1",
-    "sigma_w2",
-    "sigma_qk",
-    "sigma_ov",
-    "sigma_w2w1",
-    "norm_gamma1",
-    "norm_beta1",
-    "norm_gamma2",
-    "norm_beta2",
-    "sec",
-    "sec_curve",
-    "stable_rank",
-)
-"""What `weight_terms` knows: thirteen terms of Eq. 1, three shapes of the spectrum of Wq^T Wk."""
-
-SEC_VALUES = 4
-"""How many singular values of Wq^T Wk count as dominant: the paper's SEC(d_q, 4)."""
+__all__ = ["query_bias_reach", "weight_terms"]
 
 TRACKING_TOLERANCE = 1e-5
 """Iteration for sigma_1 of a large matrix ends when it raises it by no more than this share."""
@@ -72,7 +51,7 @@ def weight_terms(module: nn.Module, block: Block, wanted: Collection[str]) -> di
     Args:
         module: the block, its parameters whole (FSDP2 has them whole within its forward).
         block: where it keeps its weights.
-        wanted: names from `WEIGHT_TERMS`.
+        wanted: names of terms that need weights only.
 
     Returns:
         float32 (float64 for a float64 model) tensors: (heads,) for `sigma_qk`, `sigma_ov`, `sec`
@@ -117,7 +96,7 @@ def query_bias_reach(module: nn.Module, block: Block) -> Tensor:
         return torch.zeros(weights.num_heads, device=key.device)
     with torch.autocast(key.device.type, enabled=False):
         # A fused projection's bias begins with the queries' part, as its weight does.
-        per_head = _whole(bias)[: len(query)].float().view(weights.num_heads, -1, 1)
+        per_head = whole_tensor(bias)[: len(query)].float().view(weights.num_heads, -1, 1)
         keys = key.float().view(-1, per_head.shape[1], key.shape[1])
         keys = keys.repeat_interleave(weights.num_heads // len(keys), 0)
         return torch.linalg.vector_norm((keys * per_head).sum(1), dim=1)
@@ -163,10 +142,11 @@ class _BlockWeights:
         return [self._matrix(path) for path in self._block.mlp_out]
 
     def _matrix(self, path: str) -> Tensor:
+        # FSDP2 may shard below the block; every rank comes by here, so all may gather.
         layer: Any = self._module.get_submodule(path)
-        weight = _whole(layer.weight)
+        weight = whole_tensor(layer.weight)
         if isinstance(layer, SigmaLayer):
-            scale = _whole(layer.gamma) / layer.sigma
+            scale = whole_tensor(layer.gamma) / layer.sigma
             weight = scale_blocks(weight, scale, layer.block_dim)
         return weight.T if isinstance(layer, Conv1D) else weight
 
@@ -180,13 +160,10 @@ def _norm_terms(module: nn.Module, block: Block) -> dict[str, Tensor]:
         for name, parameter in (("gamma", "weight"), ("beta", "bias")):
             vector = getattr(norm, parameter, None)
             if vector is not None:
-                terms[f"norm_{name}{number}"] = torch.linalg.vector_norm(_whole(vector).float())
+                terms[f"norm_{name}{number}"] = torch.linalg.vector_norm(
+                    whole_tensor(vector).float()
+                )
     return terms
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    # Only where FSDP2 shards below the block; every rank comes by here, so all may gather.
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 def _tracked(module: nn.Module, groups: dict[str, list[list[Tensor]]]) -> dict[str, Tensor]:

@@ -26,16 +26,10 @@ from transformers import (
 
 from hf_stable.architectures.registry import Block, UnsupportedModelError, find_blocks, lookup
 from hf_stable.monitor.recorder import AttentionCall, Recorder, is_recomputing
-from hf_stable.monitor.records import (
-    ATTENTION_TERMS,
-    DEFAULT_TERMS,
-    TERMS,
-    Records,
-    check_maps,
-    resolve_terms,
-)
+from hf_stable.monitor.records import Records, check_maps, resolve_terms
+from hf_stable.monitor.terms import names_of
 
-__all__ = ["ATTENTION_TERMS", "DEFAULT_TERMS", "TERMS", "Records", "probe"]
+__all__ = ["Records", "probe"]
 
 PREFIX = "hf_stable_probe_"
 """Attention functions are registered under this and the native implementation's name."""
@@ -68,8 +62,8 @@ def probe(
         queries: rows of each attention map to measure: "all", or how many to sample (see
             `hf_stable.measures.entropy.sample_queries`).
         terms: what to record: "all", "default" (without the spectra of single weights and the
-            entropy bound) or names from `TERMS`. Models of unregistered architectures have
-            `ATTENTION_TERMS` only.
+            entropy bound) or names from `hf_stable.monitor.terms`. Models of unregistered
+            architectures have those that need no more than attention.
         maps: heads whose maps to keep, subsampled (`Records.maps`).
         generator: CPU generator for sampled rows; without one, the same rows each time. The
             global one is never used.
@@ -134,10 +128,11 @@ def _find_blocks(
     try:
         architecture = lookup(model)
     except UnsupportedModelError as error:
-        if wanted <= set(ATTENTION_TERMS):
+        possible = names_of(seen=("attention",))
+        if wanted <= set(possible):
             return None, []
         raise UnsupportedModelError(
-            f"{error}. Without that, pass terms={list(ATTENTION_TERMS)}: these are recorded for "
+            f"{error}. Without that, pass terms={list(possible)}: these are recorded for "
             "any model that uses transformers' attention interface"
         ) from error
     return architecture.block, find_blocks(model, architecture)

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from hf_stable.architectures.registry import Block, state_dict_name
+from hf_stable.measures.collapse import collapse_mode, rank_share
 from hf_stable.measures.entropy import (
     HIDDEN_LOGIT,
     NEGLIGIBLE_LOGIT,
     attention_entropy_from_qk,
-    collapse_mode,
     count_visible_keys,
     entropy_lower_bound,
     normalise_entropy,
-    rank_share,
     sample_queries,
 )
-from hf_stable.monitor.block_terms import WEIGHT_TERMS, query_bias_reach, weight_terms
-from hf_stable.monitor.records import ATTENTION_TERMS, MAP_SIZE, Records
+from hf_stable.monitor.block_terms import query_bias_reach, weight_terms
+from hf_stable.monitor.records import MAP_SIZE, Records
+from hf_stable.monitor.terms import TERMS, names_of
 
 __all__ = ["AttentionCall", "Recorder", "is_recomputing"]
 
@@ -173,7 +173,7 @@ class Recorder:
 
     def _measure_weights(self, module: nn.Module, layer: str) -> None:
         assert self._block is not None
-        wanted = {term for term in WEIGHT_TERMS if term in self._terms}
+        wanted = self._terms & set(names_of(seen=("weights",)))
         with_bound = "entropy_bound" in self._terms
         terms = weight_terms(module, self._block, wanted | ({"sigma_qk"} if with_bound else set()))
         for term, value in terms.items():
@@ -195,7 +195,7 @@ class Recorder:
     @torch.no_grad()
     def observe_attention(self, call: AttentionCall) -> None:
         """Record entropy, its bound and the shape of the map of one attention call."""
-        if not self._maps and self._terms.isdisjoint((*ATTENTION_TERMS, "entropy_bound")):
+        if not self._maps and not any("attention" in TERMS[term].needs for term in self._terms):
             return
         layer = self._layers.get(call.module, self._names[call.module])
         rows = sample_queries(

@@ -19,9 +19,9 @@ from tiny_training import same_state
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import hf_stable
-from hf_stable.checkpoints.saving import fold_state_dict
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.sidecar import read_state
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
@@ -80,7 +80,7 @@ def test_another_process_without_hf_stable_loads_the_plain_weights(tmp_path):
             folder = tmp_path / f"{model_type}-{size}"
             model.save_pretrained(folder, max_shard_size=size)
             assert (len(weight_files(folder)) > 1) == (size == "20KB")
-            assert (folder / STATE_FILE).is_file()
+            assert (folder / SIDECAR_FILE).is_file()
             batch = tiny_batch(model)
             batch.pop("labels")
             torch.save(batch, folder / "inputs.pt")
@@ -247,17 +247,17 @@ def test_saving_a_folded_model_removes_the_sidecar(tmp_path):
     assert list(tmp_path.glob("hf_stable_state*"))
     hf_stable.fold(model).save_pretrained(tmp_path)
     assert not list(tmp_path.glob("hf_stable_state*"))
-    with pytest.raises(FileNotFoundError, match=f"{STATE_FILE} is missing.*from_pretrained"):
+    with pytest.raises(FileNotFoundError, match=f"{SIDECAR_FILE} is missing.*from_pretrained"):
         hf_stable.load(type(model), tmp_path)
 
 
 def test_saving_again_leaves_no_shard_of_the_earlier_sidecar(tmp_path):
     model = trained("swin")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / f"{STATE_FILE}.tmp").write_bytes(b"of a killed process")
+    (tmp_path / f"{SIDECAR_FILE}.tmp").write_bytes(b"of a killed process")
     assert len(list(tmp_path.glob("hf_stable_state*"))) > 2
     model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("hf_stable_state*")] == [STATE_FILE]
+    assert [path.name for path in tmp_path.glob("hf_stable_state*")] == [SIDECAR_FILE]
     assert same_state(hf_stable.load(type(model), tmp_path), model)
 
 
@@ -266,17 +266,17 @@ def test_part_of_a_model_has_no_sidecar(tmp_path):
     part = {k: v for k, v in model.state_dict().items() if "layers.0." not in k}
     model.save_pretrained(tmp_path, state_dict=part)
     assert not any(key.endswith(("gamma", "sigma")) for key in load_file(weight_files(tmp_path)[0]))
-    assert not (tmp_path / STATE_FILE).exists()
+    assert not (tmp_path / SIDECAR_FILE).exists()
 
 
 def test_only_the_saving_process_writes(tmp_path):
     trained("vit").save_pretrained(tmp_path, is_main_process=False)
-    assert not (tmp_path / STATE_FILE).exists()
+    assert not (tmp_path / SIDECAR_FILE).exists()
 
 
 def test_sidecar_is_plain_safetensors_with_readable_metadata(tmp_path):
     trained("gpt2", init="one").save_pretrained(tmp_path)
-    with safe_open(tmp_path / STATE_FILE, framework="pt") as file:
+    with safe_open(tmp_path / SIDECAR_FILE, framework="pt") as file:
         description = json.loads(file.metadata()["hf_stable"])
         assert "transformer.h.0.attn.c_attn.sigma_u" in file.keys()  # noqa: SIM118
     assert description["format_version"] == 1

@@ -20,8 +20,8 @@ from torch.distributed.run import get_args_parser
 from transformers import GPT2LMHeadModel, Trainer, ViTForImageClassification
 
 import hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.commands.launch.options import RunOptions, make_parser, read_options
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
 from hf_stable.monitor.log_file import read_log
 from hf_stable.run import main
@@ -112,8 +112,8 @@ def test_language_script_runs_as_if_it_had_called_patch(launch):
     assert "sigma_reparam on GPT2LMHeadModel: 8 of 9 layers" in said
     assert eval_loss("launched") == eval_loss("edited")
     assert abs(eval_loss("launched") - eval_loss("plain")) > 1e-3
-    assert Path("launched", "checkpoint-4", STATE_FILE).is_file()
-    assert not Path("plain", "checkpoint-4", STATE_FILE).exists()
+    assert Path("launched", "checkpoint-4", SIDECAR_FILE).is_file()
+    assert not Path("plain", "checkpoint-4", SIDECAR_FILE).exists()
 
 
 def test_without_options_a_script_runs_as_under_python(launch):
@@ -133,7 +133,7 @@ def test_image_script_with_model_init_the_optimizer_and_a_resume(launch):
     assert "folded ViTForImageClassification" in said
     model, report = ViTForImageClassification.from_pretrained("whole", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    assert not Path("whole", STATE_FILE).exists()
+    assert not Path("whole", SIDECAR_FILE).exists()
 
     launch(*options, IMAGES, "--output_dir", "resumed", *arguments,
            "--resume_from_checkpoint", "whole/checkpoint-2")  # fmt: skip
@@ -243,7 +243,7 @@ trainer.train()
 """)
     with pytest.raises(RuntimeError, match="--fold-at-end folded this model"):
         launch("--patch", "sigma_reparam", "--fold-at-end", script)
-    assert not Path("plain", STATE_FILE).exists()
+    assert not Path("plain", SIDECAR_FILE).exists()
     GPT2LMHeadModel.from_pretrained("plain")
 
 

@@ -18,7 +18,7 @@ from tiny_models import sgd_steps, tiny_model
 import hf_stable
 from hf_stable.commands.doctor import diagnose
 from hf_stable.commands.main import BAD_INPUT, BROKEN_PIPE, CRASH, NO, SUCCESS, app, main
-from hf_stable.trainer.plugin import WRAPPED
+from hf_stable.trainer.changes import listed
 
 COMMANDS = (
     "demo",
@@ -284,16 +284,23 @@ def test_report_indents_what_a_terminal_wraps(three_runs, tmp_path):
 def test_doctor_lists_versions_support_and_every_change(capsys):
     assert main(["doctor"]) == SUCCESS
     out = capsys.readouterr().out
-    for wrap in WRAPPED:
+    for wrap in listed():
         assert wrap.target in out and wrap.reason in out
     assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
     assert main(["doctor", "--json"]) == SUCCESS
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
-    assert [change["target"] for change in report["changes"]] == [w.target for w in WRAPPED]
+    assert [change["target"] for change in report["changes"]] == [w.target for w in listed()]
     # The hook comes with the first patch, which another test may have made.
-    certain = [c for c in report["changes"] if not re.search("peft|step_post_hook", c["target"])]
+    certain = [
+        change
+        for change in report["changes"]
+        if change["made_by"] == "import hf_stable"
+        and not re.search("peft|step_post_hook", change["target"])
+    ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
+    launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
+    assert len(launched) == 2 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from report_runs import LAYERS, calm, collapsing, deep_probe, payload_of, write_run
+from report_runs import FALLING, LAYERS, calm, collapsing, deep_probe, payload_of, write_run
 from tiny_models import tiny_model
 from tiny_training import make_trainer
 
@@ -22,11 +22,10 @@ from hf_stable.report.charts import thin
 from hf_stable.report.images import draw_images
 from hf_stable.report.map_lines import read_maps
 from hf_stable.report.reading import name_runs, read_run
-from hf_stable.report.run_records import TIDY_COLUMNS, short_names
+from hf_stable.report.rows import TIDY_COLUMNS
+from hf_stable.report.run_records import short_names
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import summarise
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,10 @@ import math
 import re
 
 from hf_stable.monitor.log_file import StabilityLog
-from hf_stable.monitor.probing import TERMS
+from hf_stable.monitor.terms import names_of
+
+FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
+"""Losses of a run in which all is well."""
 
 LAYERS = ("vit.layers.0", "vit.layers.1")
 
@@ -84,9 +87,6 @@ def collapsing(folder, *, malignant=True, lost=True, **options):
     return write_run(folder, losses, probes, [("alarm", 80, alarm)] if lost else [], **options)
 
 
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
-
-
 def small_maps(num_layers=2, num_heads=2, shift=0):
     rows = [[1.0 if j == (i + shift) % 4 else 0.0 for j in range(4)] for i in range(4)]
     return {"maps": {f"vit.layers.{i}": [rows] * num_heads for i in range(num_layers)}}
@@ -127,7 +127,7 @@ def deep_probe(step, side, num_layers=12, num_heads=12):
     """All that a probe of twelve layers records, with maps."""
     quantities = calm(step, num_layers, num_heads, sigma_qk=1 + step / 5000)
     layers = list(quantities["mode"])
-    for i, name in enumerate(TERMS):
+    for i, name in enumerate(names_of()):
         if name not in quantities:
             per_head = name in ("entropy_bound", "sigma_ov", "stable_rank")
             value = 1.0 + math.sin(step * (i + 1))

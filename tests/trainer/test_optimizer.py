@@ -69,6 +69,18 @@ def test_every_way_to_name_it(tmp_path):
         arguments(optim="adamw3")
 
 
+def test_the_name_that_pickles_look_for_stays():
+    """A training_args.bin names a function; moving it would make old checkpoints unreadable."""
+    member = arguments(optim="adamw2").optim
+    written = pickle.dumps(member)
+    assert b"hf_stable.trainer.optimizer" in written and b"optimizer_name" in written
+    by_0_1_0 = b"\x80\x02chf_stable.trainer_plugin\n_optimizer_name\nU\x06adamw2\x85R."
+    for pickled in (written, by_0_1_0):
+        assert pickle.loads(pickled) is member
+    with pytest.raises(ValueError, match="adamw3"):
+        pickle.loads(by_0_1_0.replace(b"adamw2", b"adamw3"))
+
+
 def test_arguments_survive_every_copy(tmp_path):
     args = arguments(optim="adamw2", optim_args="tau=0.004")
     torch.save(args, tmp_path / "training_args.bin")

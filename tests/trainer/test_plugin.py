@@ -16,8 +16,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import hf_stable
-from hf_stable.methods.patching import STATE_FILE
-from hf_stable.trainer.plugin import WRAPPED, register
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.commands.launch.launcher import LAUNCHER
+from hf_stable.trainer.changes import ON_IMPORT, listed
+from hf_stable.trainer.plugin import register
 
 try:
     import peft
@@ -51,6 +53,11 @@ ADDED_TO = {
     "torch.optim.optimizer:register_optimizer_step_post_hook",
 }
 
+LAUNCHER_TARGETS = {
+    "transformers.trainer:Trainer.__init__",
+    "transformers.trainer:Trainer.train",
+}
+
 SNAPSHOT = """
 import sys
 import torch, transformers, transformers.trainer, transformers.modeling_utils
@@ -78,9 +85,16 @@ print(args.optim.value)
 
 
 def test_the_list_is_pinned_and_says_why():
-    assert {wrap.target for wrap in WRAPPED if wrap.wrapper} == TARGETS
-    assert {wrap.target for wrap in WRAPPED if not wrap.wrapper} == ADDED_TO
-    assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in WRAPPED)
+    by_maker = {
+        maker: [wrap for wrap in listed() if wrap.made_by == maker]
+        for maker in {wrap.made_by for wrap in listed()}
+    }
+    assert by_maker.keys() == {ON_IMPORT, LAUNCHER}
+    assert {wrap.target for wrap in by_maker[ON_IMPORT] if wrap.wrapper} == TARGETS
+    assert {wrap.target for wrap in by_maker[ON_IMPORT] if not wrap.wrapper} == ADDED_TO
+    assert {wrap.target for wrap in by_maker[LAUNCHER]} == LAUNCHER_TARGETS
+    assert len(listed()) == len(TARGETS | ADDED_TO) + len(LAUNCHER_TARGETS)
+    assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in listed())
 
 
 def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
@@ -293,16 +307,16 @@ def hub(monkeypatch):
 def test_saving_with_push_uploads_no_sidecar(hub, tmp_path):
     model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
     model.save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
-    assert (tmp_path / "model" / STATE_FILE).is_file()
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
+    assert (tmp_path / "model" / SIDECAR_FILE).is_file()
     hub.files.clear()
     model.save_pretrained(tmp_path / "model", push_to_hub=True)
-    assert STATE_FILE not in hub.files
+    assert SIDECAR_FILE not in hub.files
 
 
 def test_pushing_a_model_uploads_no_sidecar(hub):
     hf_stable.patch(tiny_model("vit"), "sigma_reparam").push_to_hub("me/model")
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
 
 
 def test_pushing_from_the_trainer_uploads_no_sidecar(hub, tmp_path, monkeypatch):
@@ -311,7 +325,7 @@ def test_pushing_from_the_trainer_uploads_no_sidecar(hub, tmp_path, monkeypatch)
     trainer = make_trainer(model, tmp_path, save_steps=2, max_steps=2)
     trainer.train()
     trainer.save_model()
-    assert (tmp_path / STATE_FILE).is_file()
+    assert (tmp_path / SIDECAR_FILE).is_file()
     trainer.push_to_hub()
-    assert "model.safetensors" in hub.files and STATE_FILE not in hub.files
-    assert (tmp_path / "checkpoint-2" / STATE_FILE).is_file()
+    assert "model.safetensors" in hub.files and SIDECAR_FILE not in hub.files
+    assert (tmp_path / "checkpoint-2" / SIDECAR_FILE).is_file()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,13 +91,27 @@ def _add_benchmark(name: str, usual_rounds: int, summary: str) -> None:
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
-        module = import_module(f"hf_stable.commands.bench.{name}")
         console = make_console(stderr=as_json)
-        summaries = getattr(module, f"bench_{name}")(
+        summaries = _load_benchmark(name)(
             output=output, rounds=rounds, only=only, device=device, console=console
         )
         if as_json:
             print_json({"results": [asdict(summary) for summary in summaries]})
+
+
+def _load_benchmark(name: str) -> Any:
+    """Import a benchmark when it is run: the models that it builds take seconds to import."""
+    if name == "sigma":
+        from hf_stable.commands.bench.sigma import bench_sigma
+
+        return bench_sigma
+    if name == "adamw2":
+        from hf_stable.commands.bench.adamw2 import bench_adamw2
+
+        return bench_adamw2
+    from hf_stable.commands.bench.monitor import bench_monitor
+
+    return bench_monitor
 
 
 for _name, (_rounds, _summary) in BENCHMARKS.items():

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.registry import UnsupportedModelError, lookup
-from hf_stable.measures.spectral import matrix_blocks
+from hf_stable.measures.matrices import matrix_blocks
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
 
 __all__ = [

@@ -22,8 +22,10 @@ from transformers import (
     set_seed,
 )
 
+from hf_stable._wording import extra_needed
 from hf_stable.architectures.registry import find_layers, lookup
-from hf_stable.measures.spectral import as_matrix, leading_triple
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import as_matrix
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import is_patched, patch
 from hf_stable.monitor.callback import StabilityCallback
@@ -92,13 +94,7 @@ def require_recipes() -> None:
         try:
             __import__(name)
         except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            raise ModuleNotFoundError(
-                f"the demo needs {name}, which comes with the recipes extra: "
-                'pip install "hf-stable[recipes]"',
-                name=name,
-            ) from error
+            raise extra_needed("the demo", "recipes", error) from error
 
 
 def load_digits(seed: int, quick: bool) -> Any:

@@ -12,13 +12,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable import modeling_hf_stable
 from hf_stable.architectures.registry import (
     Attention,
     UnsupportedModelError,
@@ -26,15 +23,15 @@ from hf_stable.architectures.registry import (
     find_norms,
     lookup,
 )
+from hf_stable.checkpoints.described_models import empty_model
+from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.measures.products import (
     qk_singular_values,
     spectral_energy_concentration,
     stable_rank,
 )
-from hf_stable.modeling_hf_stable import PREFIX
-from hf_stable.monitor.block_terms import SEC_VALUES
-from hf_stable.trainer.plugin import key_renaming
+from hf_stable.monitor.terms import SEC_VALUES
 
 __all__ = [
     "BlockSpectrum",
@@ -149,28 +146,12 @@ def _build(folder: Path) -> PreTrainedModel:
     if not path.is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        # Code that lies beside the weights is neither run nor asked about: this only looks.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = _model_class(config.architectures)
-        if model_class is not None:
-            with torch.device("meta"):
-                return model_class(config)
+        return empty_model(folder)
     except Exception as error:  # which one an impossible value raises is up to the model
         reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedModelError(
             f"{path} describes no model that transformers can build: {reason}"
         ) from error
-    raise UnsupportedModelError(
-        f"{path} has {config.architectures!r} under 'architectures'; it takes a list whose first "
-        "entry is the name of a model class of transformers"
-    )
-
-
-def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
-    """Return the class that a config names under "architectures", or None if it is no model's."""
-    name = str(architectures[0]) if architectures else ""
-    found = getattr(modeling_hf_stable if name.startswith(PREFIX) else transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def _query_and_key(

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._json import as_json_value
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.checkpoints.pairing import pair_layers
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
 from hf_stable.commands.inspect.blocks import (
     BlockSpectrum,
@@ -24,10 +24,8 @@ from hf_stable.commands.inspect.blocks import (
 )
 from hf_stable.commands.inspect.findings import find_signs
 from hf_stable.commands.inspect.matrices import LayerSpectrum, inspect_matrix, is_finite, is_matrix
-from hf_stable.methods.patching import STATE_FILE
-from hf_stable.methods.sigma_reparam.function import scale_blocks
 
-__all__ = ["CheckpointReport", "inspect_checkpoint", "pair_layers"]
+__all__ = ["CheckpointReport", "inspect_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def inspect_checkpoint(
     """
     weights = open_weights(path)
     folder = weights.path if weights.path.is_dir() else weights.path.parent
-    sidecar = None if weights.path.name.startswith(Path(STATE_FILE).stem) else open_sidecar(folder)
+    sidecar = (
+        None if weights.path.name.startswith(Path(SIDECAR_FILE).stem) else open_sidecar(folder)
+    )
     partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
     raw = set(weights.raw_layers)
     own = {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
@@ -134,7 +134,7 @@ def inspect_checkpoint(
     problem = None
     if unmatched and weights.path.is_dir():
         problem = (
-            f"{STATE_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
+            f"{SIDECAR_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
             f"of its layers fold to none of them (first: {unmatched[0]!r})"
         )
     blocks, norms, note = _blocks_and_norms(weights)
@@ -164,39 +164,3 @@ def _blocks_and_norms(
         return inspect_blocks(weights, model), inspect_norms(weights, model), None
     except UnsupportedModelError as error:
         return (), (), str(error)
-
-
-def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:
-    """Find, for each layer of a sidecar, the weight that it folds to.
-
-    The sidecar has the names of the model in memory and the weights those on disk, which differ
-    for ViT and Swin. So layers are told by their content: the first row of the folded weight,
-    bit for bit; the name decides where several have the same.
-
-    Returns:
-        The layer of the sidecar for each weight's name, and the layers that fit no weight.
-    """
-    by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in sidecar.raw_layers}
-    for name, shape in weights.shapes.items():
-        if shape in shapes:
-            by_content[_content(shape, weights.read_first_row(name))].append(name)
-    partners: dict[str, str] = {}
-    unmatched = []
-    for layer in sidecar.raw_layers:
-        name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
-        scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
-        dim = sidecar.block_dim(layer)
-        row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
-        candidates = by_content[_content(shape, row)]
-        if not candidates:
-            unmatched.append(layer)
-            continue
-        chosen = name if name in candidates else candidates[0]
-        candidates.remove(chosen)
-        partners[chosen] = layer
-    return partners, unmatched
-
-
-def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
-    return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

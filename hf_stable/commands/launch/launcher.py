@@ -2,7 +2,7 @@
 
 `hf-stable run [options] script.py ARGS...`, also as `python -m hf_stable.run` and so under
 `torchrun -m hf_stable.run` and `accelerate launch -m hf_stable.run`. Nothing here knows how a
-model is patched or watched; this attaches what `run_options` reads to what `script_running` runs.
+model is patched or watched; this attaches what `options` reads to what `scripts` runs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ from hf_stable.commands.launch.scripts import check_script, run_script, show_the
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import fold, patch
 from hf_stable.monitor.callback import StabilityCallback
+from hf_stable.trainer.changes import make, wrapping
 
-__all__ = ["attach", "main"]
+__all__ = ["LAUNCHER", "attach", "main"]
+
+LAUNCHER = "hf-stable run"
+
+_attached: list[Attachment] = []
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,30 +70,40 @@ def attach(options: RunOptions) -> Attachment:
     makes later are patched as they are made.
     """
     attachment = Attachment(options)
-    build, train = Trainer.__init__, Trainer.train
+    _attached.append(attachment)
+    make(LAUNCHER)
+    return attachment
 
-    @functools.wraps(build)
-    def build_and_attach(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        build(trainer, *args, **kwargs)
+
+@wrapping(
+    "transformers.trainer:Trainer.__init__",
+    reason="each new Trainer's model is patched and the monitor added, as the options say",
+    made_by=LAUNCHER,
+)
+def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    build(trainer, *args, **kwargs)
+    for attachment in _attached:
         attachment.add(trainer)
 
-    @functools.wraps(train)
-    def train_and_fold(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if trainer in attachment.training:
-            return train(trainer, *args, **kwargs)  # a rollback re-enters; the outer call folds
+
+@wrapping(
+    "transformers.trainer:Trainer.train",
+    reason="under --fold-at-end the model is folded when the training ends",
+    made_by=LAUNCHER,
+)
+def _train_and_fold(train: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    folding = [attachment for attachment in _attached if attachment.folds(trainer)]
+    for attachment in folding:
         attachment.refuse_folded(trainer)
         attachment.training.add(trainer)
-        try:
-            result = train(trainer, *args, **kwargs)
-        finally:
+    try:
+        result = train(trainer, *args, **kwargs)
+    finally:
+        for attachment in folding:
             attachment.training.discard(trainer)
+    for attachment in folding:
         attachment.fold(trainer)
-        return result
-
-    Trainer.__init__ = build_and_attach
-    if options.fold_at_end:
-        Trainer.train = train_and_fold
-    return attachment
+    return result
 
 
 @dataclass
@@ -120,6 +135,13 @@ class Attachment:
                 trainer.model_init = self._patching(trainer.model_init)
         if self.options.monitors:
             trainer.add_callback(self._monitor())
+
+    def folds(self, trainer: Trainer) -> bool:
+        """Say whether a training that begins is to be folded at its end.
+
+        One that begins inside another is part of it (a batch size that was too large).
+        """
+        return self.options.fold_at_end and trainer not in self.training
 
     def fold(self, trainer: Trainer) -> None:
         """Fold the trained model in place."""

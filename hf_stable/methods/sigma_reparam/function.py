@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hf_stable.measures.spectral import as_matrix, split_blocks
+from hf_stable.measures.matrices import as_matrix, split_blocks
 
 __all__ = [
     "effective_weight",

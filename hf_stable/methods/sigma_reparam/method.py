@@ -12,8 +12,8 @@ from torch import nn
 from hf_stable._wording import nearest
 from hf_stable.architectures.registry import FoundLayer, find_layers, lookup, state_dict_name
 from hf_stable.methods.config import MethodConfig, method_options
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, SigmaState, install, prepare
-from hf_stable.methods.sigma_reparam.steps import install_hooks
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
 from hf_stable.methods.sigma_reparam.triples import settle
 
 __all__ = [
@@ -72,7 +72,6 @@ class SigmaReparamPlan:
 
     def apply(self) -> None:
         """Turn the layers into sigma layers, and have optimizers refresh them from now on."""
-        install_hooks()
         for module, state in self.states:
             install(module, state)
 

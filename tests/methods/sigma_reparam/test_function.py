@@ -20,7 +20,8 @@ from hf_stable.methods.sigma_reparam.function import (
     scaled_linear,
     scales_in_product,
 )
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, install, prepare
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.swapping import install, prepare
 
 CASES = {  # shape of the weight, number of blocks, dimension along which they lie
     "one block": ((5, 4), 1, 0),

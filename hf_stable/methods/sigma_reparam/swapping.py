@@ -1,0 +1,140 @@
+"""Turning plain layers into sigma layers and back, in place: prepare, install, fold.
+
+`prepare` computes everything and touches nothing, so that a patch can fail before it has begun.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hf_stable._ranks import whole_tensor
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import RowShard, as_matrix, matrix_blocks, split_blocks
+from hf_stable.methods.sigma_reparam.function import spread_over_blocks
+from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
+from hf_stable.methods.sigma_reparam.steps import follow, forget
+from hf_stable.methods.sigma_reparam.triples import mark_settled, settle_if_moved
+
+__all__ = ["SIGMA_CLASSES", "SigmaState", "fold_layer", "install", "prepare"]
+
+_ALIGNMENT = 64  # bytes, of what torch allocates
+
+SIGMA_CLASSES: dict[type, type] = {
+    nn.Linear: SigmaLinear,
+    Conv1D: SigmaConv1D,
+    nn.Conv2d: SigmaConv2d,
+}
+PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    sigma: plain for plain, sigma in SIGMA_CLASSES.items()
+}
+
+
+@dataclass(frozen=True)
+class SigmaState:
+    """What `install` adds to a plain layer; computed by `prepare`, which changes nothing."""
+
+    gamma: Tensor
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+    block_dim: int
+    name: str
+
+
+def prepare(
+    layer: nn.Module,
+    *,
+    num_blocks: int = 1,
+    init: Literal["spectral", "one"] = "spectral",
+    name: str = "",
+) -> SigmaState:
+    """Compute the exact singular triples of a plain layer without touching it.
+
+    Args:
+        layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
+        num_blocks: number of equal blocks of output features with a sigma of their own.
+        init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
+            `"one"` sets gamma to 1 (the paper's text).
+        name: qualified name for messages.
+
+    Raises:
+        TypeError: if the layer is of any other type, a subclass included.
+        ValueError: if a block is zero or not finite.
+    """
+    if type(layer) not in SIGMA_CLASSES:
+        raise TypeError(
+            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
+            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
+            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
+            "sigma would break). To patch the others, exclude it"
+        )
+    weight: Any = layer.weight
+    block_dim = 1 if type(layer) is Conv1D else 0
+    blocks = split_blocks(as_matrix(weight.detach()), num_blocks, block_dim)
+    triples = []
+    for block in blocks:
+        try:
+            triples.append(leading_triple(block))
+        except ValueError as error:
+            raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
+    sigma, u, v = (torch.stack(part) for part in zip(*triples, strict=True))
+    if not (sigma > 0).all():
+        raise ValueError(
+            f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
+            "all-zero block, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+        )
+    gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
+    return SigmaState(gamma, sigma, u, v, block_dim, name)
+
+
+def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
+    """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class."""
+    sigma_class: Any = SIGMA_CLASSES[type(layer)]
+    layer.__class__ = sigma_class
+    assert isinstance(layer, SigmaLayer)
+    if layer.weight.data_ptr() % _ALIGNMENT:
+        # It lies as safetensors found it in the file. Products with vectors round otherwise there,
+        # and a run would depend on whether its weights were just initialised or loaded.
+        layer.weight.data = layer.weight.data.clone()
+    layer.gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
+    layer.register_buffer("sigma", state.sigma)
+    layer.register_buffer("sigma_u", state.u)
+    layer.register_buffer("sigma_v", state.v)
+    layer.block_dim = state.block_dim
+    layer.layer_name = state.name
+    follow(layer)
+    mark_settled(layer)
+    return layer
+
+
+@torch.no_grad()
+def fold_layer(layer: SigmaLayer) -> nn.Module:
+    """Turn a sigma layer into the plain layer that computes the same, in place.
+
+    `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
+    """
+    settle_if_moved(layer)
+    weight = layer.weight
+    gamma = whole_tensor(layer.gamma)
+    sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
+    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
+    if isinstance(weight, DTensor):
+        shard = matrix_blocks(weight)[0]
+        if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
+            scale = scale[shard.offset : shard.offset + len(shard.local)]
+        weight = weight.to_local()
+    weight.copy_(weight.to(scale.dtype) * scale)
+    for name in SigmaLayer.SIGMA_TENSORS:
+        delattr(layer, name)
+    for name in ("block_dim", "layer_name", "serial_number", "settled_for"):
+        delattr(layer, name)
+    forget(layer)
+    plain_class: Any = PLAIN_CLASSES[type(layer)]
+    layer.__class__ = plain_class
+    return layer
