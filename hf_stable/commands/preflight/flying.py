@@ -12,6 +12,7 @@ from typing import Any
 from transformers import Trainer
 
 from hf_stable._json import as_json_value
+from hf_stable._whole_files import write_whole
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, train_leg
 from hf_stable.commands.preflight.judging import Outcome
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
@@ -146,10 +147,8 @@ def _claim(output: Path, identity: list[str]) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(as_json_value(content), indent=1, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with write_whole(path) as file:
+        file.write(json.dumps(as_json_value(content), indent=1, allow_nan=False) + "\n")
 
 
 def _run_here(make_trainer: Callable[[], Trainer], settings: Settings) -> Runner:

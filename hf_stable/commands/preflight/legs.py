@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_stable._json import as_json_value
+from hf_stable._whole_files import write_whole
 from hf_stable.commands.preflight.remedies import Remedy
 
 __all__ = ["LEG_FILE", "Ending", "Leg", "Settings", "read_ending", "write_ending"]
@@ -91,11 +92,9 @@ class Ending:
 
 def write_ending(folder: Path, ending: Ending, leg: Leg) -> None:
     """Write `leg.json` whole or not at all: a leg without one is not done."""
-    folder.mkdir(parents=True, exist_ok=True)
     content = as_json_value({"leg": asdict(leg) | {"name": leg.name}, "ending": asdict(ending)})
-    partial = folder / f".{LEG_FILE}.partial"
-    partial.write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
-    partial.replace(folder / LEG_FILE)
+    with write_whole(folder / LEG_FILE) as file:
+        file.write(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
 
 
 def read_ending(folder: Path, key: str | None = None) -> Ending | None:
