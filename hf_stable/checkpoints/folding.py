@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from hf_stable._file_names import SIDECAR_FILE, TRAINER_STATE_FILE
+from hf_stable._json import to_json
 from hf_stable.checkpoints.described_models import empty_base_model
 from hf_stable.checkpoints.fsdp_shards import (
     find_distributed,
@@ -190,4 +191,4 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
         weight_map |= dict.fromkeys(tensors, file.name)
     if len(weights.files) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (target / "model.safetensors.index.json").write_text(to_json(index, indent=2) + "\n")

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._json import to_json
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
 from hf_stable.methods.sigma_reparam.function import scale_blocks
@@ -217,7 +218,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 def _replace_file(path: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     partial = f"{path}.tmp"
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(description)}
+    metadata = {"format": "pt", _METADATA_KEY: to_json(description)}
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)

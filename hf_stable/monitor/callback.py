@@ -144,7 +144,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._stack.close()
         self._started = time.perf_counter()
         model = kwargs["model"]
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        # The Trainer fails to save where a checkpoint of a run without it left no entry for it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if isinstance(saved, list):
             raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
         if callable(self.on_collapse) and args.restore_callback_states_from_checkpoint:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from hf_stable._json import to_json
 from hf_stable.report.charts import Chart, Mark, Section, marks_of, order_layers
 from hf_stable.report.maps import MapSeries
 from hf_stable.report.run_records import RunRecords
@@ -65,7 +65,7 @@ def map_payload(maps: Sequence[Sequence[MapSeries]]) -> str:
 
 
 def _json(content: Any) -> str:
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    text = to_json(content, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 

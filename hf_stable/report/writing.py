@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from hf_stable._json import as_json_value
+from hf_stable._json import to_json
 from hf_stable._whole_files import write_whole
 from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.maps import choose_maps
@@ -110,7 +109,7 @@ def _write_file(
         number = version("hf-stable")
         file.write(build_page(runs, summaries, sections, version=number, preface=preface))
     elif format == "json":
-        json.dump(_content(runs, summaries), file, allow_nan=False)
+        file.write(to_json(_content(runs, summaries)))
         file.write("\n")
     else:
         _write_csv(file, runs)
@@ -127,9 +126,9 @@ def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dic
     """Return everything for JSON, the rows as lists in the order of "columns"."""
     return {
         "runs": [
-            as_json_value(asdict(summary)) | {"path": run.path, "notes": list(run.notes)}
+            asdict(summary) | {"path": run.path, "notes": list(run.notes)}
             for run, summary in zip(runs, summaries, strict=True)
         ],
         "columns": list(TIDY_COLUMNS),
-        "rows": [as_json_value(list(row.values())) for run in runs for row in tidy_rows(run)],
+        "rows": [list(row.values()) for run in runs for row in tidy_rows(run)],
     }

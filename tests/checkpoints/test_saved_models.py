@@ -14,7 +14,8 @@ from tiny_models import sgd_steps, tiny_batch, tiny_model, tiny_tokenizer
 
 import hf_stable
 from hf_stable.checkpoints.saved_models import export_saved, load_saved
-from hf_stable.commands.main import BAD_INPUT, SUCCESS, main
+from hf_stable.commands.conventions import BAD_INPUT, SUCCESS
+from hf_stable.commands.main import main
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_stable.commands.demo.claims import PARTS, DemoResult, Reload, run_demo
+from hf_stable.commands.demo.course import run_demo
+from hf_stable.commands.demo.parts import PARTS
+from hf_stable.commands.demo.results import DemoResult, Reload
 from hf_stable.commands.demo.runs import RunResult, run_folder
 from hf_stable.report.reading import read_run
 from hf_stable.report.summary import summarise

@@ -15,7 +15,8 @@ from tiny_models import tiny_model
 from tiny_training import make_trainer
 
 import hf_stable
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
+from hf_stable.commands.main import main
 from hf_stable.monitor.log_file import StabilityLog, read_log
 from hf_stable.report import FORMATS, write_report
 from hf_stable.report.charts import thin

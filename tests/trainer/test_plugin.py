@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from hf_stable.commands.launch.launcher import LAUNCHER
 from tiny_models import add_adapter, tiny_batch, tiny_model
 from tiny_training import dropout_model, make_trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.commands.launch.launcher import LAUNCHER
 from hf_stable.trainer.changes import ON_IMPORT, listed
 from hf_stable.trainer.plugin import register
 

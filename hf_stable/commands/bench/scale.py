@@ -25,6 +25,7 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from hf_stable._json import to_json
 from hf_stable.adamw2.groups import ModelAdamW2
 from hf_stable.commands.bench.cost_model import Cost, measure_shape, step_costs
 from hf_stable.commands.bench.machines import Machine
@@ -175,7 +176,7 @@ def bench_scale(
             "num_processes": num_processes,
             "results": [asdict(each) | {"error": each.error} for each in found],
         }
-        Path(output).write_text(json.dumps(content, indent=2) + "\n")
+        Path(output).write_text(to_json(content, indent=2) + "\n")
     return found
 
 
@@ -212,7 +213,7 @@ def _exchange(
     samples = alternate({name: partial(exchange, name) for name in calls}, rounds=rounds)
     if rank == 0:
         seconds = {name: median(samples[name][EXCHANGE]) for name in calls}
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+        (Path(folder) / "seconds.json").write_text(to_json(seconds))
     dist.barrier()
     dist.destroy_process_group()
 

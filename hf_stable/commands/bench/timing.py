@@ -7,7 +7,6 @@ knows a model or a method.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -23,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_stable._json import to_json
 from hf_stable.commands.terminal import make_console, make_table
 
 __all__ = [
@@ -230,7 +230,7 @@ def write_results(
         "settings": dict(settings),
         "results": [asdict(summary) for summary in summaries],
     }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    Path(path).write_text(to_json(content, indent=2) + "\n")
 
 
 class PeakBytes(TorchDispatchMode):

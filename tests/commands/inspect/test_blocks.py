@@ -15,9 +15,10 @@ from tiny_models import sgd_steps, tiny_batch, tiny_model
 import hf_stable
 from hf_stable.checkpoints.hub_files import local_files
 from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.inspect.comparison import compare_checkpoints
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.commands.main import main
 
 METHOD = {
     "gpt2": "remove_pre_layernorm",

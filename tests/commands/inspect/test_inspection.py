@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import sgd_steps, tiny_model
 
 import hf_stable
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.commands.main import main
 from hf_stable.measures.matrices import as_matrix
 
 # A singular value of float32 entries is known to some 1e-6 of itself.

@@ -1,9 +1,4 @@
-"""Run a training script as it is, with hf_stable attached to every Trainer that it builds.
-
-`hf-stable run [options] script.py ARGS...`, also as `python -m hf_stable.run` and so under
-`torchrun -m hf_stable.run` and `accelerate launch -m hf_stable.run`. Nothing here knows how a
-model is patched or watched; this attaches what `options` reads to what `scripts` runs.
-"""
+"""What `hf-stable run` does to every Trainer that a script builds: patch, watch, fold."""
 
 from __future__ import annotations
 
@@ -18,48 +13,15 @@ from weakref import WeakSet
 from torch import nn
 from transformers import Trainer
 
-from hf_stable.commands.launch.options import (
-    RunOptions,
-    make_parser,
-    read_options,
-    split_command_line,
-)
-from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+from hf_stable.commands.launch.options import RunOptions
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import fold, patch
 from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.trainer.changes import make, wrapping
 
-__all__ = ["LAUNCHER", "attach", "main"]
+__all__ = ["LAUNCHER", "Attachment", "attach"]
 
 LAUNCHER = "hf-stable run"
-
-_attached: list[Attachment] = []
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Attach hf_stable and run the script that the command line names, as `__main__`.
-
-    Exceptions, Ctrl-C and exit codes of the script pass through. A usage error ends with code 2.
-
-    Args:
-        argv: options, the script's name, the script's own arguments; by default this process's.
-    """
-    ours, command = split_command_line(sys.argv[1:] if argv is None else argv)
-    options = read_options(ours)
-    try:
-        check_script(command)
-    except ValueError as error:
-        make_parser().error(str(error))
-    attachment = attach(options)
-    show_the_scripts_trace_only()
-    try:
-        run_script(command)
-    except SystemExit as end:
-        if end.code in (None, 0):
-            attachment.conclude(command)
-        raise
-    attachment.conclude(command)
 
 
 def attach(options: RunOptions) -> Attachment:
@@ -69,10 +31,10 @@ def attach(options: RunOptions) -> Attachment:
     monitor among its callbacks; no optimizer exists at that moment. Models that `model_init`
     makes later are patched as they are made.
     """
-    attachment = Attachment(options)
-    _attached.append(attachment)
+    global _attachment
+    _attachment = Attachment(options)
     make(LAUNCHER)
-    return attachment
+    return _attachment
 
 
 @wrapping(
@@ -82,8 +44,7 @@ def attach(options: RunOptions) -> Attachment:
 )
 def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     build(trainer, *args, **kwargs)
-    for attachment in _attached:
-        attachment.add(trainer)
+    _attachment.add(trainer)
 
 
 @wrapping(
@@ -92,17 +53,15 @@ def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -
     made_by=LAUNCHER,
 )
 def _train_and_fold(train: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-    folding = [attachment for attachment in _attached if attachment.folds(trainer)]
-    for attachment in folding:
-        attachment.refuse_folded(trainer)
-        attachment.training.add(trainer)
+    if not _attachment.folds(trainer):
+        return train(trainer, *args, **kwargs)
+    _attachment.refuse_folded(trainer)
+    _attachment.training.add(trainer)
     try:
         result = train(trainer, *args, **kwargs)
     finally:
-        for attachment in folding:
-            attachment.training.discard(trainer)
-    for attachment in folding:
-        attachment.fold(trainer)
+        _attachment.training.discard(trainer)
+    _attachment.fold(trainer)
     return result
 
 
@@ -192,6 +151,10 @@ class Attachment:
         }
         _say(f"StabilityCallback({', '.join(f'{k}={v!r}' for k, v in given.items())}) added")
         return StabilityCallback(**given)
+
+
+_attachment = Attachment(RunOptions())
+"""What the script of this process runs with."""
 
 
 def _say(message: str) -> None:
