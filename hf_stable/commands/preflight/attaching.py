@@ -9,10 +9,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
-from hf_stable.commands.launch.launcher import Attachment
+from hf_stable.commands.launch.attaching import Attachment
 from hf_stable.commands.launch.options import RunOptions
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
 from hf_stable.monitor.callback import StabilityCallback
@@ -65,12 +73,12 @@ def prepare(trainer: Trainer, leg: Leg, settings: Settings, folder: Path) -> Leg
     _refuse_unfit(trainer, leg)
     callback = LegCallback(leg, settings, folder, _plan(trainer))
     # The first waits for evaluations, which are off; a monitor of the script's would write to the
-    # same file, and may stop or go back.
-    for theirs in (EarlyStoppingCallback, StabilityCallback):
+    # same file, and may stop or go back; the others print every step of every leg.
+    for theirs in (EarlyStoppingCallback, StabilityCallback, PrinterCallback, ProgressCallback):
         while trainer.pop_callback(theirs) is not None:
             pass
     if remedy.optim is not None:
-        args.optim, args.optim_args = remedy.optim, remedy.optim_args or None
+        args.optim, args.optim_args = OptimizerNames(remedy.optim), remedy.optim_args or None
     if remedy.warmup is not None:
         args.warmup_steps = remedy.warmup
     if remedy.clip is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
-from hf_stable._json import as_json_value
+from hf_stable._json import from_json, to_json
 from hf_stable._whole_files import write_whole
+from hf_stable._wording import nearest
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, train_leg
 from hf_stable.commands.preflight.judging import Outcome
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
@@ -116,6 +117,13 @@ def _check(plan: Plan, settings: Settings, jobs: int) -> None:
     for rate in plan.rates:
         if not 0 < rate < float("inf"):
             raise ValueError(f"a rate is a positive multiple of the script's own, got {rate!r}")
+    optimizers = [each.value for each in OptimizerNames]
+    for remedy in plan.remedies:
+        if remedy.optim is not None and remedy.optim not in optimizers:
+            raise ValueError(
+                f"remedy {remedy.name!r} names no optimizer of TrainingArguments"
+                f"{nearest(remedy.optim, optimizers)}; they are {', '.join(optimizers)}"
+            )
     for name, value in (("seeds", plan.seeds), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name} is a number from 1 on, got {value!r}")
@@ -131,7 +139,7 @@ def _claim(output: Path, identity: list[str]) -> None:
     path = output / "preflight-of.json"
     if path.is_file():
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = from_json(path.read_text(encoding="utf-8"))
         except ValueError:
             known = None
         if known != identity:
@@ -148,7 +156,7 @@ def _claim(output: Path, identity: list[str]) -> None:
 
 def _write(path: Path, content: Any) -> None:
     with write_whole(path) as file:
-        file.write(json.dumps(as_json_value(content), indent=1, allow_nan=False) + "\n")
+        file.write(to_json(content, indent=1) + "\n")
 
 
 def _run_here(make_trainer: Callable[[], Trainer], settings: Settings) -> Runner:

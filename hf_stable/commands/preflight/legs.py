@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_stable._json import as_json_value
+from hf_stable._json import from_json, to_json
 from hf_stable._whole_files import write_whole
 from hf_stable.commands.preflight.remedies import Remedy
 
@@ -92,15 +92,15 @@ class Ending:
 
 def write_ending(folder: Path, ending: Ending, leg: Leg) -> None:
     """Write `leg.json` whole or not at all: a leg without one is not done."""
-    content = as_json_value({"leg": asdict(leg) | {"name": leg.name}, "ending": asdict(ending)})
+    what = {"name": leg.name, "remedy": leg.remedy.name, "factor": leg.factor, "seed": leg.seed}
     with write_whole(folder / LEG_FILE) as file:
-        file.write(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+        file.write(to_json({"leg": what, "ending": asdict(ending)}, indent=1) + "\n")
 
 
 def read_ending(folder: Path, key: str | None = None) -> Ending | None:
     """Return how the leg in a folder ended; None if it did not, or was another leg than `key`."""
     try:
-        content = json.loads((folder / LEG_FILE).read_text(encoding="utf-8"))["ending"]
+        content = from_json((folder / LEG_FILE).read_text(encoding="utf-8"))["ending"]
         ending = Ending(**content)
     except (OSError, ValueError, TypeError, KeyError):
         return None  # no leg was done here that can be built on: it is run again

@@ -34,8 +34,17 @@ TAIL = 30
 """Lines of a failed leg's output that its error quotes."""
 
 
-class LegFailed(RuntimeError):  # noqa: N818  # "failed" says it
-    """A leg ended in an error that is not the loss's: out of memory, an error of the script."""
+class LegFailed(ValueError):  # noqa: N818  # "failed" says it
+    """A leg ended in an error that is not the loss's: out of memory, an error of the script.
+
+    Attributes:
+        output: the end of what the leg printed, or "".
+    """
+
+    def __init__(self, message: str, output: str = "") -> None:
+        """Keep the output apart from the message, which is one sentence."""
+        super().__init__(message)
+        self.output = output
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def run_process(settings: Settings) -> Runner:
             "folder": str(folder.resolve()),
         }
         launcher = settings.launcher or (sys.executable,)
-        command = [*launcher, "-m", "hf_stable.commands.preflight.child", json.dumps(order)]
+        command = [*launcher, "-m", "hf_stable.commands.preflight", json.dumps(order)]
         log = folder / "output.log"
         with log.open("wb") as output:
             try:
@@ -200,7 +209,7 @@ def run_process(settings: Settings) -> Runner:
                 ) from error
             code = _wait_for(process, stopped)
         if read_ending(folder, leg.key(settings)) is None:
-            raise LegFailed(_why(leg, settings, log, code))
+            raise _failure(leg, settings, log, code)
 
     return run
 
@@ -222,16 +231,16 @@ def _wait_for(process: subprocess.Popen[bytes], stopped: threading.Event) -> int
         raise
 
 
-def _why(leg: Leg, settings: Settings, log: Path, code: int) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _failure(leg: Leg, settings: Settings, log: Path, code: int) -> LegFailed:
     what = " ".join(settings.command[:2] if settings.command[0] == "-m" else settings.command[:1])
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     if code == 0:
-        return (
+        return LegFailed(
             f"{what} ended without training a transformers Trainer, so there is nothing to judge; "
             f"its output is in {log}"
         )
-    tail = "\n".join(lines[-TAIL:])
-    return (
+    return LegFailed(
         f"{what} ended with code {code} in the leg {leg.name!r}, for a reason that says nothing "
-        f"about its rate. The end of its output ({log}):\n{tail}"
+        f"about its rate; its output is in {log}",
+        "\n".join(lines[-TAIL:]),
     )
