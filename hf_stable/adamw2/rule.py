@@ -1,6 +1,6 @@
 """The update of AdamW2: Adam's moments, Rule 1 and the step, for weights of any layout.
 
-Pure functions on weights and their state; the optimizer around them is in `adamw2`.
+Pure functions on weights and their state; the optimizer around them is in `optimizer`.
 """
 
 from __future__ import annotations

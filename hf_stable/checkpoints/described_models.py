@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from hf_stable import modeling_hf_stable
-from hf_stable.modeling_hf_stable import PREFIX
+from hf_stable.modeling_hf_stable import CLASS_PREFIX
 
 __all__ = ["empty_base_model", "empty_model", "named_class"]
 
@@ -29,7 +29,7 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     """
     names: Any = config.architectures
     name = str(names[0]) if isinstance(names, list | tuple) and names else ""
-    holder = modeling_hf_stable if name.startswith(PREFIX) else transformers
+    holder = modeling_hf_stable if name.startswith(CLASS_PREFIX) else transformers
     found = getattr(holder, name, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found

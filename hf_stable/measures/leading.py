@@ -83,7 +83,11 @@ def _leading_by_svd(matrix: Tensor) -> SingularTriple:
 
 
 def _leading_by_lanczos(matrix: Tensor, tolerance: float, max_iterations: int) -> SingularTriple:
-    """Golub-Kahan bidiagonalisation with full reorthogonalisation, restarted from its best v."""
+    """Golub-Kahan bidiagonalisation with full reorthogonalisation, restarted from its best v.
+
+    Apart from the block iteration of `tracking`: where a training starts depends on it, so it
+    begins from the shape alone and goes on until both vectors are right, not the value alone.
+    """
     krylov_size = 32
     generator = torch.Generator().manual_seed(matrix.shape[0] * 1_000_003 + matrix.shape[1])
     v = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)

@@ -7,7 +7,8 @@ whatever autocast or the weight says.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import gcd, inf
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from hf_stable.measures.matrices import RowShard
 
-__all__ = ["SingularTriple", "generic_vector", "power_step"]
+__all__ = ["SingularTriple", "generic_vector", "power_step", "step_batch"]
 
 STACK_MAX_NUMEL = 1 << 15
 """On a CPU, matrices of up to so many entries are copied into one batch: cheaper than a call for
@@ -72,13 +73,41 @@ def power_step(
         else:
             shapes[(matrix.shape, v[index].dtype, matrix.device)].append(index)
     for indices in shapes.values():
-        _step_together(matrices, u, v, indices, results)
+        _step_whole(matrices, u, v, indices, results)
     for group, indices in groups.items():
         _step_sharded(matrices, u, v, indices, results, group)
     return [triple for triple in results if triple is not None]
 
 
-def _step_together(
+def step_batch(
+    times: Callable[[Tensor], Tensor],
+    times_transposed: Callable[[Tensor], Tensor],
+    u: Tensor | None,
+    v: Tensor,
+) -> SingularTriple:
+    """Move the vectors of b matrices, known by their products, by one power iteration.
+
+    Everything that iterates on whole matrices comes here; see `power_step`.
+
+    Args:
+        times: maps rows (b, n) to the products `W v`, (b, m), as new memory.
+        times_transposed: maps rows (b, m) to `W.T u`, (b, n), as new memory.
+        u: left vectors (b, m), or None for a caller that keeps v alone.
+        v: right vectors (b, n).
+
+    Returns:
+        sigma (b,), u (b, m), v (b, n).
+    """
+    new_u = times(v)
+    new_u /= _norm(new_u)
+    new_v = times_transposed(new_u)
+    sigma = torch.linalg.vector_norm(new_v, dim=1, keepdim=True)
+    new_v /= _norm(new_v)
+    new_u, new_v = _mend(sigma, (new_u, u), (new_v, v))
+    return SingularTriple(sigma[:, 0], new_u, new_v)
+
+
+def _step_whole(
     matrices: Sequence[Any],
     u: Sequence[Tensor] | None,
     v: Sequence[Tensor],
@@ -86,25 +115,20 @@ def _step_together(
     results: list[SingularTriple | None],
 ) -> None:
     """Step the matrices at `indices`, all of one shape, as one batch where that is cheaper."""
+    old_u = None if u is None else torch.stack([u[i] for i in indices])
     old_v = torch.stack([v[i] for i in indices])
     own = [matrices[i] for i in indices]
+    together: list[Tensor] | Tensor
+    transposed: list[Tensor] | Tensor
+    if _is_batched(own[0]):
+        together = torch.stack(own).to(old_v.dtype)
+        transposed = together.mT
+    else:
+        together = [matrix.to(old_v.dtype) for matrix in own]
+        transposed = [matrix.T for matrix in together]
     with torch.autocast(old_v.device.type, enabled=False):
-        together: list[Tensor] | Tensor
-        transposed: list[Tensor] | Tensor
-        if _is_batched(own[0]):
-            together = torch.stack(own).to(old_v.dtype)
-            transposed = together.mT
-        else:
-            together = [matrix.to(old_v.dtype) for matrix in own]
-            transposed = [matrix.T for matrix in together]
-        new_u = _times(together, old_v)
-        new_u /= _norm(new_u)
-        new_v = _times(transposed, new_u)
-        sigma = torch.linalg.vector_norm(new_v, dim=1, keepdim=True)
-        new_v /= _norm(new_v)
-    old_u = None if u is None else torch.stack([u[i] for i in indices])
-    new_u, new_v = _mend(sigma, (new_u, old_u), (new_v, old_v))
-    rows = zip(sigma[:, 0].unbind(), new_u.unbind(), new_v.unbind(), strict=True)
+        moved = step_batch(partial(_times, together), partial(_times, transposed), old_u, old_v)
+    rows = zip(*(part.unbind() for part in moved), strict=True)
     for index, row in zip(indices, rows, strict=True):
         results[index] = SingularTriple(*row)
 

@@ -16,7 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
-from hf_stable.architectures.registry import UnsupportedModelError, lookup
+from hf_stable.architectures.finding import find_regions
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
@@ -36,14 +37,14 @@ from hf_stable.methods.sigma_reparam.swapping import fold_layer
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 
 
-class Plan(Protocol):
+class PatchPlan(Protocol):
     """A validated change of a model that has not been made yet."""
 
     def apply(self) -> None:
         """Make the change."""
 
 
-METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], Plan]]] = {
+METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], PatchPlan]]] = {
     SigmaReparamConfig.method: (SigmaReparamConfig, plan_sigma_reparam),
     RemovePreLayerNormConfig.method: (RemovePreLayerNormConfig, plan_removal),
     RemoveLayerNormConfig.method: (RemoveLayerNormConfig, plan_removal),
@@ -197,7 +198,7 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "the model is quantised: its weights are no matrices of floating-point numbers; patch "
             "the model before it is quantised"
         )
-    lookup(model)
+    find_regions(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(

@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import __version__
 
-from hf_stable.adamw2.groups import ModelAdamW2, parse_options, refuse_deepspeed
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.adamw2.options import parse_options
 from hf_stable.trainer.changes import ADVICE, adding, wrapping
 
 try:
@@ -62,12 +63,21 @@ def optimizer_name(value: str) -> OptimizerNames:
 
 def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, Any]]:
     """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
-    refuse_deepspeed(context.args)
+    _refuse_deepspeed(context.args)
     options = parse_options(context.optim_args)
     arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
     if context.model is None:
         return AdamW2, arguments
     return ModelAdamW2, {**arguments, "structure": context.model}
+
+
+def _refuse_deepspeed(args: Any) -> None:
+    """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
+            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
+        )
 
 
 @wrapping(

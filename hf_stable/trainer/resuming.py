@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_stable._ranks import inner_optimizer
-from hf_stable.adamw2.groups import part_schedule
+from hf_stable.adamw2.model_optimizer import part_schedule
 from hf_stable.checkpoints.completeness import is_complete, newest_complete
 from hf_stable.checkpoints.continuing import restoring
 from hf_stable.checkpoints.key_renaming import key_renaming

@@ -68,7 +68,6 @@ def launch(monkeypatch, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as trainers:
             for name in ("__init__", "train"):
                 trainers.setattr(Trainer, name, getattr(Trainer, name))
-            trainers.setattr("hf_stable.commands.launch.launcher._attached", [])
             main(["run", *map(str, argv)])
         return capsys.readouterr().err
 

@@ -13,16 +13,11 @@ from typing import Any, ClassVar, Literal, cast
 import transformers
 from torch import Tensor, nn
 
-from hf_stable.architectures.registry import (
-    FoundNorm,
-    Placement,
-    UnsupportedModelError,
-    find_norms,
-    lookup,
-)
+from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, method_options
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.modeling_hf_stable import PREFIX, epsilon_field
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, epsilon_field
 
 __all__ = [
     "RemovalConfig",
@@ -117,7 +112,7 @@ def plan_removal(model: nn.Module, config: RemovalConfig) -> RemovalPlan:
         UnsupportedModelError: if the architecture is not registered, has no norm of this kind, or
             could not be saved without its norms.
     """
-    norms = find_norms(model, lookup(model))
+    norms = find_norms(model)
     if not any(norm.placement == config.placement for norm in norms):
         _refuse_placement(model, config, norms)
     _check_can_be_saved(model)
@@ -197,7 +192,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
             "a model of transformers, or keep them"
         )
     config_class = type(cast(Any, model).config)
-    name = config_class.__name__.removeprefix(PREFIX)
+    name = config_class.__name__.removeprefix(CLASS_PREFIX)
     try:
         epsilon_field(config_class)
         known = hasattr(transformers, name)

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import RowShard, as_matrix, matrix_blocks, split_blocks
-from hf_stable.methods.sigma_reparam.function import spread_over_blocks
+from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, spread_over_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.triples import mark_settled, settle_if_moved
@@ -76,9 +76,8 @@ def prepare(
         )
     weight: Any = layer.weight
     block_dim = 1 if type(layer) is Conv1D else 0
-    blocks = split_blocks(as_matrix(weight.detach()), num_blocks, block_dim)
     triples = []
-    for block in blocks:
+    for block in matrices_of(weight.detach(), num_blocks, block_dim):
         try:
             triples.append(leading_triple(block))
         except ValueError as error:

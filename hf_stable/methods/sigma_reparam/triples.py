@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import matrix_blocks
+from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, sigma_of
 
 __all__ = [
     "SIGMA_TENSORS",
@@ -103,16 +103,10 @@ def settle(layer: LayerWithTriple) -> None:
     """
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
-    blocks: list[Any] = matrix_blocks(whole, layer.num_blocks, layer.block_dim)
     with torch.autocast(whole.device.type, enabled=False):
-        now = torch.stack(
-            [
-                u.dot(block.to(u.dtype).mv(v))
-                for block, u, v in zip(blocks, layer.sigma_u, layer.sigma_v, strict=True)
-            ]
-        )
+        now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.block_dim)
     if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
-        for row, block in enumerate(blocks):
+        for row, block in enumerate(matrices_of(whole, layer.num_blocks, layer.block_dim)):
             if torch.isfinite(now[row]):
                 triple = leading_triple(block)
                 layer.sigma[row], layer.sigma_u[row], layer.sigma_v[row] = triple

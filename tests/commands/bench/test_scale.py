@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hf_stable
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.commands.bench import scale
 from hf_stable.commands.bench.cost_model import (
     BLOCK_LAUNCHES,
