@@ -16,7 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
-from hf_stable.architectures.registry import UnsupportedModelError, lookup
+from hf_stable.architectures.finding import find_regions
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, take_out_configs
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
@@ -211,7 +212,7 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "the model is quantised: its weights are no matrices of floating-point numbers; patch "
             "the model before it is quantised"
         )
-    lookup(model)
+    find_regions(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(

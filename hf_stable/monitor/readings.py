@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from hf_stable._ranks import inner_optimizer, local_tensor, whole_tensor
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.architectures.registry import state_dict_name
+from hf_stable.architectures.paths import state_dict_name
 from hf_stable.measures.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 

@@ -165,7 +165,7 @@ def test_offloaded_weights_are_refused():
     torch.testing.assert_close(logits(model), expected)
 
 
-def test_a_patched_model_runs_offloaded_and_comes_back():
+def test_a_patched_model_runs_offloaded_and_comes_back(tmp_path):
     model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam", init="one")
     sgd_steps(model)
     expected = logits(model)
@@ -176,6 +176,9 @@ def test_a_patched_model_runs_offloaded_and_comes_back():
     for change in (hf_stable.fold, hf_stable.refresh):
         with pytest.raises(UnsupportedModelError, match=r"attn\.c_attn' is offloaded"):
             change(model)
+    with pytest.raises(UnsupportedModelError, match="is offloaded"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
     torch.testing.assert_close(logits(model), expected)
     remove_hook_from_module(model, recurse=True)
     hf_stable.fold(model)

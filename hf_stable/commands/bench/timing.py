@@ -12,7 +12,7 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -216,20 +216,16 @@ def print_summaries(
 
 def write_results(
     path: str | os.PathLike[str],
-    summaries: Iterable[Summary],
-    settings: Mapping[str, Any],
+    results: Iterable[Mapping[str, Any]],
+    about: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> None:
-    """Write the machine, the settings and every summary to a JSON file.
+    """Write the machine, what there is to know about a measurement, and its results to JSON.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    content = {
-        "machine": describe_machine(device),
-        "settings": dict(settings),
-        "results": [asdict(summary) for summary in summaries],
-    }
+    content = {"machine": describe_machine(device), **about, "results": list(results)}
     Path(path).write_text(to_json(content, indent=2) + "\n")
 
 

@@ -67,52 +67,59 @@ class Launch:
         attachment.conclude(self.command)
 
 
+Script = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SCRIPT ARGS",
+        help="Script, folder or zip file, or after -m a module; then its own arguments.",
+    ),
+]
+Patch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHODS",
+        help="Of sigma_reparam, remove_pre_layernorm, remove_layernorm; several with commas.",
+    ),
+]
+PatchConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML: the method's options by name, or several methods with their options.",
+    ),
+]
+Monitor = Annotated[
+    str | None,
+    typer.Option(
+        "--monitor-every", "--monitor", metavar="N", help="Probe stability every N steps."
+    ),
+]
+OnCollapse = Annotated[
+    str | None, typer.Option(metavar="ACTION", help="One of warn, stop, checkpoint, rollback.")
+]
+FoldAtEnd = Annotated[
+    bool, typer.Option("--fold-at-end", help="Fold the model when Trainer.train returns.")
+]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="YAML: any of these options by name.")
+]
+Module = Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")]
+
+
 @room.command(
     # Everything from the script's name on is the script's own, options and "--" included.
     context_settings={"allow_interspersed_args": False},
     epilog=EPILOG,
 )
 def run(
-    script: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SCRIPT ARGS",
-            help="Script, folder or zip file, or after -m a module; then its own arguments.",
-        ),
-    ] = None,
-    patch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METHODS",
-            help="Of sigma_reparam, remove_pre_layernorm, remove_layernorm; several with commas.",
-        ),
-    ] = None,
-    patch_config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML: the method's options by name, or several methods with their options.",
-        ),
-    ] = None,
-    monitor: Annotated[
-        str | None,
-        typer.Option(
-            "--monitor-every", "--monitor", metavar="N", help="Probe stability every N steps."
-        ),
-    ] = None,
-    on_collapse: Annotated[
-        str | None,
-        typer.Option(metavar="ACTION", help="One of warn, stop, checkpoint, rollback."),
-    ] = None,
-    fold_at_end: Annotated[
-        bool, typer.Option("--fold-at-end", help="Fold the model when Trainer.train returns.")
-    ] = False,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML: any of these options by name.")
-    ] = None,
-    module: Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")] = (
-        False
-    ),
+    script: Script = None,
+    patch: Patch = None,
+    patch_config: PatchConfig = None,
+    monitor: Monitor = None,
+    on_collapse: OnCollapse = None,
+    fold_at_end: FoldAtEnd = False,
+    config: Config = None,
+    module: Module = False,
     debug: Debug = False,
 ) -> Launch:
     """Run a training script with hf_stable attached.

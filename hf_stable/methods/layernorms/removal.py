@@ -13,13 +13,8 @@ from typing import Any, ClassVar, Literal, cast
 import transformers
 from torch import Tensor, nn
 
-from hf_stable.architectures.registry import (
-    FoundNorm,
-    Placement,
-    UnsupportedModelError,
-    find_norms,
-    lookup,
-)
+from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
@@ -119,7 +114,7 @@ def plan_removal(model: nn.Module, config: RemovalConfig) -> RemovalPlan:
         UnsupportedModelError: if the architecture is not registered, has no norm of this kind, or
             could not be saved without its norms.
     """
-    norms = find_norms(model, lookup(model))
+    norms = find_norms(model)
     if not any(norm.placement == config.placement for norm in norms):
         _refuse_placement(model, config, norms)
     _check_can_be_saved(model)

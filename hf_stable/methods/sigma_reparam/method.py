@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from hf_stable._wording import nearest
-from hf_stable.architectures.registry import FoundLayer, find_layers, lookup, state_dict_name
+from hf_stable.architectures.finding import FoundLayer, find_layers
+from hf_stable.architectures.paths import state_dict_name
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
@@ -85,7 +86,7 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
         TypeError: if a layer is of a type that cannot be reparametrised.
         UnsupportedModelError: if a layer's weight or forward is not its own; see `check_plain`.
     """
-    names = [layer.name for layer in find_layers(model, lookup(model))]
+    names = [layer.name for layer in find_layers(model)]
     _refuse_idle_patterns(config, names)
     chosen, reasons = choose_layers(model, config)
     if not chosen:
@@ -139,7 +140,7 @@ def choose_layers(
     """Return the layers to patch, and for every other one the reason."""
     tied = _tied_to(model)
     chosen, reasons = [], {}
-    for layer in find_layers(model, lookup(model)):
+    for layer in find_layers(model):
         weight_name = f"{layer.name}.weight"
         if weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_table_and_json_hold_the_summaries(tmp_path):
     table = printed(lambda console: print_summaries("the title", summaries, console))
     for text in ("the title", "a case", "500.00", "600.00", "1.200", "100.00"):
         assert text in table
-    write_results(tmp_path / "results.json", summaries, {"rounds": 1})
+    write_results(tmp_path / "results.json", map(asdict, summaries), {"settings": {"rounds": 1}})
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["settings"] == {"rounds": 1}
     assert content["machine"]["threads"] == torch.get_num_threads()
