@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hf_stable.monitor.alarms import Thresholds
+from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.report.run_records import Probe, RunRecords
 from hf_stable.report.values import to_number
 

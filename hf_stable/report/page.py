@@ -18,6 +18,7 @@ from hf_stable.report.charts import Section
 from hf_stable.report.events import describe_event
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.payload import chart_payload, map_payload
+from hf_stable.report.preface import Preface
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
 
@@ -47,6 +48,7 @@ def build_page(
     sections: Sequence[Section],
     *,
     version: str,
+    preface: Preface | None = None,
 ) -> str:
     """Return the whole page, with as many attention maps as there is room for.
 
@@ -55,6 +57,7 @@ def build_page(
         summaries: one per run.
         sections: charts, in order.
         version: of hf_stable.
+        preface: what stands before the runs, or None.
 
     Raises:
         ModuleNotFoundError: if plotly or jinja2 is not installed.
@@ -74,6 +77,7 @@ def build_page(
         "style": _asset("page.css"),
         "script": _asset("page.js"),
         "version": version,
+        "preface": preface,
     }
     room = PAGE_BYTES - len(_render(template, content, [[] for _ in runs]).encode())
     return _render(template, content, choose_maps(runs, room))

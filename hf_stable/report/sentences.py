@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_stable.monitor.alarms import ADVICE
+from hf_stable.monitor.advice import advise
 from hf_stable.monitor.terms import UNUSED_SHARE
 from hf_stable.report.collapses import Collapse, find_growth
 from hf_stable.report.course import Course, course_of
@@ -199,7 +199,7 @@ def advice_on(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) 
         or (trouble.step is not None and collapse.step > trouble.step)
     )
     if treats_loss:
-        advice = ADVICE["nonfinite" if trouble.kind == "nonfinite" else "spike"]
+        advice = advise("nonfinite" if trouble.kind == "nonfinite" else "spike")
         return [f"To try: {advice}."]
     has_adamw2 = any(probe.rates for probe in run.probes)
     has_sigma = any("gamma" in probe.quantities for probe in run.probes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from hf_stable.monitor.alarms import Thresholds
+from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.report.collapses import Collapse, last_stretch
 from hf_stable.report.course import Course, course_of, find_loss_of_course
 from hf_stable.report.run_records import RunRecords

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hf_stable.monitor.alarms import Thresholds
+from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.report.collapses import Collapse, find_collapse
 from hf_stable.report.course import course_of
 from hf_stable.report.events import Event

@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from tiny_training import make_trainer
 
 import hf_stable
+from hf_stable._wording import short_names
 from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.main import main
 from hf_stable.monitor.log_file import StabilityLog, read_log
@@ -25,7 +26,6 @@ from hf_stable.report.images import draw_images
 from hf_stable.report.map_lines import read_maps
 from hf_stable.report.reading import name_runs, read_run
 from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
-from hf_stable.report.run_records import short_names
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import summarise
 
