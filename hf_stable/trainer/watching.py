@@ -2,7 +2,7 @@
 
 A callback takes part by having one of the methods `observe_loss(loss, loss_again)`,
 `take_pending_logs() -> dict`, `take_rollback() -> checkpoint folder or None` and `abandon_step()`.
-The Trainer's methods that call these functions are wrapped in `trainer_plugin`.
+The Trainer's methods that call these functions are wrapped in `training`.
 """
 
 from __future__ import annotations
