@@ -17,6 +17,7 @@ from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Section
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.payload import chart_payload, map_payload
+from hf_stable.report.preface import Preface
 from hf_stable.report.run_records import Event, RunRecords
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
 from hf_stable.report.values import to_number
@@ -46,6 +47,7 @@ def build_page(
     sections: Sequence[Section],
     *,
     version: str,
+    preface: Preface | None = None,
 ) -> str:
     """Return the whole page, with as many attention maps as there is room for.
 
@@ -54,6 +56,7 @@ def build_page(
         summaries: one per run.
         sections: charts, in order.
         version: of hf_stable.
+        preface: what stands before the runs, or None.
 
     Raises:
         ModuleNotFoundError: if plotly or jinja2 is not installed.
@@ -73,6 +76,7 @@ def build_page(
         "style": _asset("page.css"),
         "script": _asset("page.js"),
         "version": version,
+        "preface": preface,
     }
     room = PAGE_BYTES - len(_render(template, content, [[] for _ in runs]).encode())
     return _render(template, content, choose_maps(runs, room))

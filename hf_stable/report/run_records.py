@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_stable._wording import short_names
 from hf_stable.monitor.terms import find_term
 from hf_stable.report.values import to_number, to_step, worst_head
 
@@ -185,17 +185,3 @@ class RunRecords:
         found += [range(p.step, p.step + 1) for p in self.last_way if p.loss is not None
                   and not math.isfinite(p.loss)]  # fmt: skip
         return {step for stretch in found for step in stretch}
-
-
-def short_names(layers: Sequence[str]) -> dict[str, str]:
-    """Return for each layer what tells it from the others: `vit.layers.3` -> `3`."""
-    parts = [layer.split(".") for layer in layers]
-    if len(parts) < 2:
-        return {layer: layer.rpartition(".")[2] for layer in layers}
-    shortest = min(map(len, parts))
-    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
-    stop = next((i for i in range(shortest - start) if len({p[-1 - i] for p in parts}) > 1), 0)
-    return {
-        layer: ".".join(part[start : len(part) - stop])
-        for layer, part in zip(layers, parts, strict=True)
-    }

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_stable.monitor.alarms import ADVICE, Thresholds
+from hf_stable.monitor.advice import advise
 from hf_stable.monitor.terms import UNUSED_SHARE
+from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.report.findings import (
     Collapse,
     LossTrouble,
@@ -281,7 +282,7 @@ def _advice(run: RunRecords, trouble: LossTrouble, collapse: Collapse | None) ->
         or (trouble.step is not None and collapse.step > trouble.step)
     )
     if treats_loss:
-        advice = ADVICE["nonfinite" if trouble.kind == "nonfinite" else "spike"]
+        advice = advise("nonfinite" if trouble.kind == "nonfinite" else "spike")
         return [f"To try: {advice}."]
     has_adamw2 = any(probe.rates for probe in run.probes)
     has_sigma = any("gamma" in probe.quantities for probe in run.probes)

@@ -15,6 +15,7 @@ from hf_stable._whole_files import write_whole
 from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page, require_page_packages
+from hf_stable.report.preface import Preface
 from hf_stable.report.reading import read_runs
 from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
 from hf_stable.report.run_records import RunRecords
@@ -56,6 +57,7 @@ def write_report(
     *,
     format: str = "html",
     on_run: Callable[[int, int], None] = lambda done, total: None,
+    preface: Preface | None = None,
 ) -> WrittenReport:
     """Read runs and write a report on them.
 
@@ -66,6 +68,7 @@ def write_report(
             values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
             verdicts and notes too.
         on_run: called with (runs read, runs in all) after each.
+        preface: what stands before the runs on a page; other formats leave it out.
 
     Raises:
         FileNotFoundError: if a run does not exist.
@@ -89,17 +92,22 @@ def write_report(
     else:
         files = (target,)
         with write_whole(target) as file:
-            _write_file(file, format, runs, summaries)
+            _write_file(file, format, runs, summaries, preface)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
     return WrittenReport(files, summaries, notes)
 
 
 def _write_file(
-    file: TextIO, format: str, runs: Sequence[RunRecords], summaries: Sequence[RunSummary]
+    file: TextIO,
+    format: str,
+    runs: Sequence[RunRecords],
+    summaries: Sequence[RunSummary],
+    preface: Preface | None,
 ) -> None:
     if format == "html":
-        page = build_page(runs, summaries, build_sections(runs), version=version("hf-stable"))
-        file.write(page)
+        sections = build_sections(runs)
+        number = version("hf-stable")
+        file.write(build_page(runs, summaries, sections, version=number, preface=preface))
     elif format == "json":
         file.write(to_json(_content(runs, summaries)))
         file.write("\n")

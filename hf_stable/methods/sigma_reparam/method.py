@@ -16,6 +16,7 @@ from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
 from hf_stable.methods.sigma_reparam.triples import settle
+from hf_stable.methods.undoing import Undo
 
 __all__ = [
     "SigmaReparamConfig",
@@ -71,10 +72,10 @@ class SigmaReparamPlan:
 
     states: tuple[tuple[nn.Module, SigmaState], ...]
 
-    def apply(self) -> None:
+    def apply(self, undo: Undo) -> None:
         """Turn the layers into sigma layers, and have optimizers refresh them from now on."""
         for module, state in self.states:
-            install(module, state)
+            install(module, state, undo)
 
 
 def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaReparamPlan:
@@ -83,6 +84,7 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
     Raises:
         ValueError: if no layer is left, a pattern matches none, or a matrix is zero or not finite.
         TypeError: if a layer is of a type that cannot be reparametrised.
+        UnsupportedModelError: if a layer's weight or forward is not its own; see `check_plain`.
     """
     names = [layer.name for layer in find_layers(model)]
     _refuse_idle_patterns(config, names)
