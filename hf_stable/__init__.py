@@ -1,4 +1,4 @@
-"""Train Hugging Face Transformers that would not train.
+"""Stable training of Hugging Face Transformers: sigmaReparam, AdamW2 and a monitor.
 
 Importing this package takes a moment. What it is made of, with torch and transformers, comes when
 the first of its names is used; what it changes in transformers is changed as soon as transformers
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         lora_groups,
         parameter_groups,
         patch,
+        preflight,
         probe,
         push_to_hub,
         refresh,
@@ -60,6 +61,7 @@ __all__ = [
     "lora_groups",
     "parameter_groups",
     "patch",
+    "preflight",
     "probe",
     "push_to_hub",
     "refresh",

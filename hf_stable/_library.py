@@ -13,6 +13,7 @@ from hf_stable.architectures import (
 )
 from hf_stable.checkpoints.continuing import load
 from hf_stable.checkpoints.exporting import export, push_to_hub
+from hf_stable.commands.preflight.flying import preflight
 from hf_stable.methods.describing import describe
 from hf_stable.methods.layernorms.removal import (
     RemoveLayerNormConfig,

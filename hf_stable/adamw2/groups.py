@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
-from hf_stable.architectures.registry import UnsupportedModelError, find_layers, lookup
+from hf_stable.architectures.finding import find_layers
+from hf_stable.architectures.registry import UnsupportedModelError
 
 __all__ = ["lora_groups", "parameter_groups", "parameter_rules", "part_groups"]
 
@@ -89,7 +90,7 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
         if isinstance(module, nn.Embedding)
     }
     try:
-        layers = find_layers(model, lookup(model))
+        layers = find_layers(model)
     except UnsupportedModelError:
         return rules
     for layer in layers:

@@ -12,6 +12,7 @@ from hf_stable._ranks import whole_tensor
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.triples import check_present
 
 __all__ = ["fold_state_dict"]
 
@@ -37,6 +38,7 @@ def fold_state_dict(
     Raises:
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
+        UnsupportedModelError: if accelerate offloads the weights, so that the state dict has none.
     """
     plain = {key: whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
@@ -48,6 +50,8 @@ def fold_state_dict(
         if weight is None:
             continue
         num_found += 1
+        if weight.is_meta:
+            check_present(layer)
         if parts["gamma"] is None:
             raise ValueError(
                 f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "

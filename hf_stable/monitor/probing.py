@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import attrgetter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -24,7 +23,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_stable.architectures.registry import Block, UnsupportedModelError, find_blocks, lookup
+from hf_stable.architectures.finding import FoundBlock, find_blocks
+from hf_stable.architectures.heads import count_heads
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.monitor.recorder import AttentionCall, Recorder, is_recomputing
 from hf_stable.monitor.records import Records, check_maps, resolve_terms
 from hf_stable.monitor.terms import names_of
@@ -49,13 +50,15 @@ def probe(
 ) -> Iterator[Records]:
     """Record the forward passes, and their backward passes, that run inside the block.
 
-    Outputs, gradients and random numbers stay as they are, bit for bit. Several forwards
-    (gradient accumulation) are averaged, non-finite counts are summed. Recomputation under
-    gradient checkpointing is not recorded again, nor are the one-token steps of `generate`.
-    Within the block `model.config` is a private copy, which names the probing attention function;
-    a model that shares the config is not affected, and the original is back afterwards, whatever
-    happens. A compiled model runs uncompiled within the block and takes up its graph after it; its
-    outputs then differ from the compiled ones by rounding, and by other dropout masks.
+    Outputs, gradients and random numbers stay as they are, bit for bit. Values of several forwards
+    (gradient accumulation) are averaged, and counts of non-finite entries are summed. Recomputation
+    under gradient checkpointing is not recorded again, and neither are the one-token steps of
+    `generate`.
+
+    Within the block, `model.config` is a private copy that names the probing attention function.
+    So another model that shares the config is not affected. The original is back after the block,
+    also after an error. A compiled model runs uncompiled within the block, and its outputs differ
+    by rounding and by other dropout masks. After the block it takes up its graph again.
 
     Args:
         model: a transformers model, also inside DDP, FSDP2, `torch.compile` or PEFT wrappers.
@@ -79,13 +82,11 @@ def probe(
     """
     inner = _pretrained(model)
     wanted = resolve_terms(terms)
-    block, blocks = _find_blocks(inner, wanted)
-    check_maps(maps, _most_heads(inner, block, blocks))
+    blocks = _find_blocks(inner, wanted)
+    check_maps(maps, _most_heads(inner, blocks))
     if any(module in _recorders for module in inner.modules()):
         raise RuntimeError("this model is being probed already; a probe does not nest")
-    recorder = Recorder(
-        inner, block, blocks, wanted, queries=queries, maps=maps, generator=generator
-    )  # fmt: skip
+    recorder = Recorder(inner, blocks, wanted, queries=queries, maps=maps, generator=generator)
     handles: list[Any] = []
     originals = _with_private_configs(inner)
     try:
@@ -121,33 +122,30 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
     )
 
 
-def _find_blocks(
-    model: PreTrainedModel, wanted: frozenset[str]
-) -> tuple[Block | None, list[tuple[str, nn.Module]]]:
-    """Return the blocks of a model with their description, or nothing where none is needed."""
+def _find_blocks(model: PreTrainedModel, wanted: frozenset[str]) -> list[FoundBlock]:
+    """Return the blocks of a model with their description, or none where none is needed."""
     try:
-        architecture = lookup(model)
+        return find_blocks(model)
     except UnsupportedModelError as error:
         possible = names_of(seen=("attention",))
         if wanted <= set(possible):
-            return None, []
+            return []
         raise UnsupportedModelError(
             f"{error}. Without that, pass terms={list(possible)}: these are recorded for "
             "any model that uses transformers' attention interface"
         ) from error
-    return architecture.block, find_blocks(model, architecture)
 
 
-def _most_heads(
-    model: PreTrainedModel, block: Block | None, blocks: Sequence[tuple[str, nn.Module]]
-) -> int | None:
+def _most_heads(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> int | None:
     """Return how many heads the layer with most of them has; None where nothing says so."""
-    if block is None:
+    if not blocks:
         heads = getattr(model.config, "num_attention_heads", None)
         return heads if isinstance(heads, int) else None
-    attention = block.attentions[0]
-    find = attrgetter(attention.num_heads)
-    return max(find(module.get_submodule(attention.module)) for _, module in blocks)
+    return max(
+        count_heads(found.module, attention)
+        for found in blocks
+        for _, attention in found.attentions()
+    )
 
 
 def _with_private_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:

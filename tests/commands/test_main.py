@@ -38,6 +38,7 @@ COMMANDS = (
     "bench monitor",
     "bench scale",
     "run",
+    "preflight",
 )
 
 

@@ -14,13 +14,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_stable.architectures import registry
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    UnsupportedModelError,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block
+from hf_stable.architectures.registry import UnsupportedModelError, register_architecture
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
 from hf_stable.monitor.probing import probe

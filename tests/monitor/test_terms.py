@@ -19,7 +19,7 @@ from hf_stable.report.run_records import Probe, RunRecords, worst_head
 from hf_stable.report.sections import build_sections
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- terms: made by hf_stable.monitor.terms.table() -->\n", "<!-- /terms -->"
+BEGIN, END = "<!-- table: terms -->\n", "<!-- end of table -->"
 
 BLOCKS = ("transformer.h.0", "transformer.h.1")
 
@@ -35,9 +35,9 @@ def slack(monkeypatch):
     monkeypatch.setitem(TERMS, SLACK.name, SLACK)
     measure = recorder.weight_terms
 
-    def with_slack(module, block, wanted):
-        found = measure(module, block, wanted)
-        return found | {SLACK.name: torch.tensor([3.0, 5.0])} if SLACK.name in wanted else found
+    def with_slack(block, wanted):
+        own = {SLACK.name: torch.tensor([3.0, 5.0])} if SLACK.name in wanted else {}
+        return {name: found | own for name, found in measure(block, wanted).items()}
 
     monkeypatch.setattr(recorder, "weight_terms", with_slack)
 

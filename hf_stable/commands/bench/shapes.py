@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2.groups import parameter_rules
-from hf_stable.architectures.registry import UnsupportedModelError, lookup
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.matrices import matrix_blocks
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
 
@@ -75,7 +75,6 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
     ]
     try:
-        lookup(model)
         found = choose_layers(model, SigmaReparamConfig())[0]
         chosen: list[Any] = [layer.module for layer in found]
         is_registered = True

@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_stable.architectures.registry import find_layers, lookup
+from hf_stable.architectures.finding import find_layers
 from hf_stable.commands.demo.digits import accuracy_metric
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix
@@ -170,9 +170,7 @@ def _smallest_scales(model: nn.Module) -> tuple[float, float | None]:
     if is_patched(model):
         layers = [layer for layer in describe(model).layers if layer.skipped is None]
         return min(min(row.sigma) for row in layers), min(min(row.gamma) for row in layers)
-    modules: list[Any] = [
-        layer.module for layer in find_layers(model, lookup(model)) if "head" not in layer.roles
-    ]
+    modules: list[Any] = [layer.module for layer in find_layers(model) if "head" not in layer.roles]
     matrices = [as_matrix(module.weight) for module in modules]
     if not all(torch.isfinite(matrix).all() for matrix in matrices):
         return math.nan, None

@@ -16,9 +16,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from hf_stable import modeling_hf_stable
+from hf_stable.architectures.finding import find_regions, norm_paths
 from hf_stable.architectures.registry import (
     UnsupportedModelError,
-    lookup,
+    architecture_of,
+    model_type_of,
     supported_architectures,
 )
 from hf_stable.modeling_hf_stable import CLASS_PREFIX, locate_norms
@@ -80,6 +82,12 @@ def standalone_config(model: Any) -> Any:
         UnsupportedModelError: if the model's architecture is not registered (a patched model
             inside another one).
     """
+    if architecture_of(model) is None:
+        raise UnsupportedModelError(
+            f"the norms of a part of this {type(model).__name__} were removed, and a model without "
+            f"norms is saved under a name of its own, which model_type {model_type_of(model)!r} "
+            "has none of: it is not registered. Save the part, or hf_stable.restore_layernorms"
+        )
     removed, native = removed_by_class(model), model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())
     config.removed_layernorms = removed
@@ -137,12 +145,14 @@ def _native_classes(native_config: Any) -> dict[str, Any]:
 
 def removed_by_class(model: Any) -> dict[str, list[str]]:
     """Return what of a model's norms is gone, by the class that has it and the path in it."""
-    architecture = lookup(model)
-    block = architecture.block
-    declared = [(block.class_name, path) for path in (*block.pre_norms, *block.post_norms)]
-    declared += [(member.class_name, member.path) for member in architecture.norms]
+    declared: list[tuple[str, str]] = []
+    for region in find_regions(model):
+        for block in region.architecture.blocks:
+            paths = (path for paths in norm_paths(block).values() for path in paths)
+            declared += [(block.class_name, path) for path in paths]
+        declared += [(member.class_name, member.path) for member in region.architecture.norms]
     removed: dict[str, list[str]] = {}
-    for class_name, path in declared:
+    for class_name, path in dict.fromkeys(declared):
         owners = locate_norms(model, {class_name: [path]})
         if any(isinstance(owner.get_submodule(path), nn.Identity) for owner, _ in owners):
             removed.setdefault(class_name, []).append(path)
