@@ -1,4 +1,4 @@
-"""Train Hugging Face Transformers that would not train."""
+"""Stable training of Hugging Face Transformers: sigmaReparam, AdamW2 and a monitor."""
 
 from hf_stable.adamw2.groups import lora_groups, parameter_groups
 from hf_stable.adamw2.optimizer import AdamW2

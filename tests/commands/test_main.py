@@ -37,6 +37,7 @@ COMMANDS = (
     "bench monitor",
     "bench scale",
     "run",
+    "preflight",
 )
 
 
