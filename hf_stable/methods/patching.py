@@ -112,11 +112,12 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 def fold(model: nn.Module) -> nn.Module:
     """Turn every sigma layer of a model into the plain layer that computes the same, in place.
 
-    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
-    their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
-    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. DDP and FSDP2 keep
-    lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
-    norms stay removed, with a warning that says so: they are no weights that could be folded.
+    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters stay
+    the same objects; gamma and the singular vectors go. A plain model comes back unchanged.
+
+    It works inside wrappers (PEFT, DDP, FSDP2). DDP and FSDP2 keep lists of gammas and buffers of
+    their own, so wrap the model anew before it runs again. Removed norms stay removed, and a
+    warning says so: a norm is no weight that could be folded.
 
     A layer is folded whole or not at all. Where Ctrl-C or a lack of memory comes between two of
     them, the model computes the same as before, and another call folds the rest.

@@ -1,4 +1,4 @@
-"""Whether the singular triple of a sigma layer belongs to its weight, and making it so.
+"""Keep the singular triple of a sigma layer in step with its weight, however that changes.
 
 Optimizer steps are followed by `steps`. This is about every other way to change a weight: an
 average of weights, a state dict of a plain model, an assignment.
