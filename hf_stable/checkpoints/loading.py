@@ -27,8 +27,9 @@ from hf_stable.methods.sigma_reparam.method import (
     choose_layers,
     plan_layers,
 )
-from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState
+from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState, check_plain
 from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS
+from hf_stable.methods.undoing import undoing
 
 __all__ = ["load"]
 
@@ -56,7 +57,8 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
     Raises:
         FileNotFoundError: if there is no sidecar.
         ValueError: if a file is damaged, or the sidecar belongs to other weights.
-        UnsupportedModelError: if none of the saved layers is in the model.
+        UnsupportedModelError: if none of the saved layers is in the model, or its weights are
+            offloaded.
     """
     saved = read_state(path)
     removal = any(isinstance(c, RemovalConfig) for configs in saved.parts.values() for c in configs)
@@ -68,8 +70,9 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
     model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
     placing = _place(model, saved, bool(kwargs.get("ignore_mismatched_sizes")))
     new = _plan_new_layers(model, saved, placing)
-    for plan in (placing.plan, *new):
-        plan.apply()
+    with undoing() as undo:
+        for plan in (placing.plan, *new):
+            plan.apply(undo)
     for part, configs in saved.parts.items():
         if (module := _find_part(model, part)) is not None:
             setattr(module, CONFIGS_ATTRIBUTE, configs)
@@ -112,6 +115,7 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         if name is None or type(module) not in SIGMA_CLASSES or resized:
             placing.left_out.append(key)
             continue
+        check_plain(module, name)
         block_dim = 1 if isinstance(module, Conv1D) else 0
         saved.check_folds_to(module.weight, key, block_dim)
         # Copies, for what safetensors hands out lies unaligned in the memory of the file.

@@ -13,7 +13,7 @@ from hf_stable.architectures.paths import plain_name
 from hf_stable.methods.sigma_reparam.block_arithmetic import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS
+from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS, check_present
 
 __all__ = ["fold_state_dict", "raw_layers"]
 
@@ -40,6 +40,7 @@ def fold_state_dict(
     Raises:
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
+        UnsupportedModelError: if accelerate offloads the weights, so that the state dict has none.
     """
     plain = {plain_name(key): whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
@@ -79,6 +80,8 @@ def _completed(
             "plain or folded model, the weights are scaled already and would be scaled twice. "
             "Pass the whole state dict of the patched model, or save the folded model itself"
         )
+    if weight.is_meta:
+        check_present(layer)
     own = {part: whole_tensor(getattr(layer, part)).detach() for part in SIGMA_TENSORS}
     given = {part: tensor for part, tensor in parts.items() if tensor is not None}
     return {

@@ -11,7 +11,12 @@ from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.resuming import watching_own_ways
 from hf_stable.trainer.training_record import keeping_record
-from hf_stable.trainer.watching import log_with_pending, observing_step, train_with_rollbacks
+from hf_stable.trainer.watching import (
+    log_with_pending,
+    observing_step,
+    printing,
+    train_with_rollbacks,
+)
 
 __all__: list[str] = []
 
@@ -31,6 +36,13 @@ wrapping(
     "transformers.trainer:Trainer.log", "logs",
     reason="values that a callback holds ready (take_pending_logs) join the record of the step",
 )(log_with_pending)  # fmt: skip
+
+
+for _printer in ("PrinterCallback", "ProgressCallback"):
+    wrapping(
+        f"transformers.trainer_callback:{_printer}.on_log", "logs",
+        reason="prints one short part in place of a monitor's thirty keys (shorten_record)",
+    )(printing)  # fmt: skip
 
 
 @wrapping(

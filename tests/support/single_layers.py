@@ -24,7 +24,7 @@ LAYERS = {  # how to build the plain layer, number of blocks, shape of an input
 def sigma_layer(made, **options):
     layer, num_blocks, _ = made
     layer = copy.deepcopy(layer)
-    return install(layer, prepare(layer, num_blocks=num_blocks, **options))
+    return install(layer, prepare(layer, num_blocks=num_blocks, **options), [])
 
 
 def moved_layer(made):
