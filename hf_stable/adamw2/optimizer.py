@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
-from hf_stable.adamw2.options import check_group, check_options, refuse_flattened
+from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
 from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
 
 __all__ = ["AdamW2"]
@@ -46,7 +46,8 @@ class AdamW2(Optimizer):
             (GPT-2's `c_attn`: `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
             LoRA's factors; see `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
-        betas: decay of the running means of the gradient and of its square.
+        betas: decay of the running means of the gradient and of its square; tensors of one
+            element are read once.
         eps: added to the root of the second moment. Paper: inside the root; here outside, as
             torch does it.
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
@@ -54,13 +55,19 @@ class AdamW2(Optimizer):
             Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit.
         power_iterations: power iterations per step on each weight. Its update gets one more, since
             it may change direction from one step to the next.
+        amsgrad: False alone; AdamW2 keeps no maximum of the second moments.
         maximize: ascend instead of descend.
+        foreach: taken as torch's AdamW takes it, and of no effect: AdamW2 chooses its kernels
+            itself, by device and by the size of the weights. The same holds for `fused`.
         capturable: tells torch's check that the step may be captured in a CUDA graph. All state
             lives beside the parameters and nothing is read back, so the step is the same.
+        differentiable: False alone; the step runs in kernels that have no derivative.
+        fused: see `foreach`.
 
     Raises:
         ValueError: for an option out of range, no parameters, or parameters flattened by another
             library.
+        RuntimeError: for `fused` and `foreach` together, as torch's AdamW.
         TypeError: for parameters that are not real floating-point tensors.
     """
 
@@ -68,19 +75,23 @@ class AdamW2(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         tau: float = 0.01,
         power_iterations: int = 1,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         """Check the options and create the groups."""
         defaults = dict(
             lr=lr,
-            betas=betas,
+            betas=as_numbers(betas),
             eps=eps,
             weight_decay=weight_decay,
             tau=tau,
@@ -91,6 +102,10 @@ class AdamW2(Optimizer):
             lora_transposed=False,
             maximize=maximize,
             capturable=capturable,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
         )
         check_options(defaults)
         super().__init__(params, defaults)
@@ -106,6 +121,8 @@ class AdamW2(Optimizer):
         if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            if "betas" in param_group:
+                param_group["betas"] = as_numbers(param_group["betas"])
             check_group(params, self.defaults | param_group)
         super().add_param_group(param_group)
         self._shapes = _shapes(self.param_groups)
