@@ -18,7 +18,12 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, take_out_configs
+from hf_stable.methods.config import (
+    CONFIGS_ATTRIBUTE,
+    MethodConfig,
+    remember_folded,
+    take_out_configs,
+)
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
     RemoveLayerNormConfig,
@@ -129,6 +134,7 @@ def fold(model: nn.Module) -> nn.Module:
     for layer in layers:
         fold_layer(layer)
     with undoing() as undo:
+        remember_folded(model, SigmaReparamConfig, undo)
         take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(
