@@ -18,7 +18,12 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, take_out_configs
+from hf_stable.methods.config import (
+    CONFIGS_ATTRIBUTE,
+    MethodConfig,
+    remember_folded,
+    take_out_configs,
+)
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
     RemoveLayerNormConfig,
@@ -33,7 +38,7 @@ from hf_stable.methods.sigma_reparam.method import (
     sigma_layers,
 )
 from hf_stable.methods.sigma_reparam.swapping import fold_layer
-from hf_stable.methods.sigma_reparam.triples import check_present, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
@@ -125,11 +130,11 @@ def fold(model: nn.Module) -> nn.Module:
     """
     layers = [layer for _, layer in sigma_layers(model)]
     for layer in layers:
-        check_present(layer)
-        settle_if_moved(layer)
+        settle(layer)
     for layer in layers:
         fold_layer(layer)
     with undoing() as undo:
+        remember_folded(model, SigmaReparamConfig, undo)
         take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(

@@ -36,12 +36,14 @@ class Verdict:
         sentences: what was seen, in order.
         divergence_step: step at which the loss left its course, or an alarm stopped the run; or
             None.
+        has_learnt: whether the loss was not lost and came down, as far as that can be told.
     """
 
     state: State
     headline: str
     sentences: tuple[str, ...]
     divergence_step: int | None = None
+    has_learnt: bool = True
 
 
 class _Seen(NamedTuple):
@@ -77,7 +79,8 @@ def judge(run: RunRecords, thresholds: Thresholds | None = None) -> Verdict:
         sentences += advice_on(run, trouble, seen.cause)
     state, headline = _judge_failure(seen) or _judge_end(seen) or _judge_training(seen)
     divergence = trouble.step if trouble else stop.step if stop else None
-    return Verdict(state, headline, tuple(sentences), divergence)
+    has_learnt = trouble is None and not seen.fault and state != "unknown"
+    return Verdict(state, headline, tuple(sentences), divergence, has_learnt)
 
 
 def _judge_failure(seen: _Seen) -> tuple[State, str] | None:
