@@ -13,7 +13,7 @@ from hf_stable.architectures.paths import plain_name
 from hf_stable.methods.sigma_reparam.block_arithmetic import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS, check_present
+from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS, check_present, settle_given
 
 __all__ = ["fold_state_dict", "raw_layers"]
 
@@ -31,7 +31,8 @@ def fold_state_dict(
     Args:
         model: a patched model, or a module that holds one.
         state_dict: its state dict, or one of the same names (gathered from shards, averaged).
-            sigma, u and v that it lacks are taken from the model.
+            sigma, u and v that it lacks are taken from the model, and made those of the weights
+            that it has where they do not fit.
 
     Returns:
         `(plain, raw)`: the state dict of the plain model, and the tensors of a sidecar, which is
@@ -84,7 +85,9 @@ def _completed(
         check_present(layer)
     own = {part: whole_tensor(getattr(layer, part)).detach() for part in SIGMA_TENSORS}
     given = {part: tensor for part, tensor in parts.items() if tensor is not None}
-    return {
+    complete = {
         "weight": weight,
         **{part: given.get(part, own[part].to(weight.device)) for part in SIGMA_TENSORS},
     }
+    # Averages of weights come with no sigma of theirs, or with the average of sigmas.
+    return complete | settle_given(layer, complete)

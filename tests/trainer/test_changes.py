@@ -53,6 +53,7 @@ ADDED_TO = {
 }
 
 LAUNCHER_TARGETS = {
+    "torch.optim.optimizer:register_optimizer_step_pre_hook",
     "transformers.trainer:Trainer.__init__",
     "transformers.trainer:Trainer.train",
 }
