@@ -98,7 +98,7 @@ def test_without_the_guard_the_native_class_would_load_it(model_type, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
-    saved[modeling_hf_stable.epsilon_field(type(model.config))] = saved["layer_norm_number"]
+    saved[modeling_hf_stable.guarded_field(type(model.config))] = saved["layer_norm_number"]
     path.write_text(json.dumps(saved))
     wrong = native_class(model).from_pretrained(tmp_path)
     assert not torch.allclose(logits(wrong), logits(model), atol=1e-3)
