@@ -21,8 +21,13 @@ CORE_TESTS = [
     "tests/methods/sigma_reparam/test_steps.py",
     "tests/methods/test_patching.py",
     "tests/checkpoints/test_saving.py",
+    "tests/checkpoints/test_continuing.py",
+    "tests/checkpoints/test_sidecar.py",
+    "tests/checkpoints/test_state_dicts.py",
     "tests/checkpoints/test_bad_checkpoints.py",
-    "tests/trainer/test_plugin.py",
+    "tests/trainer/test_changes.py",
+    "tests/trainer/test_saving.py",
+    "tests/trainer/test_training.py",
     "tests/contracts/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
     "tests/contracts/test_resume.py::test_sharded_checkpoint_resumes_exactly",
     "tests/adamw2/test_optimizer.py",
@@ -65,6 +70,10 @@ def test_every_import_of_the_package_is_declared():
     }
     assert not undeclared
     assert {"torch", "transformers", "safetensors"} <= third_party
+
+
+def test_core_tests_are_where_their_list_says():
+    assert [name for name in CORE_TESTS if not (ROOT / name.partition("::")[0]).is_file()] == []
 
 
 @pytest.mark.slow

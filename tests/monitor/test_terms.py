@@ -19,7 +19,7 @@ from hf_stable.report.run_records import Probe, RunRecords, worst_head
 from hf_stable.report.sections import build_sections
 
 ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- terms: made by hf_stable.monitor.terms.table() -->\n", "<!-- /terms -->"
+BEGIN, END = "<!-- table: terms -->\n", "<!-- end of table -->"
 
 BLOCKS = ("transformer.h.0", "transformer.h.1")
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import transformers
-from hf_stable.commands.launch.launcher import LAUNCHER
+from hf_stable.commands.launch.attaching import LAUNCHER
 from transformers import PreTrainedModel, Trainer
 
 from hf_stable.trainer.changes import ON_IMPORT, listed
