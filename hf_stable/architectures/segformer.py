@@ -12,7 +12,7 @@ register_architecture(
             "Segformer",
             "OverlapPatchEmbeddings.proj",
             "SequenceReduction.sequence_reduction",
-            "DWConv.dwconv",
+            "DepthWiseConv.dwconv",
             "MLP.proj",
             "DecodeHead.linear_fuse",
         ),  # fmt: skip

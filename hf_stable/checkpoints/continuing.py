@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,15 +58,15 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
     layers = []
     for key in saved.layers:
         name, module = _find_layer(model, key, saved)
-        block_dim = 1 if isinstance(module, Conv1D) else 0
-        saved.check_folds_to(module.weight, key, block_dim)
+        saved.check_folds_to(module.weight, key)
         # Copies, for what safetensors hands out lies unaligned in the memory of the file.
         device = module.weight.device
         parts = {part: t.to(device, copy=True) for part, t in saved.layer(key).items()}
         with torch.no_grad():
             module.weight.copy_(parts.pop("weight"))
         gamma, sigma, u, v = (parts[part] for part in SigmaLayer.SIGMA_TENSORS)
-        layers.append((module, SigmaState(gamma, sigma, u, v, block_dim, name)))
+        own_parts = replace(saved.parts(key), dim=1 if isinstance(module, Conv1D) else 0)
+        layers.append((module, SigmaState(gamma, sigma, u, v, own_parts, name)))
     SigmaReparamPlan(tuple(layers)).apply()
     setattr(model, CONFIGS_ATTRIBUTE, saved.configs)
     restore_provenance(model, saved.provenance)
@@ -96,9 +97,9 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         _rename_keys(state_dict, names, rename)
         if saved is not None:
-            for name, layer in sigma_layers(model):
+            for name, _layer in sigma_layers(model):
                 if f"{name}.weight" in state_dict:
-                    saved.check_folds_to(state_dict[f"{name}.weight"], name, layer.block_dim)
+                    saved.check_folds_to(state_dict[f"{name}.weight"], name)
                     parts = saved.layer(name).items()
                     state_dict.update({f"{name}.{part}": tensor for part, tensor in parts})
         loaded.update(state_dict)

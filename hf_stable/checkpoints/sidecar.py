@@ -24,10 +24,12 @@ from torch import Tensor
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._json import to_json
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
-from hf_stable.methods.sigma_reparam.function import scale_blocks
+from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
 
 __all__ = [
     "FORMAT_VERSION",
@@ -80,15 +82,22 @@ class SavedState:
 
     def layer(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one layer by their own names."""
-        return {part: self.tensors[f"{name}.{part}"] for part in _LAYER_TENSORS}
+        keys = {part: f"{name}.{part}" for part in (*_LAYER_TENSORS, PARTS_TENSOR)}
+        return {part: self.tensors[key] for part, key in keys.items() if key in self.tensors}
 
-    def check_folds_to(self, weight: Tensor, name: str, block_dim: int) -> None:
+    def parts(self, name: str) -> Parts:
+        """Return where the parts of a layer's weight lie."""
+        own = self.layer(name)
+        return parts_of_stored(own["weight"].shape, own["sigma_u"].shape, own.get(PARTS_TENSOR))
+
+    def check_folds_to(self, weight: Tensor, name: str) -> None:
         """Raise ValueError unless a layer folds to this plain weight, bit for bit.
 
         It is how a sidecar of another save than the weights beside it is told apart.
         """
         parts = self.layer(name)
-        folded = scale_blocks(parts["weight"], parts["gamma"] / parts["sigma"], block_dim)
+        scale = parts["gamma"] / parts["sigma"]
+        folded = scale_parts(parts["weight"], scale, self.parts(name))
         given = weight.detach().cpu()
         if given.shape != folded.shape:
             raise ValueError(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stable._ranks import whole_tensor
-from hf_stable.methods.sigma_reparam.function import scale_blocks
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 __all__ = ["fold_state_dict"]
@@ -43,7 +42,7 @@ def fold_state_dict(
     layers = sigma_layers(model)
     num_found = 0
     for name, layer in layers:
-        parts = {part: plain.pop(f"{name}.{part}", None) for part in SigmaLayer.SIGMA_TENSORS}
+        parts = {part: plain.pop(f"{name}.{part}", None) for part in layer.sigma_tensors}
         weight = plain.get(f"{name}.weight")
         if weight is None:
             continue
@@ -59,7 +58,7 @@ def fold_state_dict(
                 parts[part] = whole_tensor(getattr(layer, part)).detach().to(weight.device)
         raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
         scale = parts["gamma"] / parts["sigma"]
-        plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
+        plain[f"{name}.weight"] = scale_parts(weight, scale, layer.parts)
     for key in plain:
         if key.endswith(".sigma_u"):
             raise ValueError(

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import transformers
-from hf_stable.commands.launch.attaching import LAUNCHER
 from transformers import PreTrainedModel, Trainer
 
+from hf_stable.commands.launch.attaching import LAUNCHER
 from hf_stable.trainer.changes import ON_IMPORT, listed
 from hf_stable.trainer.plugin import register
 

@@ -88,11 +88,12 @@ def standalone_config(model: Any) -> Any:
         UnsupportedModelError: if the model's architecture is not registered (a patched model
             inside another one).
     """
-    if architecture_of(model) is None:
+    if architecture_of(model) is None or not _can_be_guarded(type(model.config)):
         raise UnsupportedModelError(
             f"the norms of a part of this {type(model).__name__} were removed, and a model without "
             f"norms is saved under a name of its own, which model_type {model_type_of(model)!r} "
-            "has none of: it is not registered. Save the part, or hf_stable.restore_layernorms"
+            "has none of: it is not registered, or its config has no number in whose place a "
+            "sentence could stand. Save the part, or hf_stable.restore_layernorms"
         )
     removed, native = removed_by_class(model), model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())

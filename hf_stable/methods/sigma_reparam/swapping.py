@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._ranks import whole_tensor
+from hf_stable._ranks import local_tensor, whole_tensor
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import RowShard, matrix_blocks
-from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, spread_over_blocks
+from hf_stable.measures.matrices import local_matrices, spread_values
+from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
+from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.steps import follow, forget
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
 from hf_stable.methods.sigma_reparam.triples import mark_settled, settle_if_moved
 
 __all__ = ["SIGMA_CLASSES", "SigmaState", "fold_layer", "install", "prepare"]
@@ -43,14 +44,14 @@ class SigmaState:
     sigma: Tensor
     u: Tensor
     v: Tensor
-    block_dim: int
+    parts: Parts
     name: str
 
 
 def prepare(
     layer: nn.Module,
     *,
-    num_blocks: int = 1,
+    parts: Parts = WHOLE,
     init: Literal["spectral", "one"] = "spectral",
     name: str = "",
 ) -> SigmaState:
@@ -58,14 +59,14 @@ def prepare(
 
     Args:
         layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
-        num_blocks: number of equal blocks of output features with a sigma of their own.
+        parts: where the parts of its weight lie that have a sigma of their own.
         init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
             `"one"` sets gamma to 1 (the paper's text).
         name: qualified name for messages.
 
     Raises:
         TypeError: if the layer is of any other type, a subclass included.
-        ValueError: if a block is zero or not finite.
+        ValueError: if a part is zero or not finite.
     """
     if type(layer) not in SIGMA_CLASSES:
         raise TypeError(
@@ -75,21 +76,22 @@ def prepare(
             "sigma would break). To patch the others, exclude it"
         )
     weight: Any = layer.weight
-    block_dim = 1 if type(layer) is Conv1D else 0
+    parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
     triples = []
-    for block in matrices_of(weight.detach(), num_blocks, block_dim):
+    for matrix in local_matrices(weight.detach(), parts):
         try:
-            triples.append(leading_triple(block))
+            triples.append(leading_triple(matrix))
         except ValueError as error:
             raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
-    sigma, u, v = (torch.stack(part) for part in zip(*triples, strict=True))
+    sigma = torch.stack([triple.sigma for triple in triples])
+    u, v = as_rows([triple.u for triple in triples]), as_rows([triple.v for triple in triples])
     if not (sigma > 0).all():
         raise ValueError(
             f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
-            "all-zero block, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+            "all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
         )
     gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
-    return SigmaState(gamma, sigma, u, v, block_dim, name)
+    return SigmaState(gamma, sigma, u, v, parts, name)
 
 
 def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
@@ -105,7 +107,10 @@ def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
-    layer.block_dim = state.block_dim
+    layer.parts = state.parts
+    stored = as_tensor(state.parts)
+    if stored is not None:
+        layer.register_buffer(PARTS_TENSOR, stored.to(state.sigma.device))
     layer.layer_name = state.name
     follow(layer)
     mark_settled(layer)
@@ -122,16 +127,12 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     weight = layer.weight
     gamma = whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
-    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
-    if isinstance(weight, DTensor):
-        shard = matrix_blocks(weight)[0]
-        if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
-            scale = scale[shard.offset : shard.offset + len(shard.local)]
-        weight = weight.to_local()
+    scale = spread_values(gamma / sigma, weight, layer.parts)
+    weight = local_tensor(weight)
     weight.copy_(weight.to(scale.dtype) * scale)
-    for name in SigmaLayer.SIGMA_TENSORS:
+    for name in layer.sigma_tensors:
         delattr(layer, name)
-    for name in ("block_dim", "layer_name", "serial_number", "settled_for"):
+    for name in ("parts", "layer_name", "serial_number", "settled_for"):
         delattr(layer, name)
     forget(layer)
     plain_class: Any = PLAIN_CLASSES[type(layer)]
