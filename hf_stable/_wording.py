@@ -1,11 +1,11 @@
-"""Words that errors share."""
+"""Words that errors, messages and pages share."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["extra_needed", "nearest"]
+__all__ = ["extra_needed", "nearest", "short_names"]
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
@@ -29,3 +29,17 @@ def extra_needed(what: str, extra: str, missing: ModuleNotFoundError) -> ModuleN
         f'pip install "hf-stable[{extra}]"',
         name=package,
     )
+
+
+def short_names(layers: Sequence[str]) -> dict[str, str]:
+    """Return for each layer what tells it from the others: `vit.layers.3` -> `3`."""
+    parts = [layer.split(".") for layer in layers]
+    if len(parts) < 2:
+        return {layer: layer.rpartition(".")[2] for layer in layers}
+    shortest = min(map(len, parts))
+    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
+    stop = next((i for i in range(shortest - start) if len({p[-1 - i] for p in parts}) > 1), 0)
+    return {
+        layer: ".".join(part[start : len(part) - stop])
+        for layer, part in zip(layers, parts, strict=True)
+    }

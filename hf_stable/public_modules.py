@@ -23,6 +23,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "lora_groups",
         "parameter_groups",
         "patch",
+        "preflight",
         "probe",
         "push_to_hub",
         "refresh",
@@ -88,6 +89,23 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "Alarm",
         "AlarmRules",
         "Thresholds",
+    ),
+    "report": (
+        "FORMATS",
+        "WrittenReport",
+        "write_report",
+    ),
+    "report.reading": (
+        "read_run",
+        "read_runs",
+    ),
+    "report.run_records": (
+        "Probe",
+        "RunRecords",
+    ),
+    "report.verdict": (
+        "Verdict",
+        "judge",
     ),
     "spectral": (
         "WHOLE",

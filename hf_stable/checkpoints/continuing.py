@@ -24,7 +24,8 @@ from hf_stable.methods.layernorms.standalone import standalone_class
 from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
-from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState
+from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState, check_plain
+from hf_stable.methods.undoing import undoing
 
 __all__ = ["load", "restoring"]
 
@@ -47,7 +48,7 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
     Raises:
         FileNotFoundError: if there is no sidecar.
         ValueError: if a file is damaged, or the sidecar belongs to other weights.
-        UnsupportedModelError: if a saved layer is not in the model.
+        UnsupportedModelError: if a saved layer is not in the model, or its weight is offloaded.
     """
     saved = read_state(path)
     removal = any(isinstance(config, RemovalConfig) for config in saved.configs)
@@ -58,6 +59,7 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
     layers = []
     for key in saved.layers:
         name, module = _find_layer(model, key, saved)
+        check_plain(module, name)
         saved.check_folds_to(module.weight, key)
         # Copies, for what safetensors hands out lies unaligned in the memory of the file.
         device = module.weight.device
@@ -67,7 +69,8 @@ def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
         gamma, sigma, u, v = (parts[part] for part in SigmaLayer.SIGMA_TENSORS)
         own_parts = replace(saved.parts(key), dim=1 if isinstance(module, Conv1D) else 0)
         layers.append((module, SigmaState(gamma, sigma, u, v, own_parts, name)))
-    SigmaReparamPlan(tuple(layers)).apply()
+    with undoing() as undo:
+        SigmaReparamPlan(tuple(layers)).apply(undo)
     setattr(model, CONFIGS_ATTRIBUTE, saved.configs)
     restore_provenance(model, saved.provenance)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_stable._ranks import whole_tensor
 from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.triples import check_present
 
 __all__ = ["fold_state_dict"]
 
@@ -36,6 +37,7 @@ def fold_state_dict(
     Raises:
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
+        UnsupportedModelError: if accelerate offloads the weights, so that the state dict has none.
     """
     plain = {key: whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
@@ -47,6 +49,8 @@ def fold_state_dict(
         if weight is None:
             continue
         num_found += 1
+        if weight.is_meta:
+            check_present(layer)
         if parts["gamma"] is None:
             raise ValueError(
                 f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "

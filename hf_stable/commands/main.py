@@ -31,6 +31,7 @@ from hf_stable.commands.demo import command as demo
 from hf_stable.commands.doctor import command as doctor
 from hf_stable.commands.inspect import command as inspect
 from hf_stable.commands.launch import command as launch
+from hf_stable.commands.preflight import command as preflight
 
 __all__ = ["app", "main"]
 
@@ -65,7 +66,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _commands in (demo, launch, inspect, reporting, publishing, bench, doctor):
+for _commands in (demo, launch, preflight, inspect, reporting, publishing, bench, doctor):
     app.add_typer(_commands.room)
 
 

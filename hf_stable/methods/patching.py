@@ -18,7 +18,12 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig
+from hf_stable.methods.config import (
+    CONFIGS_ATTRIBUTE,
+    MethodConfig,
+    remember_folded,
+    take_out_configs,
+)
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
     RemoveLayerNormConfig,
@@ -33,6 +38,8 @@ from hf_stable.methods.sigma_reparam.method import (
     sigma_layers,
 )
 from hf_stable.methods.sigma_reparam.swapping import fold_layer
+from hf_stable.methods.sigma_reparam.triples import check_present, settle_if_moved
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 
@@ -40,8 +47,8 @@ __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 class PatchPlan(Protocol):
     """A validated change of a model that has not been made yet."""
 
-    def apply(self) -> None:
-        """Make the change."""
+    def apply(self, undo: Undo) -> None:
+        """Make the change; `undo` gains what takes it back."""
 
 
 METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], PatchPlan]]] = {
@@ -57,8 +64,9 @@ Method = str | MethodConfig
 def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -> nn.Module:
     """Patch a transformers model in place.
 
-    Everything is resolved and computed before the first layer changes: if this raises, the model
-    is as it was. Patching again with the same config does nothing.
+    Everything is resolved and computed before the first layer changes, and what fails later is
+    undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
+    config does nothing.
 
     Args:
         model: a supported `PreTrainedModel`, before any optimizer is built on it and before it is
@@ -71,7 +79,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Raises:
         UnsupportedModelError: if the architecture is not registered, or the model is on the meta
-            device, sharded, wrapped, compiled, quantised or adapted.
+            device (offloaded, too), sharded, wrapped, compiled, quantised or adapted, or something
+            other than accelerate's hooks has replaced the forward of a layer.
         ValueError: for an unknown method or option, no matching layer, a zero or non-finite
             matrix, or a model that is patched by the same method with another config.
         TypeError: if a layer is of a type that cannot be reparametrised.
@@ -89,28 +98,45 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     plans = [METHODS[config.method][1](model, config) for config in missing]
     if missing:
         _warn_if_continuing(model)
-    for config, plan in zip(missing, plans, strict=True):
-        plan.apply()
-        present[config.method] = config
-    # In the table's order, whichever was asked for first: a checkpoint is compared by them.
-    setattr(model, CONFIGS_ATTRIBUTE, tuple(present[name] for name in METHODS if name in present))
+    present |= {config.method: config for config in missing}
+    with undoing() as undo:
+        undo.append(keep_attributes(model))
+        for plan in plans:
+            plan.apply(undo)
+        # In the table's order, whichever was asked for first: a checkpoint is compared by them.
+        in_force = tuple(present[name] for name in METHODS if name in present)
+        setattr(model, CONFIGS_ATTRIBUTE, in_force)
     return model
 
 
 def fold(model: nn.Module) -> nn.Module:
     """Turn every sigma layer of a model into the plain layer that computes the same, in place.
 
-    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
-    their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
-    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. DDP and FSDP2 keep
-    lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
-    norms stay removed, with a warning that says so: they are no weights that could be folded.
+    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters stay
+    the same objects; gamma and the singular vectors go. A plain model comes back unchanged.
+
+    It works inside wrappers (PEFT, DDP, FSDP2). DDP and FSDP2 keep lists of gammas and buffers of
+    their own, so wrap the model anew before it runs again. Removed norms stay removed, and a
+    warning says so: a norm is no weight that could be folded.
+
+    A layer is folded whole or not at all. Where Ctrl-C or a lack of memory comes between two of
+    them, the model computes the same as before, and another call folds the rest.
 
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedModelError: if accelerate offloads a weight. Nothing has changed then.
     """
-    for _, layer in sigma_layers(model):
+    layers = [layer for _, layer in sigma_layers(model)]
+    for layer in layers:
+        check_present(layer)
+        settle_if_moved(layer)
+    for layer in layers:
         fold_layer(layer)
+    with undoing() as undo:
+        remember_folded(model, SigmaReparamConfig, undo)
+        take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(
             f"fold keeps the {len(removed)} removed LayerNorms removed: the model is no plain one "
@@ -125,11 +151,6 @@ def fold(model: nn.Module) -> nn.Module:
             UserWarning,
             stacklevel=2,
         )
-    for module in model.modules():
-        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
-        left = tuple(c for c in configs if not isinstance(c, SigmaReparamConfig))
-        if left != configs:
-            setattr(module, CONFIGS_ATTRIBUTE, left)
     return model
 
 
@@ -203,7 +224,8 @@ def _refuse_unpatchable(model: nn.Module) -> None:
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{name} is on the meta device and has no values to take a spectrum of; load the "
-                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False)"
+                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
+                "a device_map without offloading, over devices that hold all of it)"
             )
         if isinstance(parameter, DTensor):
             raise UnsupportedModelError(

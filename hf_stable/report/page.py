@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Section
+from hf_stable.report.events import describe_event
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.payload import chart_payload, map_payload
-from hf_stable.report.run_records import Event, RunRecords
+from hf_stable.report.preface import Preface
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
-from hf_stable.report.values import to_number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -35,6 +36,7 @@ STATES = {
     "failed": ("\u2715", "Failed"),
     "warned": ("!", "Look"),
     "trained": ("\u2713", "Trained"),
+    "unfinished": ("\u2026", "Unfinished"),
     "unknown": ("?", "Unknown"),
 }
 """Sign and word on the badge of a verdict, so that its colour is not needed."""
@@ -46,6 +48,7 @@ def build_page(
     sections: Sequence[Section],
     *,
     version: str,
+    preface: Preface | None = None,
 ) -> str:
     """Return the whole page, with as many attention maps as there is room for.
 
@@ -54,6 +57,7 @@ def build_page(
         summaries: one per run.
         sections: charts, in order.
         version: of hf_stable.
+        preface: what stands before the runs, or None.
 
     Raises:
         ModuleNotFoundError: if plotly or jinja2 is not installed.
@@ -73,6 +77,7 @@ def build_page(
         "style": _asset("page.css"),
         "script": _asset("page.js"),
         "version": version,
+        "preface": preface,
     }
     room = PAGE_BYTES - len(_render(template, content, [[] for _ in runs]).encode())
     return _render(template, content, choose_maps(runs, room))
@@ -123,22 +128,3 @@ def require_page_packages() -> str:
     except ModuleNotFoundError as error:
         raise extra_needed(WHAT, "report", error) from error
     return get_plotlyjs()
-
-
-def describe_event(event: Event) -> str:
-    """Say in one sentence what an alarm found and advises, or what was done."""
-    found = event.values
-    if event.name == "rollback":
-        return f"went back to step {found.get('to_step')}, rates times {_number(found, 'lr_scale')}"
-    if event.name == "stop":
-        return str(found.get("reason", ""))
-    where = f"{found['layer']}, " if found.get("layer") else ""
-    where += f"head {found['head']}: " if found.get("head") is not None else ""
-    value, threshold = _number(found, "value"), _number(found, "threshold")
-    numbers = f" ({found.get('quantity')} {value}, threshold {threshold})"
-    return f"{where}{found.get('reason', '')}{numbers}. To try: {found.get('advice', '')}"
-
-
-def _number(found: Mapping[str, Any], key: str) -> str:
-    """Return four significant digits of a number that may be written as text."""
-    return f"{to_number(found.get(key)):.4g}"

@@ -15,10 +15,12 @@ from hf_stable._whole_files import write_whole
 from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page, require_page_packages
+from hf_stable.report.preface import Preface
 from hf_stable.report.reading import read_runs
 from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.sections import build_sections
+from hf_stable.report.states import checkpoint_step
 from hf_stable.report.summary import RunSummary, summarise
 
 __all__ = ["FORMATS", "WrittenReport", "write_report"]
@@ -29,7 +31,7 @@ FORMATS = {
     "json": "report.json",
     "csv": "report.csv",
 }
-"""Formats, and what is written if no name is given."""
+"""Formats, and what is written if no name is given; beside the run."""
 
 REQUIRED = {"html": require_page_packages, "png": require_matplotlib}
 """What raises ModuleNotFoundError, before anything is read, if a format cannot be written."""
@@ -56,16 +58,19 @@ def write_report(
     *,
     format: str = "html",
     on_run: Callable[[int, int], None] = lambda done, total: None,
+    preface: Preface | None = None,
 ) -> WrittenReport:
     """Read runs and write a report on them.
 
     Args:
         paths: output folders of the Trainer, or checkpoints in them; they are compared.
-        output: file to write, or folder for "png"; by default as `FORMATS` says, here.
+        output: file to write, or folder for "png"; by default as `FORMATS` says, beside the run:
+            in its folder, or in the one that holds all of several runs.
         format: "html", one page that opens offline; "png", the main figures; "json" or "csv", the
             values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
             verdicts and notes too.
         on_run: called with (runs read, runs in all) after each.
+        preface: what stands before the runs on a page; other formats leave it out.
 
     Raises:
         FileNotFoundError: if a run does not exist.
@@ -81,25 +86,44 @@ def write_report(
         )
     if format in REQUIRED:
         REQUIRED[format]()
-    target = Path(FORMATS[format] if output is None else output)
     runs = read_runs(paths, on_run=on_run)
+    target = _beside(paths, FORMATS[format]) if output is None else Path(output)
     summaries = tuple(map(summarise, runs))
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))
     else:
         files = (target,)
         with write_whole(target) as file:
-            _write_file(file, format, runs, summaries)
+            _write_file(file, format, runs, summaries, preface)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
     return WrittenReport(files, summaries, notes)
 
 
+def _beside(paths: Sequence[str | os.PathLike[str]], name: str) -> Path:
+    """Return where a report goes that nobody named: beside its runs, and never in a checkpoint."""
+    folders = [
+        folder.parent if checkpoint_step(folder.name) is not None else folder
+        for folder in (Path(path).resolve() for path in paths)
+    ]
+    place = Path(os.path.commonpath(folders))
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to: say where to with --output")
+    given = Path(paths[0])
+    # Said as the user said it, where it is the folder that was given.
+    return (given if given.resolve() == place else place) / name
+
+
 def _write_file(
-    file: TextIO, format: str, runs: Sequence[RunRecords], summaries: Sequence[RunSummary]
+    file: TextIO,
+    format: str,
+    runs: Sequence[RunRecords],
+    summaries: Sequence[RunSummary],
+    preface: Preface | None,
 ) -> None:
     if format == "html":
-        page = build_page(runs, summaries, build_sections(runs), version=version("hf-stable"))
-        file.write(page)
+        sections = build_sections(runs)
+        number = version("hf-stable")
+        file.write(build_page(runs, summaries, sections, version=number, preface=preface))
     elif format == "json":
         file.write(to_json(_content(runs, summaries)))
         file.write("\n")

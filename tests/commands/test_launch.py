@@ -238,6 +238,7 @@ assert gammas(trainer.model)
 trainer.train()
 assert not gammas(trainer.model)
 trainer.save_model("plain")
+trainer.create_model_card()
 again = Trainer(model_init=tiny, args=arguments(), train_dataset=DATA)
 again.train()
 again.train()
@@ -248,6 +249,8 @@ trainer.train()
         launch("--patch", "sigma_reparam", "--fold-at-end", script)
     assert not Path("plain", SIDECAR_FILE).exists()
     GPT2LMHeadModel.from_pretrained("plain")
+    (card,) = Path().rglob("README.md")
+    assert "Trained with `SigmaReparamConfig(" in card.read_text()
 
 
 def test_a_train_that_reenters_folds_once_at_its_end(launch):

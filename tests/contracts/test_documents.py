@@ -173,7 +173,7 @@ def options_of(words: list[str]) -> tuple[str, set[str], set[str]]:
         if word in getattr(command, "commands", {}):
             command, name = command.commands[word], word
     known |= {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
-    given = words[:script] if name == "run" else words
+    given = words[:script] if name in ("run", "preflight") else words
     return name, {word for word in given if word.startswith("--")}, known
 
 

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE_TESTS = [
-    "tests/measures/test_spectral.py",
+    "tests/measures/test_leading.py",
+    "tests/measures/test_matrices.py",
+    "tests/measures/test_parts.py",
+    "tests/measures/test_power_iteration.py",
     "tests/methods/sigma_reparam/test_layers.py",
     "tests/methods/sigma_reparam/test_steps.py",
     "tests/methods/test_patching.py",
@@ -30,6 +33,8 @@ CORE_TESTS = [
     "tests/trainer/test_training.py",
     "tests/contracts/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
     "tests/contracts/test_resume.py::test_sharded_checkpoint_resumes_exactly",
+    "tests/adamw2/test_groups.py",
+    "tests/adamw2/test_loaded_states.py",
     "tests/adamw2/test_optimizer.py",
 ]
 

@@ -25,7 +25,7 @@ LAYERS = {  # how to build the plain layer, number of parts, shape of an input
 def sigma_layer(made, **options):
     layer, num_parts, _ = made
     layer = copy.deepcopy(layer)
-    return install(layer, prepare(layer, parts=equal_parts(num_parts), **options))
+    return install(layer, prepare(layer, parts=equal_parts(num_parts), **options), [])
 
 
 def equal_parts(num_parts, dim=0):

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, Trainer
 
 from hf_stable.commands.launch.attaching import LAUNCHER
+from hf_stable.commands.preflight.child import PREFLIGHT
 from hf_stable.trainer.changes import ON_IMPORT, listed
 from hf_stable.trainer.plugin import register
 
@@ -35,6 +36,8 @@ TARGETS = {
     "transformers.trainer:Trainer.train",
     "transformers.trainer:Trainer.training_step",
     "transformers.trainer:get_last_checkpoint",
+    "transformers.trainer_callback:PrinterCallback.on_log",
+    "transformers.trainer_callback:ProgressCallback.on_log",
     "transformers.trainer:_parse_optim_args",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
     "peft.peft_model:PeftModel.__init__",
@@ -49,6 +52,12 @@ ADDED_TO = {
 }
 
 LAUNCHER_TARGETS = {
+    "transformers.trainer:Trainer.__init__",
+    "transformers.trainer:Trainer.train",
+}
+
+PREFLIGHT_TARGETS = {
+    "transformers.training_args:TrainingArguments.__post_init__",
     "transformers.trainer:Trainer.__init__",
     "transformers.trainer:Trainer.train",
 }
@@ -84,11 +93,13 @@ def test_the_list_is_pinned_and_says_why():
         maker: [wrap for wrap in listed() if wrap.made_by == maker]
         for maker in {wrap.made_by for wrap in listed()}
     }
-    assert by_maker.keys() == {ON_IMPORT, LAUNCHER}
+    assert by_maker.keys() == {ON_IMPORT, LAUNCHER, PREFLIGHT}
     assert {wrap.target for wrap in by_maker[ON_IMPORT] if wrap.wrapper} == TARGETS
     assert {wrap.target for wrap in by_maker[ON_IMPORT] if not wrap.wrapper} == ADDED_TO
     assert {wrap.target for wrap in by_maker[LAUNCHER]} == LAUNCHER_TARGETS
-    assert len(listed()) == len(TARGETS | ADDED_TO) + len(LAUNCHER_TARGETS)
+    assert {wrap.target for wrap in by_maker[PREFLIGHT]} == PREFLIGHT_TARGETS
+    by_commands = len(LAUNCHER_TARGETS) + len(PREFLIGHT_TARGETS)
+    assert len(listed()) == len(TARGETS | ADDED_TO) + by_commands
     assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in listed())
 
 

@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 import hf_stable.commands.launch.attaching  # noqa: F401  (has changes of its own on the list)
+import hf_stable.commands.preflight.child  # noqa: F401  (likewise)
 from hf_stable.architectures import supported_architectures
 from hf_stable.methods.patching import METHODS
 from hf_stable.trainer.changes import is_in_place, listed

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, method_options
+from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 from hf_stable.modeling_hf_stable import CLASS_PREFIX, guarded_field
 
 __all__ = [
@@ -99,9 +100,10 @@ class RemovalPlan:
 
     norms: tuple[tuple[nn.Module, str], ...]
 
-    def apply(self) -> None:
+    def apply(self, undo: Undo) -> None:
         """Put an identity in the place of each norm."""
         for parent, attribute in self.norms:
+            undo.append(keep_attributes(parent))
             setattr(parent, attribute, RemovedNorm(getattr(parent, attribute)))
 
 
@@ -139,9 +141,9 @@ def needs_standalone_form(model: nn.Module) -> bool:
 def restore_layernorms(model: nn.Module) -> nn.Module:
     """Put every norm that was removed in this process back, the same object, in place.
 
-    An optimizer that was built meanwhile does not know their parameters. A model with all its
-    norms comes back unchanged; one that was loaded without some gets those back that were removed
-    since.
+    An optimizer that was built meanwhile does not hold their parameters. A model that has all its
+    norms comes back unchanged. A model that was loaded without some norms gets back only those
+    that were removed since.
 
     Returns:
         The same model.
@@ -155,14 +157,12 @@ def restore_layernorms(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} was loaded without its norms, and no file has them; "
             "restore_layernorms undoes a removal that was made in this process"
         )
-    for name, removed in removed_norms(model):
-        parent, attribute = _owner(model, name)
-        setattr(parent, attribute, removed.norm.train(removed.training))
-    for module in model.modules():
-        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
-        left = tuple(c for c in configs if not isinstance(c, RemovalConfig))
-        if left != configs:
-            setattr(module, CONFIGS_ATTRIBUTE, left)
+    with undoing() as undo:
+        for name, removed in removed_norms(model):
+            parent, attribute = _owner(model, name)
+            undo.append(keep_attributes(parent))
+            setattr(parent, attribute, removed.norm.train(removed.training))
+        take_out_configs(model, RemovalConfig, undo)
     return model
 
 

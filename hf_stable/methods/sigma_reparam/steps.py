@@ -61,12 +61,13 @@ def install_hooks() -> None:
     """Hook every optimizer of this process, once; later calls change nothing."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    if len(_hooks) < 2:  # an interrupt may have come between the two
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 def hooks_are_installed() -> bool:
     """Say whether `install_hooks` has been called in this process."""
-    return bool(_hooks)
+    return len(_hooks) == 2
 
 
 @torch.no_grad()
@@ -101,8 +102,8 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
     triples = power_step(matrices, near_us, near_vs)
     for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
         new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
-        if keep is not None:
-            new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
+        if keep is not None:  # its device may be another's, where a model lies on several
+            new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
     for layer in layers:
         mark_settled(layer)

@@ -1,18 +1,22 @@
 """Turning plain layers into sigma layers and back, in place: prepare, install, fold.
 
 `prepare` computes everything and touches nothing, so that a patch can fail before it has begun.
+The layer stays the same object, also to what has taken hold of its `forward`: accelerate's hooks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from types import MethodType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import local_tensor, whole_tensor
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
 from hf_stable.measures.parts import WHOLE, Parts
@@ -20,11 +24,22 @@ from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, Sig
 from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
-from hf_stable.methods.sigma_reparam.triples import mark_settled, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import check_present, mark_settled, settle_if_moved
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
-__all__ = ["SIGMA_CLASSES", "SigmaState", "fold_layer", "install", "prepare"]
+__all__ = [
+    "SIGMA_CLASSES",
+    "SigmaState",
+    "check_plain",
+    "fold_layer",
+    "install",
+    "prepare",
+]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
+_OWN_ATTRIBUTES = ("parts", "layer_name", "serial_number", "settled_for")
+# accelerate calls the second from the first; its removal leaves the first behind.
+_FORWARDS = ("forward", "_old_forward")
 
 SIGMA_CLASSES: dict[type, type] = {
     nn.Linear: SigmaLinear,
@@ -48,6 +63,37 @@ class SigmaState:
     name: str
 
 
+def check_plain(layer: nn.Module, name: str = "") -> None:
+    """Raise for a layer that cannot become a sigma layer.
+
+    Raises:
+        TypeError: if it is of another type than `Linear`, `Conv1D` and `Conv2d`.
+        UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
+            own and would go on computing with the raw weight.
+    """
+    if type(layer) not in SIGMA_CLASSES:
+        raise TypeError(
+            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
+            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
+            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
+            "sigma would break). To patch the others, exclude it"
+        )
+    if _weight(layer).is_meta:
+        raise UnsupportedModelError(
+            f"the weight of {name or 'a layer'} is on the meta device: it was not loaded, or "
+            "accelerate keeps it on the CPU or on disk between forwards. Load the model without "
+            "offloading (a device_map over devices that hold it all)"
+        )
+    held = layer.__dict__.get("forward")
+    inner = layer.__dict__.get("_old_forward") if hasattr(layer, "_hf_hook") else held
+    if held is not None and inner != MethodType(type(layer).forward, layer):
+        raise UnsupportedModelError(
+            f"something has replaced the forward of {name!r} by {held!r}, which would "
+            "go on using the raw weight. Take it off, call hf_stable.patch, then put it on again; "
+            "accelerate's hooks alone are followed"
+        )
+
+
 def prepare(
     layer: nn.Module,
     *,
@@ -66,16 +112,11 @@ def prepare(
 
     Raises:
         TypeError: if the layer is of any other type, a subclass included.
+        UnsupportedModelError: as `check_plain` does.
         ValueError: if a part is zero or not finite.
     """
-    if type(layer) not in SIGMA_CLASSES:
-        raise TypeError(
-            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
-            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
-            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
-            "sigma would break). To patch the others, exclude it"
-        )
-    weight: Any = layer.weight
+    check_plain(layer, name)
+    weight = _weight(layer)
     parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
     triples = []
     for matrix in local_matrices(weight.detach(), parts):
@@ -94,16 +135,23 @@ def prepare(
     return SigmaState(gamma, sigma, u, v, parts, name)
 
 
-def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
-    """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class."""
-    sigma_class: Any = SIGMA_CLASSES[type(layer)]
-    layer.__class__ = sigma_class
+def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
+    """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class.
+
+    Args:
+        layer: as it was given to `prepare`.
+        state: what came back.
+        undo: what to call if something fails later; see `undoing`.
+    """
+    gamma = nn.Parameter(state.gamma.clone(), requires_grad=_weight(layer).requires_grad)
+    undo.append(keep_attributes(layer))
+    _swap_class(layer, SIGMA_CLASSES[type(layer)])
     assert isinstance(layer, SigmaLayer)
     if layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
-    layer.gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
+    layer.gamma = gamma
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
@@ -112,6 +160,7 @@ def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
     if stored is not None:
         layer.register_buffer(PARTS_TENSOR, stored.to(state.sigma.device))
     layer.layer_name = state.name
+    undo.append(partial(forget, layer))
     follow(layer)
     mark_settled(layer)
     return layer
@@ -119,22 +168,45 @@ def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
 
 @torch.no_grad()
 def fold_layer(layer: SigmaLayer) -> nn.Module:
-    """Turn a sigma layer into the plain layer that computes the same, in place.
+    """Turn a sigma layer into the plain layer that computes the same, in place, or leave it.
 
     `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
+
+    Raises:
+        UnsupportedModelError: if the weight is offloaded.
     """
     settle_if_moved(layer)
-    weight = layer.weight
-    gamma = whole_tensor(layer.gamma)
+    weight = local_tensor(layer.weight)
+    folded = _local_effective_weight(layer)
+    raw = weight.clone()
+    with undoing() as undo:
+        undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
+        weight.copy_(folded)
+        for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
+            delattr(layer, name)
+        _swap_class(layer, PLAIN_CLASSES[type(layer)])
+        forget(layer)
+    return layer
+
+
+def _local_effective_weight(layer: SigmaLayer) -> Tensor:
+    """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
+    check_present(layer)
+    weight, gamma = layer.weight, whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
     scale = spread_values(gamma / sigma, weight, layer.parts)
     weight = local_tensor(weight)
-    weight.copy_(weight.to(scale.dtype) * scale)
-    for name in layer.sigma_tensors:
-        delattr(layer, name)
-    for name in ("parts", "layer_name", "serial_number", "settled_for"):
-        delattr(layer, name)
-    forget(layer)
-    plain_class: Any = PLAIN_CLASSES[type(layer)]
-    layer.__class__ = plain_class
-    return layer
+    return (weight.to(scale.dtype) * scale).to(weight.dtype)
+
+
+def _swap_class(layer: nn.Module, new: type[Any]) -> None:
+    """Give a layer another class, also where its `forward` is held as the bound one of the old."""
+    held = MethodType(type(layer).forward, layer)
+    layer.__class__ = new
+    for name in _FORWARDS:
+        if layer.__dict__.get(name) == held:
+            layer.__dict__[name] = MethodType(new.forward, layer)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)

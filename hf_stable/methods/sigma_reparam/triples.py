@@ -1,4 +1,4 @@
-"""Whether the singular triple of a sigma layer belongs to its weight, and making it so.
+"""Keep the singular triple of a sigma layer in step with its weight, however that changes.
 
 Optimizer steps are followed by `steps`. This is about every other way to change a weight: an
 average of weights, a state dict of a plain model, an assignment.
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import whole_tensor
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.measures.parts import Parts
@@ -21,6 +22,7 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 __all__ = [
     "SIGMA_TENSORS",
     "LayerWithTriple",
+    "check_present",
     "mark_moved",
     "mark_settled",
     "settle",
@@ -77,6 +79,16 @@ def mark_moved(layer: LayerWithTriple) -> None:
     layer.settled_for = (id(layer.weight), MOVED)
 
 
+def check_present(layer: LayerWithTriple) -> None:
+    """Raise UnsupportedModelError for a layer whose weight is elsewhere: accelerate offloads it."""
+    if layer.weight.is_meta or layer.gamma.is_meta:
+        raise UnsupportedModelError(
+            f"the weight of {layer.layer_name!r} is offloaded: accelerate brings it for each "
+            "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
+            "which brings all of them back, or load the model without offloading"
+        )
+
+
 def settle_if_moved(layer: LayerWithTriple) -> None:
     """Settle a layer whose weight was changed in place by anything but an optimizer step.
 
@@ -98,7 +110,11 @@ def settle(layer: LayerWithTriple) -> None:
 
     A triple that a running training left in place is kept bit for bit, so looking moves nothing.
     Host synchronisation: yes. Every rank of a sharded weight has to call it.
+
+    Raises:
+        UnsupportedModelError: as `check_present` does.
     """
+    check_present(layer)
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
     with torch.autocast(whole.device.type, enabled=False):

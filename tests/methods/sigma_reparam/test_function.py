@@ -399,7 +399,7 @@ LAYERS = {
 def test_no_temporary_of_the_size_of_the_weight(build, num_parts):
     torch.manual_seed(0)
     layer = build()
-    install(layer, prepare(layer, parts=equal_parts(num_parts)))
+    install(layer, prepare(layer, parts=equal_parts(num_parts)), [])
     tokens = torch.randn(8, 1024)
     # Backward: dL/dW_hat, which the matrix product makes and in whose memory dL/dW is written.
     assert count_large(layer, layer, tokens) == (0, 1)

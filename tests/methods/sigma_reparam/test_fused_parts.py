@@ -50,9 +50,9 @@ def pair(layout, request):
     for view, row, each in zip(parts.views(fused.weight.data), rows, apart, strict=True):
         view.copy_(each.weight.data.view(view.shape))
         row.copy_(each.bias.data.view(row.shape))
-    install(fused, prepare(fused, parts=parts))
+    install(fused, prepare(fused, parts=parts), [])
     for each in apart:
-        install(each, prepare(each))
+        install(each, prepare(each), [])
     gammas = torch.linspace(0.5, 2.0, len(apart))
     with torch.no_grad():
         fused.gamma.copy_(gammas)

@@ -22,7 +22,7 @@ def test_preparing_touches_nothing_and_installing_keeps_identities(made):
     state = prepare(plain, parts=equal_parts(num_parts), name="a.b")
     assert type(plain) in SIGMA_CLASSES and plain.__dict__.keys() == before.keys()
     assert torch.equal(plain.weight, before["_parameters"]["weight"])
-    layer = install(plain, state)
+    layer = install(plain, state, [])
     assert layer is plain and layer.weight is weight and layer.layer_name == "a.b"
     assert isinstance(layer, SigmaLinear | SigmaConv1D | SigmaConv2d)
 
