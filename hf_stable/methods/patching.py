@@ -38,7 +38,7 @@ from hf_stable.methods.sigma_reparam.method import (
     sigma_layers,
 )
 from hf_stable.methods.sigma_reparam.swapping import fold_layer
-from hf_stable.methods.sigma_reparam.triples import check_present, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
@@ -130,8 +130,7 @@ def fold(model: nn.Module) -> nn.Module:
     """
     layers = [layer for _, layer in sigma_layers(model)]
     for layer in layers:
-        check_present(layer)
-        settle_if_moved(layer)
+        settle(layer)
     for layer in layers:
         fold_layer(layer)
     with undoing() as undo:

@@ -24,7 +24,7 @@ from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, Sig
 from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
-from hf_stable.methods.sigma_reparam.triples import check_present, mark_settled, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
-_OWN_ATTRIBUTES = ("parts", "layer_name", "serial_number", "settled_for")
+_OWN_ATTRIBUTES = ("parts", "layer_name", "serial_number", "settled_for", "seen_entries")
 # accelerate calls the second from the first; its removal leaves the first behind.
 _FORWARDS = ("forward", "_old_forward")
 
@@ -175,7 +175,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     Raises:
         UnsupportedModelError: if the weight is offloaded.
     """
-    settle_if_moved(layer)
+    settle(layer)
     weight = local_tensor(layer.weight)
     folded = _local_effective_weight(layer)
     raw = weight.clone()
@@ -191,7 +191,6 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:
     """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
-    check_present(layer)
     weight, gamma = layer.weight, whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
     scale = spread_values(gamma / sigma, weight, layer.parts)
