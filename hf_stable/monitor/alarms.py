@@ -1,23 +1,25 @@
 """When a run is in trouble: rules on losses and attention's indices, on plain numbers.
 
-No single index decides. A run can train well with one head at low entropy and SEC .998, and a
-healthy one can have SEC 1 under a small initialisation; so the rule reads level, trend, and what
-the loss does after a sign appears:
+No single number decides. A run can train well with one head at low entropy and SEC .998, and a
+healthy one can have SEC 1 under a small initialisation. So an alarm needs two things: signs on
+heads, and a loss that is in trouble.
 
-1. A *sign* is seen on a head at a probe: `malignant` (low entropy and low rank), `drop` (its
-   entropy fell by a large share of log T within the last probes), `growth` (sigma_1(Wq^T Wk) grew
-   by a large factor within them) or `concentration` (SEC above 99 % and some growth). What was
-   there at the first probe is none: a pretrained model's sinks are no collapse.
-2. Collapse: signs on enough heads while the smoothed loss rises, or on most heads while the last
-   loss is high. A sign is acquitted of this once the loss improves on its level at the onset.
-3. Collapse too: `malignant` signs on enough heads for a long stretch in which the loss came down
-   by nothing, in a run that has learnt little since it began. What the loss did before does not
-   acquit: that a model learns how frequent its labels are needs no attention.
-4. Spike: a loss far beyond those of the window before (median and median absolute deviation).
-5. Nonfinite: a NaN or infinite loss or gradient.
+1. A *sign* is seen on a head at a probe. There are four kinds: `malignant` (low entropy and low
+   rank), `drop` (the entropy fell by a large share of log T within the last probes), `growth`
+   (sigma_1(Wq^T Wk) grew by a large factor within them) and `concentration` (SEC above 99 % and
+   some growth). What a head shows at the first probe is no sign: a pretrained model has sinks.
+2. A *collapse* is raised where enough heads have signs and the smoothed loss rises. It is also
+   raised where most heads have signs and the last loss is high. Signs no longer count once the
+   loss gets better than it was when they began.
+3. A *collapse* is also raised where the loss stands still: enough heads are `malignant` for a long
+   stretch without progress, in a run that has learnt little since its start. Progress before that
+   stretch does not count, since a model learns the frequencies of its labels without attention.
+4. A *spike* is a loss far beyond those of the window before (median and median absolute
+   deviation).
+5. *Nonfinite* is a NaN or infinite loss or gradient.
 
-How often it is right, `recipes/evidence/alarms.py` measures. A run is *lost* as
-`hf_stable.measures.loss_curves.lost_step` says.
+`recipes/evidence/alarms.py` measures how often this is right. When a loss counts as lost is said in
+`hf_stable.measures.loss_curves.lost_step`.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ class _Sign:
 
 
 class AlarmRules:
-    """The rule of this module, fed step by step; deterministic, so a replay alarms alike.
+    """The rule of this module, fed step by step. The same losses and probes give the same alarms.
 
     Args:
         thresholds: other than the defaults.
@@ -175,7 +177,7 @@ class AlarmRules:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether a checkpoint of this moment should not be gone back to."""
+        """Whether a checkpoint of this moment is unfit to go back to."""
         return bool(self._open) or self.is_rising
 
     def state(self) -> dict[str, Any]:

@@ -54,10 +54,11 @@ __all__ = ["StabilityCallback"]
 class StabilityCallback(TrainerCallback, ExportableState):
     """Shows, while a Trainer trains, whether attention collapses, where, how, and acts on it.
 
-    It probes inside training steps that run anyway (`hf_stable.probe`): every `every` steps, at
-    steps 1, 2, 4, ... before the first of them, and while the loss is rising, at most every
-    `every // 10` steps. Weights, losses and random numbers are those of a run without it; but under
-    torch.compile a probed step runs uncompiled, and draws dropout masks as uncompiled code does.
+    It probes inside training steps that run anyway (`hf_stable.probe`). Three kinds of steps are
+    probed: every `every`-th; before the first of these, steps 1, 2, 4, ...; and while the loss
+    rises, one in `every // 10`. Weights, losses and random numbers are those of a run without it.
+    Under torch.compile a probed step runs uncompiled, and draws the dropout masks of uncompiled
+    code.
 
     Values go to `trainer.state.log_history` and every tracker at the step that they belong to
     (under the keys of `hf_stable.monitor.terms`), and in full to `stability.jsonl` in the output

@@ -1,7 +1,7 @@
 """The recorder that fills a probe's records from what it is shown.
 
-Measures come from `entropy` and `block_terms`; how the model is made to show anything is the matter
-of `observing`. A measure that fails is a missing value with a reason: it never ends a forward.
+Measures come from `entropy` and `block_terms`. `observing` makes the model show what is recorded. A
+measure that fails is a missing value with a reason: it never ends a forward.
 """
 
 from __future__ import annotations

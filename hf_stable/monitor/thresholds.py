@@ -18,7 +18,7 @@ class Thresholds:
         sigma_growth: factor of sigma_1(Wq^T Wk) within the window.
         sec: spectral energy concentration that counts, together with half that growth.
         heads: share of all heads that must show a sign (one head at least).
-        most_heads: share of all heads whose signs make one bad loss enough.
+        most_heads: share of all heads with signs beyond which a single bad loss is enough.
         rise: share of the best smoothed loss by which it has to rise.
         rise_score: the same in units of the noise of the losses before.
         quick_rise: rise of the last loss, not smoothed, where most heads show a sign.
@@ -26,10 +26,10 @@ class Thresholds:
         spike: rise over the window's median that is an alarm without any sign.
         spike_score: the same in units of the noise. At 10, losses that go nowhere raise none in
             50,000 steps where they are lognormal with sigma 1, three where sigma is 1.5.
-        improvement: share by which the loss has to come down: its smoothed level to acquit a sign,
-            the median of half a window to be no stall.
-        stall_steps: fewest steps with signs and without improvement that convict; half as many as
-            the run had when they began if that is more.
+        improvement: share by which the loss has to come down. By so much the smoothed loss ends
+            the signs, and by so much the median of half a window has to fall to be no stall.
+        stall_steps: fewest steps with signs and without improvement that raise an alarm. Half the
+            steps before the signs began are needed if that is more.
         learnt: a run is past stalling once its loss is below this share of its first level.
     """
 

@@ -52,6 +52,7 @@ ADDED_TO = {
 }
 
 LAUNCHER_TARGETS = {
+    "torch.optim.optimizer:register_optimizer_step_pre_hook",
     "transformers.trainer:Trainer.__init__",
     "transformers.trainer:Trainer.train",
 }
