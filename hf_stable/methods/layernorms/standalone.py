@@ -27,6 +27,7 @@ from hf_stable.modeling_hf_stable import CLASS_PREFIX, locate_norms
 
 __all__ = [
     "AUTO_CLASSES",
+    "config_without_norms",
     "is_standalone",
     "register_auto_classes",
     "removed_by_class",
@@ -92,6 +93,28 @@ def standalone_config(model: Any) -> Any:
     config = standalone_class(type(native)).from_dict(native.to_dict())
     config.removed_layernorms = removed
     config.auto_map = _auto_map(type(native))
+    return config
+
+
+def config_without_norms(given: Any, own: Any) -> Any:
+    """Return a config that a user gives for a model without norms, with what is removed from it.
+
+    Args:
+        given: of the architecture's own class, or of `own`'s.
+        own: the config in the model's folder.
+
+    Raises:
+        ValueError: if the two are of different architectures.
+    """
+    if isinstance(given, type(own)):
+        return given
+    if not isinstance(own, type(given)):
+        raise ValueError(
+            f"config is a {type(given).__name__}, but the model was saved with a "
+            f"{type(own).__name__}; give one of its class, or leave it out"
+        )
+    config = type(own).from_dict(given.to_dict())
+    config.removed_layernorms, config.auto_map = own.removed_layernorms, own.auto_map
     return config
 
 

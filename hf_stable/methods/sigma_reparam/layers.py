@@ -124,11 +124,23 @@ class SigmaLayer(nn.Module):
             mark_moved(self)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
         names = ("weight", *self.SIGMA_TENSORS)
-        settle_loaded(self, {name for name in names if prefix + name in state_dict})
+        given = {name for name in names if prefix + name in state_dict}
+        settle_loaded(self, given)
+        if "weight" in given:  # what was not given is that of the weight now: nothing is missing
+            beside = {prefix + name for name in self.SIGMA_TENSORS}
+            missing_keys[:] = [key for key in missing_keys if key not in beside]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         settle_if_moved(self, look=True)

@@ -22,6 +22,7 @@ __all__ = [
     "SigmaReparamConfig",
     "SigmaReparamPlan",
     "choose_layers",
+    "plan_layers",
     "plan_sigma_reparam",
     "refresh",
     "sigma_layers",
@@ -97,8 +98,13 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
             f"heads={config.heads!r}{why}; the patterns are matched against names such as "
             f"{', '.join(map(repr, names[:3]))}"
         )
+    return plan_layers(chosen, config)
+
+
+def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> SigmaReparamPlan:
+    """Compute the singular triples of plain layers, without touching them; raises as above."""
     states = []
-    for layer in chosen:
+    for layer in layers:
         num_blocks = layer.num_parts if config.fused_qkv == "split" else 1
         state = prepare(layer.module, num_blocks=num_blocks, init=config.init, name=layer.name)
         states.append((layer.module, state))

@@ -531,6 +531,51 @@ def test_two_optimizers_may_share_a_model(matrices_first):
     )
 
 
+def by_names(model, *without):
+    """Groups as many scripts build them: no decay for names that have one of these in them."""
+    named = list(model.named_parameters())
+    plain = [p for name, p in named if any(part in name for part in without)]
+    decayed = [p for name, p in named if not any(part in name for part in without)]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+
+
+def warnings_of_decay(optimizer, model, steps=3):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            backward(model)
+            optimizer.step()
+    return [str(w.message) for w in caught if "weight_decay" in str(w.message)]
+
+
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD, hf_stable.AdamW2])
+def test_a_decayed_gamma_is_warned_of_once_with_the_remedy(build):
+    model = patched("bert")
+    optimizer = build(by_names(model, "bias", "LayerNorm.weight"), lr=1e-3)
+    (message,) = warnings_of_decay(optimizer, model)
+    num_layers = len(layers_of(model))
+    assert f"weight_decay=0.1 is applied to gamma of {num_layers} reparametrised" in message
+    assert repr(layers_of(model)[0].layer_name) in message
+    # The remedies that it names.
+    for groups in (
+        by_names(model, "bias", "LayerNorm.weight", "gamma"),
+        hf_stable.parameter_groups(model, weight_decay=0.1),
+    ):
+        assert not warnings_of_decay(build(groups, lr=1e-3), model)
+
+
+def test_a_gamma_that_another_optimizer_decays_is_warned_of():
+    model = patched("vit")
+    matrices = {id(layer.weight) for layer in layers_of(model)}
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    first = torch.optim.SGD([layer.weight for layer in layers_of(model)], lr=0.1)
+    second = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.2)
+    backward(model)
+    first.step()
+    (message,) = warnings_of_decay(second, model)
+    assert "weight_decay=0.2" in message
+
+
 # Several processes
 
 
