@@ -29,6 +29,7 @@ TARGETS = {
     "transformers.trainer:Trainer.create_model_card",
     "transformers.trainer:Trainer._load_from_checkpoint",
     "transformers.trainer:Trainer._load_optimizer_and_scheduler",
+    "transformers.trainer:Trainer._save",
     "transformers.trainer:Trainer._save_checkpoint",
     "transformers.trainer:Trainer._load_best_model",
     "transformers.trainer:Trainer.get_decay_parameter_names",

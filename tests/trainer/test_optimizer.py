@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import hf_stable
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 
@@ -175,7 +176,7 @@ def test_groups_for_a_loop_are_those_of_the_trainer(model_type, patched, tmp_pat
         if param is frozen:
             continue
         mine, other = group_of(ours, param), group_of(theirs, param)
-        for option in ("tau", "blocks", "block_dim", "weight_decay"):
+        for option in ("tau", "parts", "weight_decay"):
             if not (option == "weight_decay" and param.ndim > 2):
                 assert mine[option] == other[option], (name, option)
     assert sum(len(group["params"]) for group in ours.param_groups) == (
@@ -193,8 +194,8 @@ def test_fused_projections_have_a_rate_per_part(patched, tmp_path):
     optimizer = built(model, tmp_path)
     attention = model.transformer.h[1].attn
     group = group_of(optimizer, attention.c_attn.weight)
-    assert (group["blocks"], group["block_dim"]) == (3, 1)
-    assert group_of(optimizer, attention.c_proj.weight)["blocks"] == 1
+    assert Parts.of(group["parts"]) == Parts((1, 1, 1), dim=1)
+    assert Parts.of(group_of(optimizer, attention.c_proj.weight)["parts"]).is_whole
 
 
 def test_model_of_another_architecture(tmp_path):
@@ -207,7 +208,7 @@ def test_model_of_another_architecture(tmp_path):
     optimizer = Trainer(model, args).create_optimizer()
     assert group_of(optimizer, model.model.embed_tokens.weight)["tau"] == math.inf
     assert group_of(optimizer, model.lm_head.weight)["tau"] == 0.01
-    assert {group["blocks"] for group in optimizer.param_groups} == {1}
+    assert all(Parts.of(group["parts"]).is_whole for group in optimizer.param_groups)
 
 
 def test_effective_rates_are_reported_by_name(tmp_path):
