@@ -11,8 +11,9 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
+from hf_stable.checkpoints.continuing import load
 from hf_stable.checkpoints.exporting import export, push_to_hub
-from hf_stable.checkpoints.saving import load
+from hf_stable.commands.preflight.flying import preflight
 from hf_stable.methods.describing import describe
 from hf_stable.methods.layernorms.removal import (
     RemoveLayerNormConfig,
@@ -23,7 +24,7 @@ from hf_stable.methods.patching import fold, is_patched, patch
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, refresh
 from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.monitor.probing import probe
-from hf_stable.trainer import plugin as trainer_plugin
+from hf_stable.trainer.plugin import register as _register
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "lora_groups",
     "parameter_groups",
     "patch",
+    "preflight",
     "probe",
     "push_to_hub",
     "refresh",
@@ -54,4 +56,4 @@ __all__ = [
     "supported_architectures",
 ]
 
-trainer_plugin.register()
+_register()

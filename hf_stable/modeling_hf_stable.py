@@ -17,7 +17,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
-PREFIX = "HfStable"
+CLASS_PREFIX = "HfStable"
 MODEL_TYPE_PREFIX = "hf_stable_"
 GUARD = (
     "no number: LayerNorms of this model were removed, and this class would bring them back. Load "
@@ -33,8 +33,8 @@ if Version(transformers.__version__) < Version("5.10"):
 
 def __getattr__(name: str) -> type:
     """Derive `HfStable<Name>` from the transformers class `<Name>`, when it is first asked for."""
-    native = getattr(transformers, name.removeprefix(PREFIX), None)
-    if not name.startswith(PREFIX) or not isinstance(native, type):
+    native = getattr(transformers, name.removeprefix(CLASS_PREFIX), None)
+    if not name.startswith(CLASS_PREFIX) or not isinstance(native, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     is_config = issubclass(native, transformers.PreTrainedConfig)
     members = _config_members(native) if is_config else _model_members(native)
@@ -48,11 +48,11 @@ def __getattr__(name: str) -> type:
 def _model_members(native: Any) -> dict[str, Any]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
-        for owner, path in find_norms(self, config.removed_layernorms):
+        for owner, path in locate_norms(self, config.removed_layernorms):
             parent, _, attribute = path.rpartition(".")
             setattr(owner.get_submodule(parent), attribute, nn.Identity())
 
-    config_name = PREFIX + native.config_class.__name__
+    config_name = CLASS_PREFIX + native.config_class.__name__
     return {
         "__doc__": f"`{native.__name__}` without the norms in `config.removed_layernorms`.",
         "__init__": __init__,
@@ -75,8 +75,8 @@ def _config_members(native: Any) -> dict[str, Any]:
         """Return what config.json holds: the sentence stands in place of the epsilon."""
         output = native.to_dict(self)
         if output.get("architectures"):
-            names = [name.removeprefix(PREFIX) for name in output["architectures"]]
-            output["architectures"] = [PREFIX + name for name in names]
+            names = [name.removeprefix(CLASS_PREFIX) for name in output["architectures"]]
+            output["architectures"] = [CLASS_PREFIX + name for name in names]
         return output | {"layer_norm_number": output[epsilon], epsilon: GUARD}
 
     return {
@@ -95,7 +95,7 @@ def epsilon_field(config_class: Any) -> str:
     raise TypeError(f"{config_class.__name__} has no field for the epsilon of its norms")
 
 
-def find_norms(model: nn.Module, norms: dict[str, list[str]]) -> list[tuple[nn.Module, str]]:
+def locate_norms(model: nn.Module, norms: dict[str, list[str]]) -> list[tuple[nn.Module, str]]:
     """Return (module, path in it) of all norms in a model that are listed by class name."""
     return [
         (module, path)

@@ -23,6 +23,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "lora_groups",
         "parameter_groups",
         "patch",
+        "preflight",
         "probe",
         "push_to_hub",
         "refresh",

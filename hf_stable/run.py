@@ -1,8 +1,8 @@
 """`hf-stable run` as a module, for `python -m`, `torchrun -m` and `accelerate launch -m`."""
 
-from hf_stable.commands.launch.launcher import main
+import sys
 
-__all__ = ["main"]
+from hf_stable.commands.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,19 +1,19 @@
 """Public measures of matrices: leading singular triples, spectra of products, concentration."""
 
-from hf_stable.measures.spectral import (
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import (
     RowShard,
-    SingularTriple,
     as_matrix,
-    generic_vector,
-    leading_triple,
     matrix_blocks,
-    ov_singular_values,
-    power_step,
-    qk_singular_values,
     spectral_dtype,
+    split_blocks,
+)
+from hf_stable.measures.power_iteration import SingularTriple, generic_vector, power_step
+from hf_stable.measures.products import (
+    ov_singular_values,
+    qk_singular_values,
     spectral_energy_concentration,
     spectral_energy_curve,
-    split_blocks,
     stable_rank,
 )
 

@@ -1,139 +1,21 @@
-"""AdamW2 over a model: which of its parameters are exempt from the rule, and which are fused."""
+"""How a model's parameters are grouped for AdamW2: what is exempt from the rule, what is fused."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._wording import nearest
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
-from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.architectures.registry import UnsupportedModelError, find_layers, lookup
+from hf_stable.architectures.finding import find_layers
+from hf_stable.architectures.registry import UnsupportedModelError
 
-__all__ = [
-    "ModelAdamW2",
-    "lora_groups",
-    "parameter_groups",
-    "parameter_rules",
-    "parse_options",
-    "part_schedule",
-    "refuse_deepspeed",
-]
+__all__ = ["lora_groups", "parameter_groups", "parameter_rules", "part_groups"]
 
-_OPTIONS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
-_LORA = ("factors", "merged")
 _FREE_FACTORS = {"lora_B", "lora_embedding_A", "lora_embedding_B"}
-_TRAINER_FIELDS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-}
-
-
-class ModelAdamW2(AdamW2):
-    """AdamW2 over given groups, each parted further by what the model's structure asks for.
-
-    Embeddings, biases and LoRA's B are exempt from the rule, and each part of a fused projection
-    has a rate of its own; `parameter_rules` says which parameters these are. Everything else that
-    the groups say stays: weight decay, the order, and which parameters are stepped together. A
-    state of torch's AdamW over the groups as they were given can be loaded.
-
-    Args:
-        params: groups, as dicts.
-        structure: the model whose parameters they are.
-        lora: `"factors"` bounds LoRA's A by its own norm, `"merged"` A and B by the weight that
-            they change; see `lora_groups`.
-        **options: for AdamW2.
-
-    Raises:
-        ValueError: for another `lora`, or `"merged"` where nothing trains by LoRA.
-        UnsupportedModelError: as `lora_groups` does.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        *,
-        structure: nn.Module,
-        lora: str = "factors",
-        **options: Any,
-    ) -> None:
-        """Part the groups and create the optimizer."""
-        if lora not in _LORA:
-            raise ValueError(
-                f"lora={lora!r} is not allowed{nearest(lora, _LORA)}; choose one of "
-                f"{', '.join(map(repr, _LORA))}"
-            )
-        given = [{**group, "params": list(group["params"])} for group in params]
-        super().__init__(_part(given, structure, merged=lora == "merged"), **options)
-        places = {
-            id(param): (index, place)
-            for index, group in enumerate(given)
-            for place, param in enumerate(group["params"])
-        }
-        self._given = _Given(
-            [len(group["params"]) for group in given],
-            [[places.get(id(param)) for param in group["params"]] for group in self.param_groups],
-        )
-
-    def per_group(self, values: Sequence[Any]) -> list[Any]:
-        """Return one value for each group of this optimizer.
-
-        Args:
-            values: one for each group, or one for each that was given.
-
-        Raises:
-            ValueError: if they are neither.
-        """
-        if len(values) == len(self.param_groups):
-            return list(values)
-        if len(values) != len(self._given.sizes):
-            raise ValueError(
-                f"{len(values)} values are neither one for each of the {len(self._given.sizes)} "
-                f"given groups nor one for each of the {len(self.param_groups)} made of them"
-            )
-        return [values[index] for index in self._given.indices()]
-
-    def _as_parted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        groups = state_dict.get("param_groups", ())
-        if any("tau" in group for group in groups):
-            return state_dict
-        if [len(group["params"]) for group in groups] != self._given.sizes:
-            return state_dict
-        # Names would be those of the whole group. A frozen weight under LoRA has no label.
-        parted = [
-            {key: value for key, value in groups[index].items() if key != "param_names"}
-            | {"params": [None if at is None else groups[at[0]]["params"][at[1]] for at in places]}
-            for index, places in zip(self._given.indices(), self._given.places, strict=True)
-        ]
-        return {**state_dict, "param_groups": parted}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickles and copies keep."""
-        return {**super().__getstate__(), "_given": self._given}
-
-
-class _Given(NamedTuple):
-    """How the groups of an optimizer come from those that it was given.
-
-    Attributes:
-        sizes: number of parameters in each given group.
-        places: for each group, for each of its parameters: index of the given group and place in
-            it; None for a frozen weight under LoRA, which no given group has.
-    """
-
-    sizes: list[int]
-    places: list[list[tuple[int, int] | None]]
-
-    def indices(self) -> list[int]:
-        """Return the index of the given group that each group is a part of."""
-        return [next(at[0] for at in group if at is not None) for group in self.places]
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float = 1e-2) -> list[dict[str, Any]]:
@@ -157,7 +39,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 1e-2) -> list[di
         {"params": decayed, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return _part(groups, model, merged=False)
+    return part_groups(groups, model, merged=False)
 
 
 def lora_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -182,7 +64,7 @@ def lora_groups(model: nn.Module) -> list[dict[str, Any]]:
             that is frozen, or a weight below that is not.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
-    return _part([{"params": trained}], model, merged=True)
+    return part_groups([{"params": trained}], model, merged=True)
 
 
 def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
@@ -208,7 +90,7 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
         if isinstance(module, nn.Embedding)
     }
     try:
-        layers = find_layers(model, lookup(model))
+        layers = find_layers(model)
     except UnsupportedModelError:
         return rules
     for layer in layers:
@@ -219,66 +101,22 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     return rules
 
 
-def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Return options of AdamW2 from text, as `TrainingArguments.optim_args` has them.
-
-    Raises:
-        ValueError: for a key that is not among them, with the nearest that is or the
-            TrainingArguments field to set instead; or for a value that is no number.
-    """
-    return {key: _parse(key, text) for key, text in texts.items()}
-
-
-def part_schedule(scheduler: Any, optimizer: Optimizer) -> None:
-    """Give a schedule that was loaded a rate for each group of a ModelAdamW2.
-
-    A schedule saved with torch's AdamW has one for each group that the Trainer made, which
-    ModelAdamW2 has parted further.
-
-    Args:
-        scheduler: of the optimizer, with its state loaded.
-        optimizer: any; nothing is done for others.
-    """
-    if not isinstance(optimizer, ModelAdamW2):
-        return
-    for name in ("base_lrs", "min_lrs", "_init_lrs", "_last_lr"):
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list):
-            setattr(scheduler, name, optimizer.per_group(values))
-
-
-def refuse_deepspeed(args: Any) -> None:
-    """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
-            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
-        )
-
-
-def _is_bias(name: str) -> bool:
-    return "bias" in name.rpartition(".")[2]
-
-
-def _parse(key: str, text: str) -> Any:
-    if key not in _OPTIONS:
-        field = _TRAINER_FIELDS.get(key)
-        hint = f" (set TrainingArguments.{field})" if field else nearest(key, _OPTIONS)
-        raise ValueError(
-            f"optim_args has {key!r}, which adamw2 does not take{hint}; it takes "
-            f"{' and '.join(_OPTIONS)}"
-        )
-    try:
-        return _OPTIONS[key](text)
-    except ValueError as error:
-        raise ValueError(
-            f"optim_args has {key}={text!r}, which is no {_OPTIONS[key].__name__}"
-        ) from error
-
-
-def _part(
+def part_groups(
     groups: Iterable[dict[str, Any]], model: nn.Module, *, merged: bool
 ) -> list[dict[str, Any]]:
+    """Part groups further by what the model's structure asks for.
+
+    Args:
+        groups: as any optimizer takes them, their parameters those of the model.
+        model: whose structure counts.
+        merged: whether LoRA's factors are bounded by the weight that they change.
+
+    Returns:
+        New groups, in the order of the given ones, with (name, parameter) pairs.
+
+    Raises:
+        ValueError, UnsupportedModelError: as `lora_groups` does.
+    """
     names = {id(param): name for name, param in model.named_parameters()}
     layers = find_lora_layers(model) if merged else []
     if merged and not layers:
@@ -289,6 +127,10 @@ def _part(
     factors = {id(factor): layer for layer in layers for factor in (layer.down, layer.up)}
     rules = parameter_rules(model)
     return [part for group in groups for part in _parts(group, names, rules, factors)]
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
 
 
 def _parts(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_stable.adamw2.options import check_group
 from hf_stable.adamw2.rule import LORA_STATE, MOMENTS, RULE_STATE
-from hf_stable.measures.spectral import spectral_dtype
+from hf_stable.measures.matrices import spectral_dtype
 
 __all__ = ["Entries", "prepare_loaded", "restore_state"]
 

@@ -1,6 +1,6 @@
 """Rule 1 for the weight that LoRA's factors stand for: the merged one, which is never formed.
 
-Pure functions like those of `adamw2_update`, for groups of AdamW2 that set `lora_scale`.
+Pure functions like those of `rule`, for groups of AdamW2 that set `lora_scale`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from hf_stable.adamw2.rule import (
     move,
     target_scale,
 )
-from hf_stable.measures.spectral import as_matrix, generic_vector, spectral_dtype
+from hf_stable.measures.matrices import as_matrix, spectral_dtype
+from hf_stable.measures.power_iteration import generic_vector, step_batch
 
 __all__ = ["Adapter", "check_factors", "pair_factors", "update_adapters"]
 
@@ -122,20 +123,20 @@ def update_adapters(adapters: Sequence[Adapter]) -> None:
         kind = (id(adapter.up.group), down.shape, up.shape, down.dtype, up.dtype, base.device)
         together[kind].append(adapter)
     for batch in together.values():
-        _step_together(batch)
+        _step_adapters(batch)
 
 
 def _threes(params: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     return zip(params[::3], params[1::3], params[2::3], strict=True)
 
 
-def _step_together(adapters: list[Adapter]) -> None:
+def _step_adapters(adapters: list[Adapter]) -> None:
     """Step adapters of one shape and group."""
     weights = [weight for adapter in adapters for weight in (adapter.down, adapter.up)]
     targets = [torch.zeros_like(weight.param) for weight in weights]
     adam_step(weights, targets, lr=target_scale(weights[0]), weight_decay=0.0)
     with torch.autocast(targets[0].device.type, enabled=False):
-        rates = _clip(adapters, *_spectral_norms(adapters, targets[::2], targets[1::2]))
+        rates = _clip_adapters(adapters, *_spectral_norms(adapters, targets[::2], targets[1::2]))
     move(weights, targets, rates.repeat_interleave(2))
 
 
@@ -217,24 +218,16 @@ class _LowRankSum(NamedTuple):
 
 
 def _power_iterate(matrices: _LowRankSum, v: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
-    """Move right vectors (b, n) by power iterations; return sigma1 (b,) and them.
-
-    As `hf_stable.spectral.power_step`: a non-finite matrix keeps its vector, a zero one gets a
-    generic one.
-    """
-    transposed, tiny = matrices.transposed(), torch.finfo(v.dtype).tiny
-    fresh = generic_vector(v.shape[1], dtype=v.dtype, device=v.device)
+    """Move right vectors (b, n) by power iterations; return sigma1 (b,) and them."""
+    transposed = matrices.transposed()
     for _ in range(num_iterations):
-        u = matrices.times(v)
-        u /= torch.linalg.vector_norm(u, dim=1, keepdim=True).clamp_min(tiny)
-        image = transposed.times(u)
-        sigma = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-        kept = torch.where(sigma == 0, fresh, v)
-        v = torch.where(torch.isfinite(sigma) & (sigma > 0), image / sigma, kept)
-    return sigma[:, 0], v
+        sigma, _, v = step_batch(matrices.times, transposed.times, None, v)
+    return sigma, v
 
 
-def _clip(adapters: list[Adapter], sigma: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+def _clip_adapters(
+    adapters: list[Adapter], sigma: Tensor, linear: Tensor, quadratic: Tensor
+) -> Tensor:
     """Return one rate for each adapter, and store it with both factors."""
     group = adapters[0].up.group
     for adapter, own in zip(adapters, sigma.unsqueeze(1).unbind(), strict=True):

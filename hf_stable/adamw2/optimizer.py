@@ -1,7 +1,7 @@
 """AdamW2: AdamW that never moves a weight by more than tau times its own spectral norm.
 
 "Taming Transformer Without Using Learning Rate Warmup" (Qi et al., ICLR 2025; AdamW^2 there).
-The optimizer's options, state and bad input; the maths is in `adamw2_update`.
+The optimizer's options, state and bad input; the maths is in `rule`.
 """
 
 from __future__ import annotations

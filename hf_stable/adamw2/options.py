@@ -1,17 +1,26 @@
-"""Which options and parameters a group of AdamW2 can have."""
+"""Which options and parameters a group of AdamW2 can have, and options that come as text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
+from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 
-__all__ = ["check_group", "check_options", "refuse_flattened"]
+__all__ = ["check_group", "check_options", "parse_options", "refuse_flattened"]
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
+_TRAINER_FIELDS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
 
 
 def _is_number(value: Any) -> bool:
@@ -116,3 +125,29 @@ def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
             "(DeepSpeed ZeRO and FSDP1 do that): use DDP, ZeroRedundancyOptimizer or FSDP2's "
             "fully_shard"
         )
+
+
+def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return options of AdamW2 from text, as `TrainingArguments.optim_args` has them.
+
+    Raises:
+        ValueError: for a key that is not among them, with the nearest that is or the
+            TrainingArguments field to set instead; or for a value that is no number.
+    """
+    return {key: _parse(key, text) for key, text in texts.items()}
+
+
+def _parse(key: str, text: str) -> Any:
+    if key not in _PARSERS:
+        field = _TRAINER_FIELDS.get(key)
+        hint = f" (set TrainingArguments.{field})" if field else nearest(key, _PARSERS)
+        raise ValueError(
+            f"optim_args has {key!r}, which adamw2 does not take{hint}; it takes "
+            f"{' and '.join(_PARSERS)}"
+        )
+    try:
+        return _PARSERS[key](text)
+    except ValueError as error:
+        raise ValueError(
+            f"optim_args has {key}={text!r}, which is no {_PARSERS[key].__name__}"
+        ) from error

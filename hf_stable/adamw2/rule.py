@@ -1,6 +1,6 @@
 """The update of AdamW2: Adam's moments, Rule 1 and the step, for weights of any layout.
 
-Pure functions on weights and their state; the optimizer around them is in `adamw2`.
+Pure functions on weights and their state; the optimizer around them is in `optimizer`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_stable.measures.spectral import (
-    RowShard,
-    generic_vector,
-    matrix_blocks,
-    power_step,
-    spectral_dtype,
-)
+from hf_stable._ranks import local_tensor
+from hf_stable.measures.matrices import RowShard, matrix_blocks, spectral_dtype
+from hf_stable.measures.power_iteration import generic_vector, power_step
 
 __all__ = [
     "COLD_ITERATIONS",
@@ -79,12 +75,9 @@ class Weight:
     def entries(self, tensor: Tensor) -> list[Tensor]:
         """View the entries of each block that this process holds, for writing."""
         if self.group["blocks"] == 1:
-            return [_local(tensor)]  # unflattened: a flattened channels_last kernel is a copy
+            # Unflattened: a flattened channels_last kernel is a copy.
+            return [local_tensor(tensor).detach()]
         return [b.local if isinstance(b, RowShard) else b for b in self.blocks(tensor)]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def prepare_state(weight: Weight) -> None:
@@ -128,8 +121,8 @@ def adam_step(
     calls: defaultdict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
     relaid = []
     for weight, target in zip(weights, targets, strict=True):
-        first, second = (_local(weight.state[key]) for key in MOMENTS)
-        grad, entries = _local(weight.grad), _local(target)
+        first, second = (local_tensor(weight.state[key]) for key in MOMENTS)
+        grad, entries = local_tensor(weight.grad).detach(), local_tensor(target).detach()
         # The fused kernel walks all tensors of a weight in the order of their memory.
         if grad.stride() != first.stride():
             grad = torch.empty_like(first).copy_(grad)

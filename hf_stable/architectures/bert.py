@@ -1,12 +1,7 @@
 """BERT: post-LN encoder; it has no pre-LayerNorm to remove."""
 
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    Member,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block, Member
+from hf_stable.architectures.registry import register_architecture
 
 register_architecture(
     Architecture(
@@ -27,6 +22,7 @@ register_architecture(
                     key="crossattention.self.key",
                     value="crossattention.self.value",
                     output="crossattention.output.dense",
+                    is_cross=True,
                 ),
             ),
             mlp_in=("intermediate.dense",),

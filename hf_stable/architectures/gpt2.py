@@ -1,12 +1,7 @@
 """GPT-2: pre-LN decoder, fused QKV in transposed `Conv1D` layers, head tied to the embedding."""
 
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    Member,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block, Member
+from hf_stable.architectures.registry import register_architecture
 
 register_architecture(
     Architecture(
@@ -29,6 +24,7 @@ register_architecture(
                     value="crossattention.c_attn",
                     output="crossattention.c_proj",
                     num_heads="num_heads",
+                    is_cross=True,
                 ),
             ),
             mlp_in=("mlp.c_fc",),

@@ -1,12 +1,7 @@
 """Swin: pre-LN encoder with shifted windows and patch merging between its stages."""
 
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    Member,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block, Member
+from hf_stable.architectures.registry import register_architecture
 
 register_architecture(
     Architecture(

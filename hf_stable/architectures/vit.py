@@ -1,12 +1,7 @@
 """ViT: pre-LN encoder over image patches."""
 
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    Member,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block, Member
+from hf_stable.architectures.registry import register_architecture
 
 register_architecture(
     Architecture(

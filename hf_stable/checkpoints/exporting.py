@@ -19,10 +19,10 @@ from hf_stable.checkpoints.card_pictures import draw_curves
 from hf_stable.checkpoints.model_cards import amend_card, read_card
 from hf_stable.checkpoints.provenance import TrainingRecord, read_training, record_of
 from hf_stable.checkpoints.weight_files import WEIGHT_PATTERNS, remove_stale_weights
-from hf_stable.measures.spectral import spectral_dtype
+from hf_stable.measures.matrices import spectral_dtype
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
-from hf_stable.methods.sigma_reparam.layers import fold_layer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.swapping import fold_layer
 
 __all__ = ["CARD_FILE", "export", "plain_copy", "push_to_hub"]
 

@@ -9,10 +9,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING
 
+from hf_stable._file_names import SIDECAR_FILE, TRAINER_STATE_FILE
+from hf_stable._json import to_json
+from hf_stable.checkpoints.described_models import empty_base_model
 from hf_stable.checkpoints.fsdp_shards import (
     find_distributed,
     lost_norms,
@@ -20,15 +22,15 @@ from hf_stable.checkpoints.fsdp_shards import (
     read_distributed,
     save_folded,
 )
+from hf_stable.checkpoints.pairing import pair_layers
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
-from hf_stable.commands.inspect.inspection import pair_layers
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
+from hf_stable.monitor.log_file import FILE_NAME as LOG_FILE
 
 __all__ = ["FoldReport", "fold_checkpoint"]
 
-_TRAINING_FILES = ("trainer_state.json", "stability.jsonl")
+_TRAINING_FILES = (TRAINER_STATE_FILE, LOG_FILE)
 _PICKLES = (".bin", ".pt", ".pth")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
 
@@ -122,8 +124,8 @@ def _fold_files(source: Path, target: Path) -> int:
         return len(weights.raw_layers)
     if sidecar is None:
         raise ValueError(
-            f"{source} is plain: it has no {STATE_FILE} and its weights no gamma. There is nothing "
-            "to fold, from_pretrained loads it as it is"
+            f"{source} is plain: it has no {SIDECAR_FILE} and its weights no gamma. There is "
+            "nothing to fold, from_pretrained loads it as it is"
         )
     num_layers = _check(weights, sidecar)
     _copy_weights(weights, target)
@@ -134,8 +136,7 @@ def _refuse_lost_norms(source: Path, weights: WeightFiles) -> None:
     """Raise ValueError for weights that the config beside them would give fresh norms."""
     if _model_type(source) not in CONFIG_MAPPING:  # norms are removed from transformers' models
         return
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(source))
+    model = empty_base_model(source)
     prefix = f"{model.base_model_prefix}."
     if lost := lost_norms(model, [name.removeprefix(prefix) for name in weights.file_of]):
         raise lost_norms_error(model, lost)
@@ -190,4 +191,4 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
         weight_map |= dict.fromkeys(tensors, file.name)
     if len(weights.files) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (target / "model.safetensors.index.json").write_text(to_json(index, indent=2) + "\n")

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
-from hf_stable.architectures.registry import state_dict_name
-from hf_stable.checkpoints.saved_models import empty_model
+from hf_stable.architectures.paths import state_dict_name
+from hf_stable.checkpoints.described_models import empty_model
 from hf_stable.checkpoints.weight_files import block_dim_of
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer

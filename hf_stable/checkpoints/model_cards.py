@@ -23,7 +23,7 @@ from hf_stable.methods.layernorms.removal import needs_standalone_form
 from hf_stable.methods.layernorms.standalone import AUTO_CLASSES, is_standalone, removed_by_class
 from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.modeling_hf_stable import PREFIX
+from hf_stable.modeling_hf_stable import CLASS_PREFIX
 
 __all__ = ["amend_card", "read_card"]
 
@@ -153,7 +153,7 @@ def _section(model: Any, name: str, training: TrainingRecord, picture: str | Non
 
 def _changes(model: Any) -> str:
     """Say in sentences what differs from the model that transformers builds."""
-    lines = [f"A `{type(model).__name__.removeprefix(PREFIX)}`."]
+    lines = [f"A `{type(model).__name__.removeprefix(CLASS_PREFIX)}`."]
     if layers := sigma_layers(model):
         lines.append(
             f"{len(layers)} layers were trained with sigmaReparam, `gamma / sigma(W) * W`; the "
@@ -176,12 +176,12 @@ def _changes(model: Any) -> str:
 
 
 def _loading(model: Any, name: str) -> str:
-    own_class, auto_class = type(model).__name__.removeprefix(PREFIX), _auto_class(model)
+    own_class, auto_class = type(model).__name__.removeprefix(CLASS_PREFIX), _auto_class(model)
     if not (is_standalone(model) or needs_standalone_form(model)):
         loader = auto_class or own_class
         return f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}")'
     if auto_class is None:
-        loader = f"{PREFIX}{own_class}"
+        loader = f"{CLASS_PREFIX}{own_class}"
         return (
             f"from hf_stable.modeling_hf_stable import {loader}\n\n"
             f'model = {loader}.from_pretrained("{name}")'

@@ -8,19 +8,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_stable import modeling_hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
+from hf_stable.checkpoints.continuing import load
+from hf_stable.checkpoints.described_models import named_class
 from hf_stable.checkpoints.exporting import CARD_FILE, export, push_to_hub
 from hf_stable.checkpoints.provenance import has_training
-from hf_stable.checkpoints.saving import load
 from hf_stable.checkpoints.weight_files import open_weights
-from hf_stable.methods.patching import STATE_FILE
-from hf_stable.modeling_hf_stable import PREFIX
 
-__all__ = ["DTYPES", "empty_model", "export_saved", "load_saved", "push_saved"]
+__all__ = ["DTYPES", "export_saved", "load_saved", "push_saved"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -48,42 +46,14 @@ def load_saved(folder: Folder) -> PreTrainedModel:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: {os.fspath(folder)} is no folder of a model")
-    name = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
-    source = modeling_hf_stable if name.startswith(PREFIX) else transformers
-    model_class = getattr(source, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"{path} names {name!r} under 'architectures', which is no class of transformers; load "
-            "the model yourself and call hf_stable.export"
-        )
-    if os.path.isfile(os.path.join(folder, STATE_FILE)):
+    model_class = named_class(AutoConfig.from_pretrained(folder), path)
+    if os.path.isfile(os.path.join(folder, SIDECAR_FILE)):
         return load(model_class, folder)
     if any(Path(folder).glob("*.safetensors")):
         _refuse_raw(folder, open_weights(folder).shapes)
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
     _refuse_raw(folder, info["unexpected_keys"])  # of a pickle, whose names only loading tells
     return model
-
-
-def empty_model(source: Folder) -> PreTrainedModel:
-    """Build the model of a config without memory for its weights, on the device "meta".
-
-    Args:
-        source: folder, file or name on the Hub of a config.json.
-
-    Raises:
-        ValueError: if it names no class of transformers under `architectures`.
-    """
-    config = AutoConfig.from_pretrained(source)
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
-    if model_class is None:
-        raise ValueError(
-            f"the config in {os.fspath(source)!r} names {name!r} under 'architectures', which is "
-            "no class of transformers; give the config of the model that was trained, head included"
-        )
-    with torch.device("meta"):
-        return model_class(config)
 
 
 def export_saved(
@@ -178,9 +148,9 @@ def _refuse_raw(folder: Folder, names: Iterable[str]) -> None:
         layer = raw[0].removesuffix(".sigma_u")
         raise ValueError(
             f"{os.fspath(folder)} holds the raw weights of a patched model (first: {layer!r}) "
-            f"without the {STATE_FILE} that save_pretrained writes: they would be taken for folded "
-            f"ones. Run hf-stable fold {os.fspath(folder)} OUT first, and go on with OUT (it reads "
-            "safetensors)"
+            f"without the {SIDECAR_FILE} that save_pretrained writes: they would be taken for "
+            f"folded ones. Run hf-stable fold {os.fspath(folder)} OUT first, and go on with OUT "
+            "(it reads safetensors)"
         )
 
 

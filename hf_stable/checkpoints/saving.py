@@ -1,104 +1,84 @@
-"""Checkpoints of patched models: plain weights for everybody, exact continuation for the model.
+"""Saving patched models: plain weights for everybody, and beside them what continues the model.
 
 A saved folder holds folded weights under the architecture's own names, which any transformers
-loads, and beside them a sidecar with the raw state. This is about models; `sidecar` is about the
-file.
+loads, and a sidecar with the raw state.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.checkpoints.provenance import restore_provenance
-from hf_stable.checkpoints.sidecar import WAY_OUT, SavedState, read_state
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE
-from hf_stable.methods.layernorms.removal import RemovalConfig
-from hf_stable.methods.layernorms.standalone import standalone_class
-from hf_stable.methods.patching import STATE_FILE, patch_configs
-from hf_stable.methods.sigma_reparam.function import scale_blocks
-from hf_stable.methods.sigma_reparam.layers import SIGMA_CLASSES, SigmaLayer, SigmaState
-from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
+from hf_stable.checkpoints.sidecar import remove_state, write_state
+from hf_stable.checkpoints.state_dicts import fold_state_dict
+from hf_stable.checkpoints.weight_files import remove_stale_weights
+from hf_stable.methods.layernorms.removal import needs_standalone_form
+from hf_stable.methods.layernorms.standalone import standalone_form
+from hf_stable.methods.patching import is_patched, patch_configs
+from hf_stable.methods.sigma_reparam.method import sigma_layers
 
-__all__ = [
-    "check_writable",
-    "fold_state_dict",
-    "is_complete",
-    "load",
-    "mark_incomplete",
-    "newest_complete",
-    "restoring",
-]
-
-_WRITTEN_LAST = "trainer_state.json"
+__all__ = ["check_writable", "save"]
 
 Folder = str | os.PathLike[str]
 
 
-@torch.no_grad()
-def fold_state_dict(
-    model: nn.Module, state_dict: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Part a state dict of a patched model into plain weights and the raw state.
+def save(
+    model: PreTrainedModel,
+    options: MutableMapping[str, Any],
+    write: Callable[[], Any],
+    provenance: dict[str, Any],
+    *,
+    for_continuing: bool,
+) -> Any:
+    """Run `save_pretrained` so that it writes plain weights, and the sidecar after it.
 
-    The product `gamma / sigma * W` is taken in float32 (float64 for float64 weights) and rounded
-    once. Sharded values are gathered whole, which every rank has to take part in.
+    A plain model is written as it is; a sidecar that an earlier save left is removed.
 
     Args:
-        model: a patched model.
-        state_dict: its state dict, or one of the same names (gathered from shards, averaged).
-            sigma, u and v that it lacks are taken from the model.
+        model: plain, patched, or without its LayerNorms.
+        options: the arguments of `save_pretrained` by name; some are replaced.
+        write: runs `save_pretrained` with them.
+        provenance: where the model comes from, for the sidecar.
+        for_continuing: write a sidecar; a folder that is published has none.
 
     Returns:
-        `(plain, raw)`: the state dict of the plain model, and the tensors of a sidecar, which is
-        empty unless every patched layer is in the state dict.
+        What `write` returns.
 
     Raises:
-        ValueError: if a layer's weight is there but not its gamma, or the names are those of a
-            wrapper around the model.
+        ValueError: if the state dict to be saved is not the model's, or every rank were to write
+            raw weights of its own.
+        OSError: if the folder cannot be written.
     """
-    plain = {key: _whole(value) for key, value in state_dict.items()}
+    folder = options["save_directory"]
+    saves_here = _saves_here(model, options["is_main_process"])
     raw: dict[str, Tensor] = {}
-    layers = sigma_layers(model)
-    num_found = 0
-    for name, layer in layers:
-        parts = {part: plain.pop(f"{name}.{part}", None) for part in SigmaLayer.SIGMA_TENSORS}
-        weight = plain.get(f"{name}.weight")
-        if weight is None:
-            continue
-        num_found += 1
-        if parts["gamma"] is None:
-            raise ValueError(
-                f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "
-                "plain or folded model, the weights are scaled already and would be scaled twice. "
-                "Pass the whole state dict of the patched model, or save the folded model itself"
-            )
-        for part, tensor in parts.items():
-            if tensor is None:
-                parts[part] = _whole(getattr(layer, part)).detach().to(weight.device)
-        raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
-        scale = parts["gamma"] / parts["sigma"]
-        plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
-    for key in plain:
-        if key.endswith(".sigma_u"):
-            raise ValueError(
-                f"the state dict has {key!r}, which is no name of this {type(model).__name__}: it "
-                "is the state dict of a wrapper, whose raw weights would be saved unfolded. Pass "
-                "that of the model inside"
-            )
-    return plain, raw if num_found == len(layers) else {}
+    layers, guarded = sigma_layers(model), needs_standalone_form(model)
+    if layers:
+        _refuse_raw_writing(options)
+        if saves_here:
+            check_writable(folder)
+        own = options["state_dict"]
+        given = model.state_dict() if own is None else own
+        options["state_dict"], raw = fold_state_dict(model, given)
+    if guarded:
+        options["save_original_format"] = False  # the names that the modeling file expects
+    with standalone_form(model) if guarded else nullcontext():
+        result = write()
+    # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).
+    if saves_here and os.path.isdir(folder):
+        if is_patched(model) and options["variant"] is None:
+            remove_stale_weights(folder)
+        configs, is_whole = patch_configs(model), bool(raw) or not layers
+        if configs and is_whole and for_continuing:
+            write_state(folder, configs, raw, options["max_shard_size"], provenance)
+        else:
+            remove_state(folder)
+    return result
 
 
 def check_writable(folder: Folder) -> None:
@@ -114,197 +94,14 @@ def check_writable(folder: Folder) -> None:
         ) from error
 
 
-def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
-    """Load a patched model from a folder that it was saved to, to continue training it.
-
-    Args:
-        model_class: a model class or an auto class of transformers.
-        path: a local folder with a sidecar. (For a folder without, or a name on the Hub, use
-            `from_pretrained` and `hf_stable.patch`.)
-        **kwargs: for `from_pretrained`.
-
-    Returns:
-        The model, in evaluation mode, with the raw weights, gamma, sigma, u and v as saved. One
-        without LayerNorms is of a class of `modeling_hf_stable`, derived from the one given.
-
-    Raises:
-        FileNotFoundError: if there is no sidecar.
-        ValueError: if a file is damaged, or the sidecar belongs to other weights.
-        UnsupportedModelError: if a saved layer is not in the model.
-    """
-    saved = read_state(path)
-    removal = any(isinstance(config, RemovalConfig) for config in saved.configs)
-    if removal and isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        model_class = standalone_class(model_class)
-    with _naming_damaged_weights(path):
-        model = model_class.from_pretrained(path, **kwargs)
-    layers = []
-    for key in saved.layers:
-        name, module = _find_layer(model, key, saved)
-        block_dim = 1 if isinstance(module, Conv1D) else 0
-        saved.check_folds_to(module.weight, key, block_dim)
-        # Copies, for what safetensors hands out lies unaligned in the memory of the file.
-        device = module.weight.device
-        parts = {part: t.to(device, copy=True) for part, t in saved.layer(key).items()}
-        with torch.no_grad():
-            module.weight.copy_(parts.pop("weight"))
-        gamma, sigma, u, v = (parts[part] for part in SigmaLayer.SIGMA_TENSORS)
-        layers.append((module, SigmaState(gamma, sigma, u, v, block_dim, name)))
-    SigmaReparamPlan(tuple(layers)).apply()
-    setattr(model, CONFIGS_ATTRIBUTE, saved.configs)
-    restore_provenance(model, saved.provenance)
-    return model
+def _saves_here(model: PreTrainedModel, is_main_process: bool) -> bool:
+    decide = getattr(model, "should_save_on_this_rank", None)  # older versions lack it
+    return is_main_process if decide is None else decide(is_main_process)
 
 
-@contextmanager
-def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) -> Iterator[None]:
-    """Make `model.load_state_dict` take the files of a checkpoint, exactly, inside this context.
-
-    Keys are renamed from those on disk to those in memory. For a patched model, folded weights
-    are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
-
-    Args:
-        model: a plain or patched model of the checkpoint's architecture.
-        folder: the checkpoint.
-        rename: gives the name in memory of a key on disk.
-
-    Raises:
-        FileNotFoundError: if the model is patched and there is no sidecar.
-        ValueError: if the model is plain and there is one, if a file is damaged or of another
-            save or config, or if not everything of a patched model was in the checkpoint.
-    """
-    saved = _state_for(model, folder)
-    names = set(model.state_dict())
-    loaded: set[str] = set()
-
-    def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        _rename_keys(state_dict, names, rename)
-        if saved is not None:
-            for name, layer in sigma_layers(model):
-                if f"{name}.weight" in state_dict:
-                    saved.check_folds_to(state_dict[f"{name}.weight"], name, layer.block_dim)
-                    parts = saved.layer(name).items()
-                    state_dict.update({f"{name}.{part}": tensor for part, tensor in parts})
-        loaded.update(state_dict)
-
-    hook = model.register_load_state_dict_pre_hook(before_loading)
-    try:
-        with _naming_damaged_weights(folder):
-            yield
-    finally:
-        hook.remove()
-    missing = _not_loaded(model, loaded)
-    if saved is not None and missing:
+def _refuse_raw_writing(options: MutableMapping[str, Any]) -> None:
+    if options.get("distributed_checkpoint"):
         raise ValueError(
-            f"{os.fspath(folder)} lacks {len(missing)} tensors of this {type(model).__name__} "
-            f"(first: {missing[0]!r}), which would start anew. {WAY_OUT}"
+            "distributed_checkpoint=True writes each rank's raw weights, which no plain model can "
+            "load; save a patched model without it, or hf_stable.fold it first"
         )
-
-
-def mark_incomplete(checkpoint: Folder) -> None:
-    """Take away what `is_complete` knows a whole checkpoint by, before it is written again."""
-    with suppress(FileNotFoundError):
-        os.remove(os.path.join(checkpoint, _WRITTEN_LAST))
-
-
-def is_complete(checkpoint: Folder) -> bool:
-    """Say whether the Trainer finished writing a checkpoint.
-
-    `trainer_state.json` is written last; every safetensors file has to be as long as it says.
-    """
-    try:
-        with open(os.path.join(checkpoint, _WRITTEN_LAST), encoding="utf-8") as file:
-            json.load(file)
-        for name in os.listdir(checkpoint):
-            if name.endswith(".safetensors"):
-                with safe_open(os.path.join(checkpoint, name), framework="pt"):
-                    pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
-
-
-def newest_complete(folder: Folder) -> str | None:
-    """Return the path of the last checkpoint of a run that was saved to the end, if any was."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", name), name) for name in os.listdir(folder)]
-    newest_first = sorted(((int(match[1]), name) for match, name in found if match), reverse=True)
-    paths = (os.path.join(folder, name) for _, name in newest_first)
-    return next((path for path in paths if is_complete(path)), None)
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-@contextmanager
-def _naming_damaged_weights(folder: Folder) -> Iterator[None]:
-    """Turn safetensors' error, which names no file, into one that names the folder."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(
-            f"a weights file in {os.fspath(folder)} is truncated or damaged ({error}); load "
-            "another checkpoint"
-        ) from error
-
-
-def _find_layer(model: nn.Module, key: str, saved: SavedState) -> tuple[str, Any]:
-    """Find a saved layer in a model that may lack, or add, the prefix of the base model."""
-    modules = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for name in (key, key.removeprefix(prefix), prefix + key):
-        if type(modules.get(name)) in SIGMA_CLASSES:
-            return name, modules[name]
-    raise UnsupportedModelError(
-        f"{saved.path} holds {key!r}, which is no plain layer of this {type(model).__name__}; "
-        "load it with the class that config.json names under 'architectures'"
-    )
-
-
-def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
-    """Read and check the sidecar that a model needs, before anything of the model changes."""
-    path = os.path.join(folder, STATE_FILE)
-    names = [name for name, _ in sigma_layers(model)]
-    if not names and not patch_configs(model):
-        if os.path.isfile(path):
-            raise ValueError(
-                f"{path} shows that a patched model was saved here, but this "
-                f"{type(model).__name__} is plain: its weights would be the folded ones, and the "
-                "optimizer's state would not fit. Call hf_stable.patch with the same config "
-                "before the Trainer is built; to go on without, remove the file"
-            )
-        return None
-    saved, configs = read_state(folder), patch_configs(model)
-    if saved.configs != configs:
-        raise ValueError(
-            f"{path} was written for another config: it holds {_listed(saved.configs)}, but the "
-            f"model is patched with {_listed(configs)}. Patch with what it holds to continue it. "
-            f"{WAY_OUT}"
-        )
-    odd = sorted(set(names) ^ set(saved.layers))
-    if odd:
-        raise ValueError(
-            f"{path} was written for other layers: {odd[0]!r} is in only one of checkpoint and "
-            f"model. {WAY_OUT}"
-        )
-    return saved
-
-
-def _listed(configs: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, configs)) or "none"
-
-
-def _rename_keys(state_dict: dict[str, Any], names: set[str], rename: Callable[[str], str]) -> None:
-    renamed = {}
-    for key, value in state_dict.items():
-        name = rename(key)
-        renamed[name if name in names else key] = value
-    state_dict.clear()
-    state_dict.update(renamed)
-
-
-def _not_loaded(model: nn.Module, loaded: set[str]) -> list[str]:
-    """Return the names that no loaded key, nor one tied to them, has filled."""
-    tensors = model.state_dict(keep_vars=True)
-    filled = {id(tensor) for name, tensor in tensors.items() if name in loaded}
-    return [name for name, tensor in tensors.items() if id(tensor) not in filled]

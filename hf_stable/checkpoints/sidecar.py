@@ -22,8 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._json import to_json
 from hf_stable.methods.config import MethodConfig
-from hf_stable.methods.patching import METHODS, STATE_FILE
+from hf_stable.methods.patching import METHODS
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
@@ -46,7 +48,7 @@ WAY_OUT = (
 
 _METADATA_KEY = "hf_stable"
 _LAYER_TENSORS = ("weight", *SigmaLayer.SIGMA_TENSORS)
-_STEM = STATE_FILE.removesuffix(".safetensors")
+_STEM = SIDECAR_FILE.removesuffix(".safetensors")
 _OUR_FILES = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp)?")
 
 Folder = str | os.PathLike[str]
@@ -137,10 +139,10 @@ def write_state(
     files = {
         file: {key: tensors[key] for key in keys}
         for file, keys in split.filename_to_tensors.items()
-    } or {STATE_FILE: {}}  # a method may have no tensors: then it is the configs that count
+    } or {SIDECAR_FILE: {}}  # a method may have no tensors: then it is the configs that count
     if split.is_sharded:
         description["shards"] = sorted(files)
-        files[STATE_FILE] = {}  # comes last: the shards count from when it is there
+        files[SIDECAR_FILE] = {}  # comes last: the shards count from when it is there
     for file, content in files.items():
         _replace_file(os.path.join(folder, file), content, description)
     remove_state(folder, keep=files)
@@ -160,7 +162,7 @@ def read_state(folder: Folder) -> SavedState:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged, or of a later format.
     """
-    path = os.path.join(folder, STATE_FILE)
+    path = os.path.join(folder, SIDECAR_FILE)
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path} is missing: without the raw weights and gamma in it, a patched model cannot "
@@ -196,7 +198,7 @@ def read_provenance(folder: Folder) -> dict[str, Any]:
     Raises:
         ValueError: if it is damaged.
     """
-    path = os.path.join(folder, STATE_FILE)
+    path = os.path.join(folder, SIDECAR_FILE)
     if not os.path.isfile(path):
         return {}
     try:
@@ -216,7 +218,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 def _replace_file(path: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     partial = f"{path}.tmp"
-    metadata = {"format": "pt", _METADATA_KEY: json.dumps(description)}
+    metadata = {"format": "pt", _METADATA_KEY: to_json(description)}
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
@@ -149,7 +149,7 @@ def open_sidecar(folder: Path) -> WeightFiles | None:
         ValueError: if one of its files is damaged.
     """
     files = _sidecar_files(folder)
-    return _read_headers(folder / STATE_FILE, files) if folder / STATE_FILE in files else None
+    return _read_headers(folder / SIDECAR_FILE, files) if folder / SIDECAR_FILE in files else None
 
 
 def remove_stale_weights(folder: str | os.PathLike[str]) -> None:
@@ -171,7 +171,7 @@ def remove_stale_weights(folder: str | os.PathLike[str]) -> None:
 
 def _sidecar_files(folder: Path) -> list[Path]:
     """Return the files of a folder's sidecar: itself and its shards."""
-    return sorted(folder.glob(f"{STATE_FILE.removesuffix('.safetensors')}*.safetensors"))
+    return sorted(folder.glob(f"{SIDECAR_FILE.removesuffix('.safetensors')}*.safetensors"))
 
 
 def _files_of(path: Path) -> list[Path]:

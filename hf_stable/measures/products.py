@@ -1,7 +1,7 @@
 """Spectra of products of weights that are never formed: Wq^T Wk and Wo Wv per head.
 
 Pure torch. Weights come as (out, in) matrices, the effective ones where a layer is patched;
-transpose what a `Conv1D` holds. `hf_stable.measures.spectral` offers the names as its own.
+transpose what a `Conv1D` holds. `hf_stable.spectral` offers the names to users.
 """
 
 from __future__ import annotations

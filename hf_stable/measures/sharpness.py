@@ -160,7 +160,11 @@ def _twice_differentiable() -> Iterator[None]:
 def _lanczos(
     product: Callable[[Tensor], Tensor], vector: Tensor, max_products: int, tolerance: float
 ) -> Sharpness:
-    """Return the largest eigenvalue of a symmetric operator."""
+    """Return the largest eigenvalue of a symmetric operator.
+
+    Apart from the iterations on matrices: eigenvalues have signs, and its vectors are as long as
+    all parameters together, so that two of them are all that is kept.
+    """
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     vector = vector / torch.linalg.vector_norm(vector)

@@ -2,6 +2,7 @@
 
 Pure torch. A weight moves little between two probes, so from the last time's leading vectors a few
 products with it are enough; a small block of vectors follows those that may overtake the first.
+Apart from `leading`: many matrices go together, by their values alone, and products are not formed.
 """
 
 from __future__ import annotations

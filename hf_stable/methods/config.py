@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from types import UnionType
 from typing import (
     Any,
     ClassVar,
@@ -17,9 +18,12 @@ from typing import (
     get_type_hints,
 )
 
-from hf_stable._wording import nearest
+from torch import nn
 
-__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "method_options"]
+from hf_stable._wording import nearest
+from hf_stable.methods.undoing import Undo, keep_attributes
+
+__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "method_options", "take_out_configs"]
 
 CONFIGS_ATTRIBUTE = "hf_stable_configs"
 """The attribute of a patched model that holds its configs."""
@@ -84,3 +88,19 @@ def method_options(cls: type[Config]) -> type[Config]:
 
     made.__init__ = init
     return made
+
+
+def take_out_configs(model: nn.Module, kind: type | UnionType, undo: Undo) -> None:
+    """Take the configs of a kind of methods off a model and all that is in it.
+
+    Args:
+        model: patched, or not.
+        kind: class of the configs.
+        undo: what to call if something fails later.
+    """
+    for module in model.modules():
+        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
+        left = tuple(config for config in configs if not isinstance(config, kind))
+        if left != configs:
+            undo.append(keep_attributes(module))
+            setattr(module, CONFIGS_ATTRIBUTE, left)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_stable.architectures.registry import find_layers, find_norms, lookup
+from hf_stable.architectures.finding import find_layers, find_norms
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -102,7 +102,7 @@ def describe(model: nn.Module) -> PatchReport:
         if isinstance(config, SigmaReparamConfig):
             reasons = choose_layers(model, config)[1]
     rows = []
-    for layer in find_layers(model, lookup(model)):
+    for layer in find_layers(model):
         module: Any = layer.module
         weight = getattr(module, "weight", None)  # a head may be replaced by anything
         shape = () if weight is None else tuple(weight.shape)
@@ -113,6 +113,6 @@ def describe(model: nn.Module) -> PatchReport:
         else:
             reason = reasons.get(layer.name, otherwise) if weight is not None else "has no weight"
             rows.append(LayerReport(layer.name, type(module).__name__, shape, skipped=reason))
-    norms = find_norms(model, lookup(model))
+    norms = find_norms(model)
     removed = tuple(norm.name for norm in norms if isinstance(norm.module, nn.Identity))
     return PatchReport(type(model).__name__, configs, tuple(rows), removed)

@@ -14,9 +14,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
-from hf_stable.architectures.registry import UnsupportedModelError, lookup
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig
+from hf_stable.architectures.finding import find_regions
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, take_out_configs
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
     RemoveLayerNormConfig,
@@ -25,27 +27,26 @@ from hf_stable.methods.layernorms.removal import (
     removed_norms,
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.methods.sigma_reparam.layers import fold_layer
 from hf_stable.methods.sigma_reparam.method import (
     SigmaReparamConfig,
     plan_sigma_reparam,
     sigma_layers,
 )
+from hf_stable.methods.sigma_reparam.swapping import fold_layer
+from hf_stable.methods.sigma_reparam.triples import check_present, settle_if_moved
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
-__all__ = ["METHODS", "STATE_FILE", "fold", "is_patched", "patch", "patch_configs"]
-
-STATE_FILE = "hf_stable_state.safetensors"
-"""The file beside a checkpoint's plain weights that holds raw W, gamma, sigma, u and v."""
+__all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
 
 
-class Plan(Protocol):
+class PatchPlan(Protocol):
     """A validated change of a model that has not been made yet."""
 
-    def apply(self) -> None:
-        """Make the change."""
+    def apply(self, undo: Undo) -> None:
+        """Make the change; `undo` gains what takes it back."""
 
 
-METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], Plan]]] = {
+METHODS: dict[str, tuple[type[MethodConfig], Callable[[nn.Module, Any], PatchPlan]]] = {
     SigmaReparamConfig.method: (SigmaReparamConfig, plan_sigma_reparam),
     RemovePreLayerNormConfig.method: (RemovePreLayerNormConfig, plan_removal),
     RemoveLayerNormConfig.method: (RemoveLayerNormConfig, plan_removal),
@@ -58,8 +59,9 @@ Method = str | MethodConfig
 def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -> nn.Module:
     """Patch a transformers model in place.
 
-    Everything is resolved and computed before the first layer changes: if this raises, the model
-    is as it was. Patching again with the same config does nothing.
+    Everything is resolved and computed before the first layer changes, and what fails later is
+    undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
+    config does nothing.
 
     Args:
         model: a supported `PreTrainedModel`, before any optimizer is built on it and before it is
@@ -72,7 +74,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Raises:
         UnsupportedModelError: if the architecture is not registered, or the model is on the meta
-            device, sharded, wrapped, compiled, quantised or adapted.
+            device (offloaded, too), sharded, wrapped, compiled, quantised or adapted, or something
+            other than accelerate's hooks has replaced the forward of a layer.
         ValueError: for an unknown method or option, no matching layer, a zero or non-finite
             matrix, or a model that is patched by the same method with another config.
         TypeError: if a layer is of a type that cannot be reparametrised.
@@ -90,11 +93,14 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     plans = [METHODS[config.method][1](model, config) for config in missing]
     if missing:
         _warn_if_continuing(model)
-    for config, plan in zip(missing, plans, strict=True):
-        plan.apply()
-        present[config.method] = config
-    # In the table's order, whichever was asked for first: a checkpoint is compared by them.
-    setattr(model, CONFIGS_ATTRIBUTE, tuple(present[name] for name in METHODS if name in present))
+    present |= {config.method: config for config in missing}
+    with undoing() as undo:
+        undo.append(keep_attributes(model))
+        for plan in plans:
+            plan.apply(undo)
+        # In the table's order, whichever was asked for first: a checkpoint is compared by them.
+        in_force = tuple(present[name] for name in METHODS if name in present)
+        setattr(model, CONFIGS_ATTRIBUTE, in_force)
     return model
 
 
@@ -107,11 +113,23 @@ def fold(model: nn.Module) -> nn.Module:
     lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
     norms stay removed, with a warning that says so: they are no weights that could be folded.
 
+    A layer is folded whole or not at all. Where Ctrl-C or a lack of memory comes between two of
+    them, the model computes the same as before, and another call folds the rest.
+
     Returns:
         The same model.
+
+    Raises:
+        UnsupportedModelError: if accelerate offloads a weight. Nothing has changed then.
     """
-    for _, layer in sigma_layers(model):
+    layers = [layer for _, layer in sigma_layers(model)]
+    for layer in layers:
+        check_present(layer)
+        settle_if_moved(layer)
+    for layer in layers:
         fold_layer(layer)
+    with undoing() as undo:
+        take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(
             f"fold keeps the {len(removed)} removed LayerNorms removed: the model is no plain one "
@@ -126,11 +144,6 @@ def fold(model: nn.Module) -> nn.Module:
             UserWarning,
             stacklevel=2,
         )
-    for module in model.modules():
-        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
-        left = tuple(c for c in configs if not isinstance(c, SigmaReparamConfig))
-        if left != configs:
-            setattr(module, CONFIGS_ATTRIBUTE, left)
     return model
 
 
@@ -199,12 +212,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "the model is quantised: its weights are no matrices of floating-point numbers; patch "
             "the model before it is quantised"
         )
-    lookup(model)
+    find_regions(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(
                 f"{name} is on the meta device and has no values to take a spectrum of; load the "
-                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False)"
+                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
+                "a device_map without offloading, over devices that hold all of it)"
             )
         if isinstance(parameter, DTensor):
             raise UnsupportedModelError(
@@ -231,10 +245,10 @@ def _wrapper_of(model: nn.Module) -> str | None:
 
 def _warn_if_continuing(model: nn.Module) -> None:
     folder = getattr(model, "name_or_path", "")
-    if folder and os.path.isfile(os.path.join(folder, STATE_FILE)):
+    if folder and os.path.isfile(os.path.join(folder, SIDECAR_FILE)):
         warnings.warn(
-            f"{folder} holds the state of a patched model ({STATE_FILE}), which this patch starts "
-            "anew; to continue it, use hf_stable.load(model_class, path) instead",
+            f"{folder} holds the state of a patched model ({SIDECAR_FILE}), which this patch "
+            "starts anew; to continue it, use hf_stable.load(model_class, path) instead",
             UserWarning,
             stacklevel=3,
         )

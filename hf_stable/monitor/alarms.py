@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from hf_stable._json import as_json_value
 from hf_stable.measures.loss_curves import FEWEST, SMOOTHING, WINDOW, noise
 
 __all__ = ["Alarm", "AlarmRules", "Thresholds"]
@@ -122,12 +123,8 @@ class Alarm:
         return ADVICE[self.kind]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the advice, for JSON; infinite and NaN numbers as strings."""
-        fields = asdict(self) | {"advice": self.advice}
-        return {
-            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in fields.items()
-        }
+        """Return the fields and the advice, for JSON; None for infinite and NaN numbers."""
+        return as_json_value(asdict(self) | {"advice": self.advice})
 
     def __str__(self) -> str:
         """Name layer, head, value, threshold and what to try."""
@@ -233,32 +230,32 @@ class AlarmRules:
         return bool(self._open) or self.is_rising
 
     def state(self) -> dict[str, Any]:
-        """Return all that was seen, for JSON."""
-        return {
+        """Return all that was seen, for JSON: what there is no value of yet is None."""
+        state = {
             "losses": self._losses,
-            "first": str(self._first),  # as text: JSON has no NaN and no infinity
-            "best": str(self._best),
-            "lowest": str(self._lowest),
+            "first": self._first,
+            "best": self._best,
+            "lowest": self._lowest,
             "improved_at": self._improved_at,
-            "signs": {
-                key: {**asdict(sign), "level": str(sign.level)} for key, sign in self._signs.items()
-            },
+            "signs": {key: asdict(sign) for key, sign in self._signs.items()},
             "initial": sorted(self._initial),
             "history": self._history,
             "num_heads": self._num_heads,
             "strongest": {key: list(pair) for key, pair in self._strongest.items()},
             "open": sorted(self._open),
         }
+        return as_json_value(state)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state()`."""
         self._losses = list(state["losses"])
         self._noise = noise(self._losses[:-SMOOTHING])
-        self._first, self._best = float(state["first"]), float(state["best"])
-        self._lowest, self._improved_at = float(state["lowest"]), state["improved_at"]
+        self._first = _number(state["first"], math.nan)
+        self._best, self._lowest = (_number(state[k], math.inf) for k in ("best", "lowest"))
+        self._improved_at = state["improved_at"]
         self._initial = set(state["initial"])
         self._signs = {
-            key: _Sign(sign["step"], float(sign["level"]), sign["acquitted"])
+            key: _Sign(sign["step"], _number(sign["level"], math.inf), sign["acquitted"])
             for key, sign in state["signs"].items()
         }
         self._history = {name: list(probes) for name, probes in state["history"].items()}
@@ -390,3 +387,8 @@ class AlarmRules:
             extreme((row[h] for row in rows if row[h] is not None), default=none)
             for h in range(count)
         ]
+
+
+def _number(written: float | str | None, missing: float) -> float:
+    """Return a number of a `state()`; 0.1.0 wrote those that are not finite as text."""
+    return missing if written is None else float(written)

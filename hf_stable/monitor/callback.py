@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_stable._ranks import inner_optimizer, mean_over_ranks, value_of_first_rank
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.monitor.alarms import Alarm, AlarmRules, Thresholds
 from hf_stable.monitor.combining import gather_records
@@ -27,13 +28,11 @@ from hf_stable.monitor.readings import (
     effective_rates,
     gammas,
     gradients_are_finite,
-    mean_over_ranks,
     measure_loss_sharpness,
     scale_rates,
-    value_of_first_rank,
 )
 from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
-from hf_stable.trainer.watching import alert_trackers
+from hf_stable.monitor.trackers import alert_trackers
 
 __all__ = ["StabilityCallback"]
 
@@ -50,7 +49,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
     torch.compile a probed step runs uncompiled, and draws dropout masks as uncompiled code does.
 
     Values go to `trainer.state.log_history` and every tracker at the step that they belong to
-    (the table in `hf_stable.monitor.log_keys`), and in full to `stability.jsonl` in the output
+    (under the keys of `hf_stable.monitor.terms`), and in full to `stability.jsonl` in the output
     folder. For that, a record is written at each multiple of `every` even between two logging
     steps (not with logging_strategy="no"): the Trainer then averages the logged loss from record
     to record, over a shorter stretch. With `every` a multiple of logging_steps nothing changes.
@@ -63,7 +62,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
     Args:
         every: steps from probe to probe.
         queries: rows of each attention map to measure, "all" or a number.
-        terms: what to record: "default", "all" or names from `hf_stable.monitor.probing.TERMS`.
+        terms: what to record: "default", "all" or names from `hf_stable.monitor.terms`.
         maps: heads whose subsampled maps `stability.jsonl` keeps: False, "all" or indices.
         sharpness_every: steps from one measurement of sharpness to the next, on the loss that the
             Trainer computes for the first micro-batch; it costs as much as some sixty backward
@@ -145,7 +144,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._stack.close()
         self._started = time.perf_counter()
         model = kwargs["model"]
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        # The Trainer fails to save where a checkpoint of a run without it left no entry for it.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         if isinstance(saved, list):
             raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
         if callable(self.on_collapse) and args.restore_callback_states_from_checkpoint:
@@ -235,7 +235,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read the rates of AdamW2 while the groups still have those of this step."""
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        optimizer = inner_optimizer(kwargs["optimizer"])
         if isinstance(optimizer, AdamW2) and (self._values or self._records is not None):
             rates, clipped = effective_rates(optimizer, kwargs["model"])
             self._values["effective_lr"] = rates

@@ -12,20 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hf_stable.monitor.readings import values_of_all_ranks
+from hf_stable._ranks import values_of_all_ranks
 from hf_stable.monitor.records import Records
+from hf_stable.monitor.terms import MODES, find_term
 
 __all__ = ["combine_records", "gather_records"]
-
-MEANS = ("entropy", "entropy_normalised", "entropy_bound", "rank")
-"""Means over rows of attention, or over the sequences that were looked at."""
-
-NORMS = ("norm_x", "norm_dx")
-
-COUNTS = ("nonfinite_x", "nonfinite_dx")
-
-MODES = ("normal", "undefined", "benign", "malignant")
-"""From the best to the worst."""
 
 Quantities = dict[str, dict[str, Any]]
 
@@ -91,15 +82,16 @@ def _in_order(mappings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _combine(name: str, values: Sequence[Any], weights: Sequence[Any], num_ranks: int) -> Any:
-    if name in MEANS:
+    how = find_term(name).combine
+    if how == "mean":
         return _mean(values, weights)
-    if name in NORMS:
+    if how in ("norm", "gradient norm"):
         if any(value is None for value in values):
             return None  # not finite on one, so not finite
-        return math.hypot(*values) / (num_ranks if name == "norm_dx" else 1)
-    if name in COUNTS:
+        return math.hypot(*values) / (num_ranks if how == "gradient norm" else 1)
+    if how == "sum":
         return math.fsum(values)
-    if name == "mode":
+    if how == "worst mode":
         return [max(modes, key=MODES.index) for modes in zip(*values, strict=True)]
     return values[0]
 

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import attrgetter
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -24,18 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_stable.architectures.registry import Block, UnsupportedModelError, find_blocks, lookup
+from hf_stable.architectures.finding import FoundBlock, find_blocks
+from hf_stable.architectures.heads import count_heads
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.monitor.recorder import AttentionCall, Recorder, is_recomputing
-from hf_stable.monitor.records import (
-    ATTENTION_TERMS,
-    DEFAULT_TERMS,
-    TERMS,
-    Records,
-    check_maps,
-    resolve_terms,
-)
+from hf_stable.monitor.records import Records, check_maps, resolve_terms
+from hf_stable.monitor.terms import names_of
 
-__all__ = ["ATTENTION_TERMS", "DEFAULT_TERMS", "TERMS", "Records", "probe"]
+__all__ = ["Records", "probe"]
 
 PREFIX = "hf_stable_probe_"
 """Attention functions are registered under this and the native implementation's name."""
@@ -68,8 +63,8 @@ def probe(
         queries: rows of each attention map to measure: "all", or how many to sample (see
             `hf_stable.measures.entropy.sample_queries`).
         terms: what to record: "all", "default" (without the spectra of single weights and the
-            entropy bound) or names from `TERMS`. Models of unregistered architectures have
-            `ATTENTION_TERMS` only.
+            entropy bound) or names from `hf_stable.monitor.terms`. Models of unregistered
+            architectures have those that need no more than attention.
         maps: heads whose maps to keep, subsampled (`Records.maps`).
         generator: CPU generator for sampled rows; without one, the same rows each time. The
             global one is never used.
@@ -85,13 +80,11 @@ def probe(
     """
     inner = _pretrained(model)
     wanted = resolve_terms(terms)
-    block, blocks = _find_blocks(inner, wanted)
-    check_maps(maps, _most_heads(inner, block, blocks))
+    blocks = _find_blocks(inner, wanted)
+    check_maps(maps, _most_heads(inner, blocks))
     if any(module in _recorders for module in inner.modules()):
         raise RuntimeError("this model is being probed already; a probe does not nest")
-    recorder = Recorder(
-        inner, block, blocks, wanted, queries=queries, maps=maps, generator=generator
-    )  # fmt: skip
+    recorder = Recorder(inner, blocks, wanted, queries=queries, maps=maps, generator=generator)
     handles: list[Any] = []
     originals = _with_private_configs(inner)
     try:
@@ -127,32 +120,30 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
     )
 
 
-def _find_blocks(
-    model: PreTrainedModel, wanted: frozenset[str]
-) -> tuple[Block | None, list[tuple[str, nn.Module]]]:
-    """Return the blocks of a model with their description, or nothing where none is needed."""
+def _find_blocks(model: PreTrainedModel, wanted: frozenset[str]) -> list[FoundBlock]:
+    """Return the blocks of a model with their description, or none where none is needed."""
     try:
-        architecture = lookup(model)
+        return find_blocks(model)
     except UnsupportedModelError as error:
-        if wanted <= set(ATTENTION_TERMS):
-            return None, []
+        possible = names_of(seen=("attention",))
+        if wanted <= set(possible):
+            return []
         raise UnsupportedModelError(
-            f"{error}. Without that, pass terms={list(ATTENTION_TERMS)}: these are recorded for "
+            f"{error}. Without that, pass terms={list(possible)}: these are recorded for "
             "any model that uses transformers' attention interface"
         ) from error
-    return architecture.block, find_blocks(model, architecture)
 
 
-def _most_heads(
-    model: PreTrainedModel, block: Block | None, blocks: Sequence[tuple[str, nn.Module]]
-) -> int | None:
+def _most_heads(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> int | None:
     """Return how many heads the layer with most of them has; None where nothing says so."""
-    if block is None:
+    if not blocks:
         heads = getattr(model.config, "num_attention_heads", None)
         return heads if isinstance(heads, int) else None
-    attention = block.attentions[0]
-    find = attrgetter(attention.num_heads)
-    return max(find(module.get_submodule(attention.module)) for _, module in blocks)
+    return max(
+        count_heads(found.module, attention)
+        for found in blocks
+        for _, attention in found.attentions()
+    )
 
 
 def _with_private_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from hf_stable._ranks import inner_optimizer, local_tensor, whole_tensor
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.architectures.registry import state_dict_name
+from hf_stable.architectures.paths import state_dict_name
 from hf_stable.measures.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
@@ -23,11 +23,8 @@ __all__ = [
     "effective_rates",
     "gammas",
     "gradients_are_finite",
-    "mean_over_ranks",
     "measure_loss_sharpness",
     "scale_rates",
-    "value_of_first_rank",
-    "values_of_all_ranks",
 ]
 
 
@@ -45,52 +42,15 @@ def gradients_are_finite(model: nn.Module) -> Tensor:
     Returns:
         (), 1 or 0, on the model's device.
     """
-    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    grads = [local_tensor(p.grad) for p in model.parameters() if p.grad is not None]
     return get_total_norm(grads).isfinite().float() if grads else torch.ones(())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def mean_over_ranks(*values: Tensor) -> list[float]:
-    """Return each number's mean over all processes, with one read from the device."""
-    device = values[0].device
-    joined = torch.stack([value.to(device, torch.float32).reshape(()) for value in values])
-    if _num_ranks() > 1:
-        dist.all_reduce(joined)
-        joined /= _num_ranks()
-    return joined.tolist()
-
-
-def value_of_first_rank(value: Any) -> Any:
-    """Return what the first process holds, on every process."""
-    if _num_ranks() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def values_of_all_ranks(value: Any) -> list[Any]:
-    """Return what each process holds, in the order of their ranks, on every process."""
-    if _num_ranks() == 1:
-        return [value]
-    values: list[Any] = [None] * _num_ranks()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gammas(model: nn.Module) -> dict[str, list[float]]:
     """Return the gammas of each sigma layer, by name."""
     found = {}
     for name, layer in sigma_layers(model):
-        gamma = layer.gamma.detach()
-        found[name] = (gamma.full_tensor() if isinstance(gamma, DTensor) else gamma).tolist()
+        found[name] = whole_tensor(layer.gamma.detach()).tolist()
     return found
 
 
@@ -171,7 +131,7 @@ def measure_loss_sharpness(
         `sharpness` and `sharpness_threshold`, above which the loss goes up; None if not finite.
         `sharpness_preconditioned`: whether they are of Adam's preconditioned Hessian.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
+    optimizer = inner_optimizer(optimizer)
     group = optimizer.param_groups[0]
     params = [p for p in model.parameters() if p.requires_grad]
     stepped = [p for p in params if "exp_avg_sq" in optimizer.state.get(p, {})]

@@ -15,20 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from hf_stable.architectures.registry import Block, state_dict_name
+from hf_stable.architectures.description import Attention
+from hf_stable.architectures.finding import FoundBlock
+from hf_stable.architectures.paths import state_dict_name
+from hf_stable.measures.collapse import collapse_mode, rank_share
 from hf_stable.measures.entropy import (
     HIDDEN_LOGIT,
     NEGLIGIBLE_LOGIT,
     attention_entropy_from_qk,
-    collapse_mode,
     count_visible_keys,
     entropy_lower_bound,
     normalise_entropy,
-    rank_share,
     sample_queries,
 )
-from hf_stable.monitor.block_terms import WEIGHT_TERMS, query_bias_reach, weight_terms
-from hf_stable.monitor.records import ATTENTION_TERMS, MAP_SIZE, Records
+from hf_stable.monitor.block_terms import query_bias_reach, weight_terms
+from hf_stable.monitor.block_weights import AttentionWeights
+from hf_stable.monitor.records import MAP_SIZE, Records
+from hf_stable.monitor.terms import TERMS, names_of
 
 __all__ = ["AttentionCall", "Recorder", "is_recomputing"]
 
@@ -98,8 +101,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        block: Block | None,
-        blocks: Sequence[tuple[str, nn.Module]],
+        blocks: Sequence[FoundBlock],
         terms: frozenset[str],
         *,
         queries: Literal["all"] | int,
@@ -111,34 +113,40 @@ class Recorder:
         self.records = Records()
         self.ran_forward = False
         self.called_attention = False
-        self._block = block
         self._terms = terms
         self._queries = queries
         self._maps = maps
         self._generator = generator
         self._totals: dict[tuple[str, str], Tensor] = {}
         self._names = {m: state_dict_name(name) for name, m in model.named_modules()}
-        self._blocks = {module: name for name, module in blocks}
+        self._blocks = {found.module: found for found in blocks}
         self._layers: dict[nn.Module, str] = {}
-        self._projections: dict[nn.Module, str] = {}
+        # Projections whose inputs the bound needs: of queries, and of keys that are others'.
+        self._queries_of: dict[nn.Module, str] = {}
+        self._keys_of: dict[nn.Module, str] = {}
         self._measured: set[str] = set()
         self._mapped: set[str] = set()
         # Within a reentrant checkpoint the first forward builds no graph; recomputation does.
         self._without_gradient: set[str] = set()
         self._reach: dict[str, tuple[Tensor, Tensor]] = {}
         self._token_norms: dict[str, Tensor] = {}
+        self._key_norms: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        if block is not None:
-            attention = block.attentions[0]
-            for module, name in self._blocks.items():
-                self._layers[module.get_submodule(attention.module)] = name
-                if "entropy_bound" in terms:
-                    self._projections[module.get_submodule(attention.query)] = name
+        self._bounded: dict[str, Attention] = {}
+        for found in blocks:
+            for name, attention in found.attentions():
+                self._layers[found.module.get_submodule(attention.module)] = name
+                if "entropy_bound" in terms and found.has_plain_logits(attention):
+                    self._bounded[name] = attention
+                    self._queries_of[found.module.get_submodule(attention.query)] = name
+                    if attention.is_cross:
+                        self._keys_of[found.module.get_submodule(attention.key)] = name
 
     def watched_inputs(self) -> Iterator[nn.Module]:
         """Yield the modules whose input has to be shown to `observe_input`."""
         yield from self._blocks
-        yield from self._projections
+        yield from self._queries_of
+        yield from self._keys_of
 
     def close(self) -> None:
         """Stop listening to gradients still to come; put those that came into model order."""
@@ -147,22 +155,26 @@ class Recorder:
         self._handles.clear()
         for term in ("norm_dx", "nonfinite_dx"):
             found = getattr(self.records, term)
-            in_order = {name: found[name] for name in self._blocks.values() if name in found}
+            names = [block.name for block in self._blocks.values()]
+            in_order = {name: found[name] for name in names if name in found}
             setattr(self.records, term, in_order)
 
     @torch.no_grad()
     def observe_input(self, module: nn.Module, tokens: Tensor) -> None:
         """Record the tokens (batch, tokens, features) that enter a block or its projection."""
         recomputing = is_recomputing()
-        if module in self._projections and not recomputing:
-            self._token_norms[self._projections[module]] = _token_norms(tokens.detach())
+        if module in self._queries_of and not recomputing:
+            self._token_norms[self._queries_of[module]] = _token_norms(tokens.detach())
+        if module in self._keys_of and not recomputing:
+            self._key_norms[self._keys_of[module]] = _token_norms(tokens.detach())
         if module not in self._blocks:
             return
-        layer = self._blocks[module]
+        block = self._blocks[module]
+        layer = block.name
         if not recomputing:
             if layer not in self._measured:
                 self._measured.add(layer)
-                self._measure_weights(module, layer)
+                self._measure_weights(block)
             self._observe_tokens("x", layer, tokens.detach())
             self._without_gradient.add(layer)
         if tokens.requires_grad and layer in self._without_gradient:
@@ -171,16 +183,18 @@ class Recorder:
                 tokens.register_hook(lambda g: self._observe_tokens("dx", layer, g.detach()))
             )
 
-    def _measure_weights(self, module: nn.Module, layer: str) -> None:
-        assert self._block is not None
-        wanted = {term for term in WEIGHT_TERMS if term in self._terms}
-        with_bound = "entropy_bound" in self._terms
-        terms = weight_terms(module, self._block, wanted | ({"sigma_qk"} if with_bound else set()))
-        for term, value in terms.items():
-            if term in wanted:
-                getattr(self.records, term)[layer] = value.float()
-        if with_bound:
-            self._reach[layer] = (terms["sigma_qk"], query_bias_reach(module, self._block))
+    def _measure_weights(self, block: FoundBlock) -> None:
+        wanted = self._terms & set(names_of(seen=("weights",)))
+        bounded = {"sigma_qk"} if self._bounded else set()
+        for layer, terms in weight_terms(block, wanted | bounded).items():
+            for term, value in terms.items():
+                if term in wanted:
+                    getattr(self.records, term)[layer] = value.float()
+            if layer in self._bounded:
+                attention = self._bounded[layer]
+                scale = AttentionWeights(block.module, attention).query_scale
+                reach = (terms["sigma_qk"], query_bias_reach(block, attention))
+                self._reach[layer] = (scale * reach[0], scale * reach[1])
 
     @torch.no_grad()
     def _observe_tokens(self, what: str, layer: str, tokens: Tensor) -> None:
@@ -195,7 +209,7 @@ class Recorder:
     @torch.no_grad()
     def observe_attention(self, call: AttentionCall) -> None:
         """Record entropy, its bound and the shape of the map of one attention call."""
-        if not self._maps and self._terms.isdisjoint((*ATTENTION_TERMS, "entropy_bound")):
+        if not self._maps and not any("attention" in TERMS[term].needs for term in self._terms):
             return
         layer = self._layers.get(call.module, self._names[call.module])
         rows = sample_queries(
@@ -222,6 +236,8 @@ class Recorder:
         """Bound the norms of the logits' rows by the spectra, (batch, heads, 1 or rows)."""
         sigma, bias = self._reach[layer]
         largest, longest = self._token_norms[layer].unsqueeze(-1).unbind()
+        if layer in self._key_norms:
+            largest = self._key_norms[layer][0].unsqueeze(-1)
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         # Paper: |x_i| of the longest token instead of another sigma_1(X), which is larger.
         norm = (scale * largest * (sigma * longest + bias)).unsqueeze(-1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.monitor.terms import SEC_VALUES
 from hf_stable.report.charts import (
     ALL_RUNS,
     Axis,
@@ -17,7 +17,8 @@ from hf_stable.report.charts import (
     make_chart,
     not_recorded,
 )
-from hf_stable.report.run_records import Probe, RunRecords, curve_points, short_names
+from hf_stable.report.run_records import Probe, RunRecords, short_names
+from hf_stable.report.values import curve_points
 
 __all__ = ["concentration_section"]
 

@@ -9,7 +9,8 @@ from typing import Literal, NamedTuple
 
 from hf_stable.measures.loss_curves import SMOOTHING, lost_step, smooth
 from hf_stable.monitor.alarms import Thresholds
-from hf_stable.report.run_records import Probe, RunRecords, to_number
+from hf_stable.report.run_records import Probe, RunRecords
+from hf_stable.report.values import to_number
 
 __all__ = [
     "Collapse",

@@ -8,16 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_layers
 from hf_stable.report.maps import MapSeries
-from hf_stable.report.page import RUN_COLOURS
+from hf_stable.report.payload import RUN_COLOURS
 from hf_stable.report.run_records import RunRecords
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw_images", "write_images"]
+__all__ = ["draw_images", "require_matplotlib", "write_images"]
 
 DPI = 200
 
@@ -49,10 +50,8 @@ def write_images(
         The files.
 
     Raises:
-        ModuleNotFoundError: if matplotlib is not installed, saying how to get it.
         OSError: if the folder cannot be written.
     """
-    _require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in draw_images(runs, sections, maps):
@@ -62,15 +61,12 @@ def write_images(
     return files
 
 
-def _require_matplotlib() -> None:
+def require_matplotlib() -> None:
+    """Raise ModuleNotFoundError, saying what to install, where there is no matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "images need matplotlib, which comes with the recipes extra: "
-            'pip install "hf-stable[recipes]"',
-            name=error.name,
-        ) from error
+        raise extra_needed("an image", "report", error) from error
 
 
 def draw_images(

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_stable.report.run_records import AttentionMap, to_number
+from hf_stable.report.run_records import AttentionMap
+from hf_stable.report.values import to_number
 
 __all__ = ["cut_maps", "parse_map", "read_maps"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from hf_stable.report.charts import choose_steps
 from hf_stable.report.map_lines import parse_map, read_maps
-from hf_stable.report.run_records import AttentionMap, Probe, RunRecords, short_names, to_number
+from hf_stable.report.run_records import AttentionMap, Probe, RunRecords, short_names
+from hf_stable.report.values import to_number
 
 __all__ = ["MapFrame", "MapSeries", "choose_maps"]
 

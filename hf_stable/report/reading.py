@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_stable._file_names import TRAINER_STATE_FILE
 from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.map_lines import cut_maps
-from hf_stable.report.run_records import Event, Probe, RunRecords, to_number, to_step
+from hf_stable.report.run_records import Event, Probe, RunRecords
+from hf_stable.report.values import to_number, to_step
 
 __all__ = ["name_runs", "read_run", "read_runs"]
 
-STATE_NAME = "trainer_state.json"
 
 EVENTS = ("alarm", "rollback", "stop", "end")
 
@@ -67,7 +68,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
         )
     match = _CHECKPOINT.fullmatch(folder.resolve().name)
     log = folder / FILE_NAME
-    if not (log.is_file() or (folder / STATE_NAME).is_file() or _state_files(folder)):
+    if not (log.is_file() or (folder / TRAINER_STATE_FILE).is_file() or _state_files(folder)):
         raise ValueError(_no_run(folder))
     if match and not log.is_file():
         log = folder.resolve().parent / FILE_NAME
@@ -114,9 +115,9 @@ def name_runs(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 def _state_files(folder: Path) -> list[Path]:
     """Return the Trainer states in a folder's checkpoints, newest first."""
     found = [
-        (int(match[1]), child / STATE_NAME)
+        (int(match[1]), child / TRAINER_STATE_FILE)
         for child in folder.iterdir()
-        if (match := _CHECKPOINT.fullmatch(child.name)) and (child / STATE_NAME).is_file()
+        if (match := _CHECKPOINT.fullmatch(child.name)) and (child / TRAINER_STATE_FILE).is_file()
     ]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -126,10 +127,10 @@ def _read_state(folder: Path, notes: list[str]) -> dict[str, Any]:
 
     Damaged ones are noted, and an older checkpoint's is taken.
     """
-    own = [folder / STATE_NAME] if (folder / STATE_NAME).is_file() else []
+    own = [folder / TRAINER_STATE_FILE] if (folder / TRAINER_STATE_FILE).is_file() else []
     paths = _state_files(folder)
     if not own and not paths:
-        notes.append(f"There is no {STATE_NAME}: no evaluations, no time, few losses.")
+        notes.append(f"There is no {TRAINER_STATE_FILE}: no evaluations, no time, few losses.")
     states = [_first_readable(own, notes), _first_readable(paths, notes)]
     return max(states, key=lambda state: to_step(state.get("global_step")) or 0)
 
@@ -150,11 +151,11 @@ def _first_readable(paths: Sequence[Path], notes: list[str]) -> dict[str, Any]:
 def _history(state: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], ...]:
     records = state.get("log_history", [])
     if not isinstance(records, list):
-        notes.append(f"log_history in {STATE_NAME} is no list: losses are missing.")
+        notes.append(f"log_history in {TRAINER_STATE_FILE} is no list: losses are missing.")
         return ()
     whole = [r for r in records if isinstance(r, dict) and to_step(r.get("step")) is not None]
     if len(whole) < len(records):
-        notes.append(f"{len(records) - len(whole)} records in {STATE_NAME} have no step.")
+        notes.append(f"{len(records) - len(whole)} records in {TRAINER_STATE_FILE} have no step.")
     return tuple(record | {"step": to_step(record["step"])} for record in whole)
 
 
@@ -246,4 +247,4 @@ def _no_run(folder: Path) -> str:
         if child.is_dir() and ((child / FILE_NAME).is_file() or _state_files(child))
     )
     hint = f"; its subfolders do: {', '.join(inside)}" if inside else ""
-    return f"{folder} holds neither {STATE_NAME} nor {FILE_NAME}{hint}"
+    return f"{folder} holds neither {TRAINER_STATE_FILE} nor {FILE_NAME}{hint}"

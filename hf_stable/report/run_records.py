@@ -1,38 +1,19 @@
-"""A training run as plain data: what the Trainer and the monitor recorded, and their tidy rows."""
+"""A training run as plain data: what the Trainer and the monitor recorded."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_stable.monitor.log_keys import LOW_IS_BAD
+from hf_stable.monitor.terms import find_term
+from hf_stable.report.values import to_number, to_step, worst_head
 
-__all__ = [
-    "TIDY_COLUMNS",
-    "AttentionMap",
-    "Event",
-    "Probe",
-    "RunRecords",
-    "curve_points",
-    "short_names",
-    "tidy_rows",
-    "to_number",
-    "to_step",
-    "worst_head",
-]
-
-TIDY_COLUMNS = ("run", "attempt", "step", "quantity", "layer", "head", "value", "text")
-
-MOST_SIZES = 32
-"""Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
-
-OF_MODULES = ("gamma",)
-"""Quantities whose names are not those of layers but of the modules within them."""
+__all__ = ["AttentionMap", "Event", "Probe", "RunRecords", "short_names"]
 
 
 class AttentionMap(NamedTuple):
@@ -119,7 +100,7 @@ class RunRecords:
         seen: dict[str, None] = {}
         for probe in self.probes:
             for name, by_layer in probe.quantities.items():
-                if name not in OF_MODULES:
+                if find_term(name).per != "weight":  # whose names are of modules within layers
                     seen |= dict.fromkeys(by_layer)
         return list(seen)
 
@@ -218,88 +199,3 @@ def short_names(layers: Sequence[str]) -> dict[str, str]:
         layer: ".".join(part[start : len(part) - stop])
         for layer, part in zip(layers, parts, strict=True)
     }
-
-
-def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
-    """Return the worst head's value (lowest for entropy and ranks, else highest) and its number.
-
-    Args:
-        quantity: name of the quantity.
-        value: list per head, a number of the whole layer, or anything a damaged file may hold.
-
-    Returns:
-        NaN and None where no head has a finite value; None also for a number of the whole layer.
-    """
-    if not isinstance(value, list):
-        return to_number(value), None
-    finite = [(number, i) for i, v in enumerate(value) if math.isfinite(number := to_number(v))]
-    if not finite:
-        return math.nan, None
-    return min(finite) if quantity in LOW_IS_BAD else max(finite)
-
-
-def curve_points(value: Any) -> list[tuple[int, float]]:
-    """Return (s, SEC(d_q, s)) of a recorded `sec_curve`; none of anything else a file may hold."""
-    entries = value if isinstance(value, list) else []
-    return [(2**i, to_number(entry)) for i, entry in enumerate(entries[:MOST_SIZES])]
-
-
-def to_number(value: Any) -> float:
-    """Return a number, also one that was written as text; NaN for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return math.nan
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return math.nan
-
-
-def to_step(value: Any) -> int | None:
-    """Return a step, or another count, as an integer; None for what is none."""
-    number = math.nan if isinstance(value, str) else to_number(value)
-    # Beyond 2**53 a float is no longer exact: no run is as long.
-    return int(number) if 0 <= number <= 2**53 else None
-
-
-def tidy_rows(run: RunRecords) -> Iterator[dict[str, Any]]:
-    """Yield one row per value, with the columns `TIDY_COLUMNS`; maps are left out.
-
-    `value` is a float, NaN where the quantity was not defined. `sec_8` is SEC(d_q, 8) of the
-    layer's most concentrated head. `text` is what has no number: the
-    mode of a map, and what an alarm says.
-    """
-
-    def row(attempt: Any, step: int, quantity: str, layer: Any, head: Any, value: Any, text: Any):  # type: ignore[no-untyped-def]
-        cells = (run.name, attempt, step, quantity, layer, head, value, text)
-        return dict(zip(TIDY_COLUMNS, cells, strict=True))
-
-    for record in run.history:
-        for key, value in record.items():
-            if key not in ("step", "epoch") and not key.startswith("stability/"):
-                yield row(None, record["step"], key, None, None, to_number(value), None)
-    for probe in run.probes:
-        at = probe.attempt, probe.step
-        if probe.loss is not None:
-            yield row(*at, "loss_of_step", None, None, probe.loss, None)
-        for key, number in probe.numbers.items():
-            yield row(*at, key, None, None, number, None)
-        everything = {**probe.quantities, "effective_lr": probe.rates}
-        for quantity, by_layer in everything.items():
-            for layer, value in by_layer.items():
-                if quantity == "sec_curve":
-                    for s, entry in curve_points(value):
-                        yield row(*at, f"sec_{s}", layer, None, entry, None)
-                    continue
-                heads = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
-                for head, entry in heads:
-                    if quantity == "mode":
-                        yield row(*at, quantity, layer, head, math.nan, str(entry))
-                    else:
-                        yield row(*at, quantity, layer, head, to_number(entry), None)
-    for event in run.events:
-        found = event.values
-        value = to_number(found.get("value", found.get("to_step")))
-        yield row(
-            event.attempt, event.step, f"{event.name}_{found.get('kind', '')}".rstrip("_"),
-            found.get("layer"), found.get("head"), value, found.get("reason"),
-        )  # fmt: skip

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_stable.report.run_records import RunRecords, worst_head
+from hf_stable.report.run_records import RunRecords
+from hf_stable.report.values import worst_head
 from hf_stable.report.verdict import Verdict, judge
 
 __all__ = ["TABLE_COLUMNS", "RunSummary", "summarise", "table_cells"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_stable.monitor.alarms import ADVICE, Thresholds
-from hf_stable.monitor.log_keys import UNUSED_SHARE
+from hf_stable.monitor.terms import UNUSED_SHARE
 from hf_stable.report.findings import (
     Collapse,
     LossTrouble,
@@ -20,7 +20,8 @@ from hf_stable.report.findings import (
     find_trouble,
     hardly_moved,
 )
-from hf_stable.report.run_records import Event, RunRecords, short_names, to_number
+from hf_stable.report.run_records import Event, RunRecords, short_names
+from hf_stable.report.values import to_number
 
 __all__ = ["Verdict", "judge"]
 

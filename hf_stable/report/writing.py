@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from hf_stable._json import as_json_value
-from hf_stable.report.images import write_images
+from hf_stable._json import to_json
+from hf_stable._whole_files import write_whole
+from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.maps import choose_maps
-from hf_stable.report.page import build_page
+from hf_stable.report.page import build_page, require_page_packages
+from hf_stable.report.preface import Preface
 from hf_stable.report.reading import read_runs
-from hf_stable.report.run_records import TIDY_COLUMNS, RunRecords, tidy_rows
+from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import RunSummary, summarise
 
-__all__ = ["FORMATS", "WrittenReport", "require_plotly", "write_report"]
+__all__ = ["FORMATS", "WrittenReport", "write_report"]
 
 FORMATS = {
     "html": "report.html",
@@ -29,6 +31,9 @@ FORMATS = {
     "csv": "report.csv",
 }
 """Formats, and what is written if no name is given."""
+
+REQUIRED = {"html": require_page_packages, "png": require_matplotlib}
+"""What raises ModuleNotFoundError, before anything is read, if a format cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ def write_report(
     *,
     format: str = "html",
     on_run: Callable[[int, int], None] = lambda done, total: None,
+    preface: Preface | None = None,
 ) -> WrittenReport:
     """Read runs and write a report on them.
 
@@ -62,11 +68,12 @@ def write_report(
             values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
             verdicts and notes too.
         on_run: called with (runs read, runs in all) after each.
+        preface: what stands before the runs on a page; other formats leave it out.
 
     Raises:
         FileNotFoundError: if a run does not exist.
         ValueError: if no run is given, one holds nothing to report, or for an unknown format.
-        ModuleNotFoundError: if plotly (html) or matplotlib (png) is not installed.
+        ModuleNotFoundError: if plotly and jinja2 (html) or matplotlib (png) are not installed.
         OSError: if the output cannot be written.
     """
     if format not in FORMATS:
@@ -75,71 +82,53 @@ def write_report(
         raise ValueError(
             "give at least one run: the output_dir of a Trainer, or a checkpoint in it"
         )
-    plotly_js = require_plotly() if format == "html" else ""
+    if format in REQUIRED:
+        REQUIRED[format]()
     target = Path(FORMATS[format] if output is None else output)
     runs = read_runs(paths, on_run=on_run)
     summaries = tuple(map(summarise, runs))
-    files: tuple[Path, ...] = (target,)
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))
-    elif format == "html":
-        page = build_page(
-            runs, summaries, build_sections(runs), plotly_js=plotly_js, version=version("hf-stable")
-        )
-        _write(target, page)
-    elif format == "json":
-        _write(target, json.dumps(_content(runs, summaries), allow_nan=False) + "\n")
     else:
-        _write_csv(target, runs)
+        files = (target,)
+        with write_whole(target) as file:
+            _write_file(file, format, runs, summaries, preface)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
     return WrittenReport(files, summaries, notes)
 
 
-def require_plotly() -> str:
-    """Return the source of plotly.js, which the plotly package carries.
-
-    Raises:
-        ModuleNotFoundError: if the package is not installed, saying how to get it.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "plotly":
-            raise
-        raise ModuleNotFoundError(
-            "the page needs plotly, which comes with the report extra: "
-            'pip install "hf-stable[report]"; --format json and csv do without',
-            name=error.name,
-        ) from error
-    return get_plotlyjs()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def _write_file(
+    file: TextIO,
+    format: str,
+    runs: Sequence[RunRecords],
+    summaries: Sequence[RunSummary],
+    preface: Preface | None,
+) -> None:
+    if format == "html":
+        sections = build_sections(runs)
+        number = version("hf-stable")
+        file.write(build_page(runs, summaries, sections, version=number, preface=preface))
+    elif format == "json":
+        file.write(to_json(_content(runs, summaries)))
+        file.write("\n")
+    else:
+        _write_csv(file, runs)
 
 
-def _write_csv(path: Path, runs: Sequence[RunRecords]) -> None:
-    _write(path, "")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, TIDY_COLUMNS)
-        writer.writeheader()
-        for run in runs:
-            writer.writerows(tidy_rows(run))
+def _write_csv(file: TextIO, runs: Sequence[RunRecords]) -> None:
+    writer = csv.DictWriter(file, TIDY_COLUMNS)
+    writer.writeheader()
+    for run in runs:
+        writer.writerows(tidy_rows(run))
 
 
 def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dict[str, Any]:
     """Return everything for JSON, the rows as lists in the order of "columns"."""
     return {
         "runs": [
-            as_json_value(asdict(summary)) | {"path": run.path, "notes": list(run.notes)}
+            asdict(summary) | {"path": run.path, "notes": list(run.notes)}
             for run, summary in zip(runs, summaries, strict=True)
         ],
         "columns": list(TIDY_COLUMNS),
-        "rows": [as_json_value(list(row.values())) for run in runs for row in tidy_rows(run)],
+        "rows": [list(row.values()) for run in runs for row in tidy_rows(run)],
     }

@@ -8,14 +8,14 @@ The Trainer's methods that call these functions are wrapped in `trainer_plugin`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
 
-__all__ = ["alert_trackers", "log_with_pending", "observing_step", "train_with_rollbacks"]
+__all__ = ["log_with_pending", "observing_step", "train_with_rollbacks"]
 
 _TRACKERS = "transformers.integrations"
 
@@ -83,30 +83,6 @@ def train_with_rollbacks(
                 callback.abandon_step()
         raise
     return result
-
-
-def alert_trackers(report_to: Sequence[str], title: str, text: str) -> None:
-    """Raise an alert in the trackers that have alerts of their own: trackio.
-
-    A tracker that fails, or is too old to have alerts, is warned of; training goes on.
-
-    Args:
-        report_to: `TrainingArguments.report_to`.
-        title: a few words.
-        text: the rest.
-    """
-    if "trackio" not in report_to:
-        return
-    try:
-        import trackio
-
-        trackio.alert(title=title, text=text, level=trackio.AlertLevel.ERROR)
-    except Exception as error:
-        warnings.warn(
-            f"trackio took no alert ({type(error).__name__}: {error}); training goes on",
-            UserWarning,
-            stacklevel=4,
-        )
 
 
 def _rollback(trainer: Any) -> str | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_stable.measures.loss_curves import smooth
 from recipes.evidence.runs import Variant
@@ -15,18 +15,30 @@ from recipes.settings import Settings
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """By variant, what is committed of each run: see `records.summary`."""
 
-Verdict = tuple[str, str]
-"""A word of `VERDICTS`, and a sentence with the numbers."""
+
+class Verdict(NamedTuple):
+    """What the runs of a claim say.
+
+    Attributes:
+        word: of `VERDICTS`.
+        sentence: the result in one short sentence, for the table of all claims.
+        findings: the numbers behind it, a sentence or two each.
+    """
+
+    word: str
+    sentence: str
+    findings: tuple[str, ...]
+
 
 VERDICTS = {
     "reproduced": "every part of the claim shows, in every set-up that tests it",
-    "partly": "some parts of it show, or in some of the set-ups; the sentence says which",
+    "partly": "some parts of it show, or in some of the set-ups; the findings say which",
     "not at this scale": "it shows in none of the set-ups, and neither does its opposite",
     "refuted": "its opposite shows in every set-up that tests it",
     "measured": "there is no claim, only numbers",
     "we win": "AdamW2 or sigmaReparam is best, by more than 5 %, at every rate and over the rates",
-    "mixed": "one of them is so at some rates, or over the rates; the sentence says where we lose",
-    "we lose": "neither of them is at any rate",
+    "mixed": "AdamW2 or sigmaReparam is best somewhere; the findings say where we lose",
+    "we lose": "neither of the two is best at any rate",
 }
 """The words of verdicts and what they mean."""
 
@@ -82,6 +94,7 @@ class Claim:
 
     Attributes:
         key: its name on the command line.
+        title: a few words.
         text: what is claimed, and where.
         variants: the runs; those that several claims or names have in common are done once.
         judge: from what is committed of the runs to a verdict.
@@ -95,6 +108,7 @@ class Claim:
     """
 
     key: str
+    title: str
     text: str
     variants: tuple[Variant, ...]
     judge: Callable[[Results], Verdict]

@@ -47,7 +47,7 @@ SWEEP: dict[str, dict[str, Any]] = {
     "both": ADAMW2 | SIGMA,
 }
 SWEPT_OURS = ("AdamW2", "sigmaReparam", "both")
-BASES = {"AdamW": "AdamW without warmup", "AdamW, warmup": "AdamW with it"}
+BASES = {"AdamW": "AdamW without warmup", "AdamW, warmup": "AdamW with warmup"}
 CHANGED: dict[str, dict[str, Any]] = {
     "xavier init, batch 32": {},
     "default init": dict(init="default"),
@@ -165,30 +165,36 @@ def _judge_robustness(results: Results) -> Verdict:
         base: {method: _compared(results, method, base) for method in SWEPT_OURS} for base in BASES
     }
     first = next(iter(CHANGED))
-    shown = "; ".join(
-        f"{method} {', '.join(map(_window_text, _windows(results, method, first)))}"
-        for method in SWEEP
-    )
-    against = "; ".join(
-        f"than that of {name} "
-        + ", ".join(
-            f"{m} {wide}, {narrow} of {total}" for m, (wide, narrow) in counts[base].items()
+    findings = [
+        f"Rates from {RATES[0]:g} to {RATES[-1]:g} were tried. The window of a method is the "
+        f"stretch of rates whose loss is {', or '.join(LIMITS)}: three limits, three windows.",
+    ]
+    for method in SWEEP:
+        widths = ", ".join(map(_window_text, _windows(results, method, first)))
+        findings.append(f"{method}: the windows have a width of {widths} ({first}).")
+    for base, name in BASES.items():
+        each = "; ".join(
+            f"{method} wider in {wide} and narrower in {narrow} of {total}"
+            for method, (wide, narrow) in counts[base].items()
         )
-        for base, name in BASES.items()
-    )
+        findings.append(
+            f"Against {name}, over initialisations and batch sizes: {each}. A window counts as "
+            "wider by two of the three limits, and by more than 10 % in decades."
+        )
+    each = ", ".join(f"{wide} with {method}" for method, (wide, _) in counts["AdamW"].items())
     sentence = (
-        f"width of the window of rates from {RATES[0]:g} to {RATES[-1]:g} whose loss is "
-        f"{', is '.join(LIMITS)} ({first}): {shown}. Number of {total} inits and batch sizes with "
-        "which it is wider, or narrower, by two of these three limits and by more than 10 % in "
-        f"decades, {against}"
+        f"Of {total} initialisations and batch sizes, more rates train than with plain AdamW in "
+        f"{each}."
     )
     outcomes = counts["AdamW"].values()
     if all(wider == total for wider, _ in outcomes):
-        return "reproduced", sentence
-    if any(wider > total / 2 for wider, _ in outcomes):
-        return "partly", sentence
-    is_refuted = all(narrower == total for _, narrower in outcomes)
-    return ("refuted" if is_refuted else "not at this scale"), sentence
+        word = "reproduced"
+    elif any(wider > total / 2 for wider, _ in outcomes):
+        word = "partly"
+    else:
+        is_refuted = all(narrower == total for _, narrower in outcomes)
+        word = "refuted" if is_refuted else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 def _robustness_tables(results: Results) -> list[str]:
@@ -275,26 +281,38 @@ def _judge_ablations(results: Results) -> Verdict:
     of_mean = partial(_loss_text, results)
 
     def of_kinds(name: str) -> str:
-        return " / ".join(of_mean(f"{name}, {kind}") for kind in KINDS)
+        norms, none, ours = (of_mean(f"{name}, {kind}") for kind in KINDS)
+        return f"test loss {norms} with norms, {none} without, {ours} with sigmaReparam instead"
 
-    stalls = "; ".join(f"{model} {of_kinds(model)}" for model in ABLATED)
-    trains = "; ".join(f"{model} {of_kinds(f'{model} that trains')}" for model in CONTROLS)
     stalled = [model for model in ABLATED if mostly_fails(results, f"{model}, {KINDS[0]}")]
-    iterations = ", ".join(f"{n}: {of_mean(f'power iterations {n}')}" for n in ITERATIONS)
-    rows = {
-        tau: ", ".join(of_mean(f"grid, lr {rate:g}, tau {tau:g}") for rate in GRID_RATES)
-        for tau in GRID_TAUS
-    }
-    grid = "; ".join(f"tau {tau:g}: {row}" for tau, row in rows.items())
-    rates = ", ".join(f"{rate:g}" for rate in GRID_RATES)
-    return "measured", (
-        "test loss with norms / without / without and with sigmaReparam: from transformers' own "
-        f"init at 1e-3 {stalls}; where the model with norms fails itself "
-        f"({', '.join(stalled) or 'nowhere'}) this says little. From xavier, at the rates at which "
-        f"claim 1's controls train: {trains}. "
-        f"Power iterations of AdamW2: {iterations}; time and accuracy against depth stand below. "
-        f"Grid at rates {rates}: {grid}"
+    helped, behind = 0, 0
+    for model in CONTROLS:
+        norms, none, ours = (
+            mean(losses(results, f"{model} that trains, {kind}")) for kind in KINDS
+        )
+        helped += WORSE * ours < none
+        behind += WORSE * norms < ours
+    iterations = ", ".join(f"{of_mean(f'power iterations {n}')} with {n}" for n in ITERATIONS)
+    total = len(CONTROLS)
+    findings = [
+        "From xavier, at the rates at which the controls of claim 1 train:",
+        *(f"{model}: {of_kinds(f'{model} that trains')}." for model in CONTROLS),
+        "From transformers' own initialisation at a rate of 0.001, where the model with norms "
+        f"fails itself ({', '.join(stalled) or 'nowhere'}), a result says little:",
+        *(f"{model}: {of_kinds(model)}." for model in ABLATED),
+        f"Power iterations of AdamW2: test loss {iterations}. Time and accuracy against depth "
+        "stand below.",
+    ]
+    for tau in GRID_TAUS:
+        row = ", ".join(
+            f"{of_mean(f'grid, lr {rate:g}, tau {tau:g}')} at {rate:g}" for rate in GRID_RATES
+        )
+        findings.append(f"With tau {tau:g}, by rate: test loss {row}.")
+    sentence = (
+        f"In place of the norms, sigmaReparam helps {helped} of {total} models; norms are better "
+        f"than it on {behind}."
     )
+    return Verdict("measured", sentence, tuple(findings))
 
 
 # 9
@@ -304,6 +322,7 @@ NORMALISERS: dict[str, dict[str, Any]] = {
     "frobenius": dict(normaliser="frobenius"),
     "weight norm": dict(normaliser="weight_norm"),
 }
+NORMALISED_RATES = (1e-3, 1e-2)
 SCHEDULES: dict[str, Any] = {
     # transformers' constant schedule has no warmup; its other one is linear, then constant.
     "constant": dict(lr_scheduler_type="constant_with_warmup"),
@@ -324,7 +343,7 @@ STEP_AT, STEP_TO = 0.6, 0.1
 def _open_question_variants() -> tuple[Variant, ...]:
     found = [
         Variant(f"{name}, lr {rate:g}", replace(STD_VIT, learning_rate=rate, **changes))
-        for rate in (1e-3, 1e-2)
+        for rate in NORMALISED_RATES
         for name, changes in ({"plain": {}} | NORMALISERS).items()
     ]
     for method, changes in SCHEDULED.items():
@@ -341,19 +360,22 @@ def _open_question_variants() -> tuple[Variant, ...]:
 def _judge_open_questions(results: Results) -> Verdict:
     def shown(name: str) -> str:
         runs = results[name]
-        accuracies = (mean(run[key] for run in runs) for key in ("accuracy", "noisy_accuracy"))
+        clean, noisy = (mean(run[key] for run in runs) for key in ("accuracy", "noisy_accuracy"))
         errors = [run["calibration_error"] for run in runs]
         error = "NaN" if None in errors else f"{mean(errors):.2f}"
         return (
-            f"{name}: {short(mean(losses(results, name)))} "
-            f"({error}, {' -> '.join(f'{value:.2f}' for value in accuracies)})"
+            f"{name}: test loss {short(mean(losses(results, name)))}, calibration error {error}, "
+            f"accuracy {clean:.2f}, under noise {noisy:.2f}."
         )
 
-    sentence = "; ".join(map(shown, results))
-    return "measured", (
-        "mean test loss, and in brackets calibration error and accuracy -> "
-        f"accuracy under noise of one standard deviation: {sentence}"
-    )
+    best = [
+        min(NORMALISERS, key=lambda name: mean(losses(results, f"{name}, lr {rate:g}")))
+        for rate in NORMALISED_RATES
+    ]
+    wins, total = best.count("sigma"), len(NORMALISED_RATES)
+    sentence = f"Of three normalisers sigma gives the lowest loss at {wins} of {total} rates."
+    noise = "Noise has a standard deviation of one."
+    return Verdict("measured", sentence, (noise, *map(shown, results)))
 
 
 # 10
@@ -386,7 +408,7 @@ def _judge_sharpness(results: Results) -> Verdict:
     AdamW2 has a rate for each matrix, and it is open which one rate stands for them all: a pair
     shows the claim, or its opposite, if both thresholds say so.
     """
-    parts, disputed, signs = [], [], []
+    findings, disputed, signs = [], [], []
     for unstable, stable in SHARPNESS_PAIRS:
         by_key: dict[str, list[float]] = {"above": [], "above_scheduled": []}
         for name in (unstable, stable):
@@ -395,25 +417,33 @@ def _judge_sharpness(results: Results) -> Verdict:
                 shares.append(mean(run[key] for run in runs))
             share, scheduled = (shares[-1] for shares in by_key.values())
             first = ["never" if r["first_above"] is None else str(r["first_above"]) for r in runs]
-            parts.append(
-                f"{name} {share:.2f}, first at steps {', '.join(first)}"
-                + (f" (by the scheduled rate {scheduled:.2f})" if scheduled != share else "")
+            by_other = f" By the scheduled rate it is {scheduled:.2f}." * (scheduled != share)
+            findings.append(
+                f"{name}: the share of steps 2 to {SPIKE_STEPS} above the threshold is "
+                f"{share:.2f}, first at steps {', '.join(first)}.{by_other}"
             )
         gaps = [shares[0] - shares[1] for shares in by_key.values()]
         signs.append([(gap > MARGIN) - (gap < -MARGIN) for gap in gaps])
         if len(set(signs[-1])) > 1:
             disputed.append(f"{unstable} and {stable}")
+    findings = [
+        "A run has two thresholds: that of the rate that was used, and that of the scheduled rate.",
+        *findings,
+        *(f"The two thresholds disagree on {pair}." for pair in disputed),
+    ]
+    agreed = sum(set(pair) == {1} for pair in signs)
     sentence = (
-        f"share of steps 2 to {SPIKE_STEPS} above the threshold of the rate that was used: "
-        + "; ".join(parts)
-        + "".join(f". The two thresholds disagree on {pair}" for pair in disputed)
+        f"The unstable run is above the threshold more often in {agreed} of {len(signs)} pairs; "
+        f"the two thresholds disagree on {len(disputed)}."
     )
-    if all(set(pair) == {1} for pair in signs):
-        return "reproduced", sentence
-    if any(1 in pair for pair in signs):
-        return "partly", sentence
-    is_refuted = all(set(pair) == {-1} for pair in signs)
-    return ("refuted" if is_refuted else "not at this scale"), sentence
+    if agreed == len(signs):
+        word = "reproduced"
+    elif any(1 in pair for pair in signs):
+        word = "partly"
+    else:
+        is_refuted = all(set(pair) == {-1} for pair in signs)
+        word = "refuted" if is_refuted else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 # 11
@@ -430,6 +460,7 @@ RIVALS: dict[str, dict[str, Any]] = {
 }
 OURS = ("AdamW2", "sigmaReparam")
 RIVAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+BEST = "over all rates"
 
 
 def _judge_rivals(results: Results) -> Verdict:
@@ -437,10 +468,8 @@ def _judge_rivals(results: Results) -> Verdict:
         f"at {rate:g}": {m: mean(losses(results, f"{m} at {rate:g}")) for m in RIVALS}
         for rate in RIVAL_RATES
     }
-    tables = by_rate | {
-        "best over rates": {m: min(row[m] for row in by_rate.values()) for m in RIVALS}
-    }
-    parts, outcomes = [], {}
+    tables = by_rate | {BEST: {m: min(row[m] for row in by_rate.values()) for m in RIVALS}}
+    findings, outcomes = [], {}
     for where, by_method in tables.items():
         order = sorted(by_method, key=lambda method: by_method[method])
         ours = min(by_method[method] for method in OURS)
@@ -448,11 +477,20 @@ def _judge_rivals(results: Results) -> Verdict:
         outcome = "win" if WORSE * ours < theirs else "lose" if WORSE * theirs < ours else "tie"
         outcomes[where] = outcome
         row = ", ".join(f"{method} {short(by_method[method])}" for method in order)
-        parts.append(f"{where} we {outcome}: {row}")
-    sentence = "test loss, best first, a tie within 5 %; " + "; ".join(parts)
+        findings.append(f"{where[0].upper()}{where[1:]} we {outcome}. Test loss: {row}.")
+    findings.append("A tie is a difference of at most 5 %.")
+    wins = sum(outcomes[where] == "win" for where in by_rate)
+    by_best = tables[BEST]
+    best = min(by_best, key=lambda method: by_best[method])
+    sentence = (
+        f"One of ours is best at {wins} of {len(by_rate)} rates; over all rates the lowest loss "
+        f"is that of {best}."
+    )
     if all(outcome == "win" for outcome in outcomes.values()):
-        return "we win", sentence
-    return ("mixed" if "win" in outcomes.values() else "we lose"), sentence
+        word = "we win"
+    else:
+        word = "mixed" if "win" in outcomes.values() else "we lose"
+    return Verdict(word, sentence, tuple(findings))
 
 
 # 12
@@ -465,6 +503,7 @@ COMBINED: dict[str, dict[str, Any]] = {
     "AdamW, rollback": dict(on_collapse="rollback", save_steps=25),
     "AdamW2, rollback": ADAMW2 | dict(on_collapse="rollback", save_steps=25),
 }
+ADDED = ("AdamW2, warmup 20 %", "AdamW2, clipped at 1")
 IN_BF16 = ("AdamW", "AdamW, warmup 20 %", "AdamW2", "sigmaReparam")
 
 
@@ -481,10 +520,15 @@ def _combined_variants() -> dict[str, Settings]:
 
 def _judge_combined(results: Results) -> Verdict:
     of_mean = partial(_loss_text, results)
-    parts = []
+    findings, changed, helped = [], 0, 0
     for rate in COMBINED_RATES:
+        of_rate = {name: mean(losses(results, f"{name} at {rate:g}")) for name in COMBINED}
+        for method in IN_BF16:
+            half = mean(losses(results, f"{method}, bf16 at {rate:g}"))
+            changed += max(half, of_rate[method]) > WORSE * min(half, of_rate[method])
+        helped += all(WORSE * of_rate[name] < of_rate["AdamW2"] for name in ADDED)
         halves = ", ".join(
-            f"{method} {of_mean(f'{method} at {rate:g}')} / "
+            f"{method} {of_mean(f'{method} at {rate:g}')} and "
             f"{of_mean(f'{method}, bf16 at {rate:g}')}"
             for method in IN_BF16
         )
@@ -493,27 +537,37 @@ def _judge_combined(results: Results) -> Verdict:
             for method in COMBINED
             if method not in IN_BF16
         )
-        parts.append(f"at {rate:g} {halves}; {others}")
-    return "measured", (
-        "test loss, of the first four in float32 / under bfloat16 autocast: " + ". ".join(parts)
+        findings += [
+            f"At {rate:g}, test loss in float32 and under bfloat16 autocast: {halves}.",
+            f"At {rate:g}, test loss: {others}.",
+        ]
+    total = len(COMBINED_RATES)
+    sentence = (
+        f"Warmup and clipping both improve AdamW2 at {helped} of {total} rates; bfloat16 changes "
+        f"the loss by more than 5 % in {changed} of {total * len(IN_BF16)} set-ups."
     )
+    return Verdict("measured", sentence, tuple(findings))
 
 
 CLAIMS = (
     Claim(
-        "7", "Both widen the window of learning rates that train; and initialisations, batch sizes",
+        "7", "More learning rates train",
+        "Both widen the window of learning rates that train; and initialisations, batch sizes",
         _robustness_variants(), _judge_robustness, rows=_robustness_tables,
     ),
     Claim(
-        "8", "Norms removed on all four architectures; power iterations; a grid of rates and tau",
+        "8", "Norms, power iterations, tau",
+        "Norms removed on all four architectures; power iterations; a grid of rates and tau",
         _ablation_variants(), _judge_ablations, appendix=power_iterations.section,
     ),
     Claim(
-        "9", "Other normalisers in sigma's place, schedules, calibration and noise",
+        "9", "Normalisers, schedules, noise",
+        "Other normalisers in sigma's place, schedules, calibration and noise",
         _open_question_variants(), _judge_open_questions, needs=frozenset(GENERALISATION),
     ),
     Claim(
-        "10", "An unstable run is above the threshold of sharpness more often than a stable one",
+        "10", "Sharpness of unstable runs",
+        "An unstable run is above the threshold of sharpness more often than a stable one",
         of(SHARPNESS), _judge_sharpness,
         needs=frozenset({"above", "above_scheduled", "first_above"}),
         figure=Figure(
@@ -526,7 +580,8 @@ CLAIMS = (
         ),
     ),
     Claim(
-        "11", "Against what users would pick instead",
+        "11", "Against what users would pick",
+        "Against what users would pick instead",
         of(
             {
                 f"{method} at {rate:g}": replace(VIT, learning_rate=rate, **changes)
@@ -537,7 +592,8 @@ CLAIMS = (
         _judge_rivals,
     ),
     Claim(
-        "12", "With what runs have already: half precision, warmup, clipping, rollback",
+        "12", "With what runs have already",
+        "With what runs have already: half precision, warmup, clipping, rollback",
         of(_combined_variants()), _judge_combined,
     ),
 )  # fmt: skip

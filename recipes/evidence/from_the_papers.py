@@ -64,7 +64,7 @@ def _warmup_variants() -> tuple[Variant, ...]:
 
 
 def _judge_warmup(results: Results) -> Verdict:
-    shown, parts, why, as_good, worse = [], [], [], [], []
+    shown, findings, why, as_good, worse = [], [], [], [], []
     models = [model for model in MODELS if f"{model}, {OURS}" in results]
     for model in models:
         plain, warm, ours = (
@@ -74,30 +74,33 @@ def _judge_warmup(results: Results) -> Verdict:
         why += against
         shown += [model] * (not against)
         worse += [model] * (ours > WORSE * warm)
-        numbers = [plain, warm, ours]
-        if f"{model}, {CONTROL}" in results:
-            numbers.append(mean(losses(results, f"{model}, {CONTROL}")))
-            if numbers[-1] <= WORSE * ours:
-                as_good.append(model)
-        parts.append(f"{model} {' / '.join(map(short, numbers))}")
-    has_control = any(f"{model}, {CONTROL}" in results for model in models)
-    sentence = (
-        "test loss of AdamW without warmup / with it / AdamW2 without"
-        + " / AdamW without warmup at a tenth of the rate" * has_control
-        + f": {'; '.join(parts)}"
-    )
-    if why:
-        sentence += ". But " + ", ".join(why)
-    if as_good:
-        sentence += (
-            ". The lower rate alone comes within 5 % of AdamW2, or beats it, on "
-            f"{', '.join(as_good)}"
+        finding = (
+            f"{model}: test loss {short(plain)} with AdamW and no warmup, {short(warm)} with "
+            f"warmup, {short(ours)} with AdamW2 and no warmup"
         )
+        if f"{model}, {CONTROL}" in results:
+            control = mean(losses(results, f"{model}, {CONTROL}"))
+            finding += f", {short(control)} with AdamW at a tenth of the rate"
+            if control <= WORSE * ours:
+                as_good.append(model)
+        findings.append(f"{finding}.")
+    findings += [f"Against the claim: {reason}." for reason in why]
+    if as_good:
+        findings.append(
+            "The lower rate alone comes within 5 % of AdamW2, or beats it, on "
+            f"{', '.join(as_good)}."
+        )
+    sentence = (
+        f"On {len(shown)} of {len(models)} models AdamW fails without warmup and trains with it, "
+        "and AdamW2 without warmup does as well or better."
+    )
     if len(shown) == len(models):
-        return "reproduced", sentence
-    if shown:
-        return "partly", sentence
-    return ("refuted" if len(worse) == len(models) else "not at this scale"), sentence
+        word = "reproduced"
+    elif shown:
+        word = "partly"
+    else:
+        word = "refuted" if len(worse) == len(models) else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 def _against_warmup(results: Results, model: str, *, is_worse: bool) -> list[str]:
@@ -144,7 +147,7 @@ def _judge_tau(results: Results) -> Verdict:
     A best tau at an end of those tried is no optimum that was seen, and one that does not train is
     none at all. The opposite is a loss that at no other tau comes within 5 %.
     """
-    parts, broad, sharp = [], 0, 0
+    findings, broad, sharp = [], 0, 0
     for model in TAU_MODELS:
         by_tau = {tau: mean(losses(results, tau_name(model, tau))) for tau in TAU_VALUES}
         best = min(by_tau, key=lambda tau: by_tau[tau])
@@ -155,19 +158,23 @@ def _judge_tau(results: Results) -> Verdict:
         trains = not mostly_fails(results, tau_name(model, best))
         broad += is_seen and trains and span >= DECADE
         sharp += is_seen and trains and sum(loss <= limit for loss in by_tau.values()) == 1
-        parts.append(
-            f"{model} {', '.join(f'{tau}: {short(loss)}' for tau, loss in by_tau.items())}; best "
-            f"at {best}{', an end of those tried' * (not is_seen)}"
-            f"{', where it mostly fails' * (not trains)}, within 5 % of it over a factor "
-            f"{span:.2g}"
+        each = ", ".join(f"{short(loss)} at {tau}" for tau, loss in by_tau.items())
+        findings.append(
+            f"{model}: test loss {each}. The best tau is {best}"
+            f"{', an end of those tried' * (not is_seen)}"
+            f"{', where it mostly fails' * (not trains)}; the loss is within 5 % of it over a "
+            f"factor of {span:.2g} in tau."
         )
+    total = len(TAU_MODELS)
     sentence = (
-        f"mean test loss by tau: {'. '.join(parts)}. Broad, over a factor of ten or more, on "
-        f"{broad} of {len(TAU_MODELS)} models"
+        f"The loss stays within 5 % of its best over a factor of ten in tau on {broad} of {total} "
+        "models."
     )
     if broad:
-        return ("reproduced" if broad == len(TAU_MODELS) else "partly"), sentence
-    return ("refuted" if sharp == len(TAU_MODELS) else "not at this scale"), sentence
+        word = "reproduced" if broad == total else "partly"
+    else:
+        word = "refuted" if sharp == total else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 # 3
@@ -177,7 +184,7 @@ LATER = ("shallow_over_deep", "w2_over_w1")
 
 
 def _judge_rates(results: Results) -> Verdict:
-    parts, rising, falling = [], 0, 0
+    findings, rising, falling = [], 0, 0
     clipped, opposite = dict.fromkeys(LATER, 0), dict.fromkeys(LATER, 0)
     for model in RATED:
         rates = [run["rates"] for run in results[f"{model}, {OURS}"]]
@@ -187,25 +194,25 @@ def _judge_rates(results: Results) -> Verdict:
         for key, ratio in zip(LATER, ratios, strict=True):
             clipped[key] += WORSE * ratio < 1
             opposite[key] += ratio > WORSE
-        parts.append(
-            f"{model}: share of the scheduled rate that was used, median {early:.2g} in the first "
-            f"fifth, {late:.2g} later; over the first half shallow over deep blocks "
-            f"{ratios[0]:.2f}, W2 over W1 {ratios[1]:.2f}"
+        findings.append(
+            f"{model}: AdamW2 uses a share of {early:.2g} of the scheduled rate in the first fifth "
+            f"of the steps, and {late:.2g} later (medians). Over the first half the rate of "
+            f"shallow blocks is {ratios[0]:.2f} times that of deep ones, and that of W2 "
+            f"{ratios[1]:.2f} times that of W1."
         )
-    told = [
-        f"{name} {_clipping(clipped[key], opposite[key])}"
-        for key, name in zip(LATER, ("shallow blocks are", "W2 is"), strict=True)
-    ]
+    shallow, second = (_clipping(clipped[key], opposite[key]) for key in LATER)
     sentence = (
-        f"{'. '.join(parts)}. So rates rise as in a warmup on {rising} of {len(RATED)} models, "
-        f"{' and '.join(told)}"
+        f"Rates rise as in a warmup on {rising} of {len(RATED)} models; shallow blocks are "
+        f"{shallow}, and W2 is {second}."
     )
     if all(count == len(RATED) for count in (rising, *clipped.values())):
-        return "reproduced", sentence
-    if rising or any(clipped.values()):
-        return "partly", sentence
-    is_refuted = all(count == len(RATED) for count in (falling, *opposite.values()))
-    return ("refuted" if is_refuted else "not at this scale"), sentence
+        word = "reproduced"
+    elif rising or any(clipped.values()):
+        word = "partly"
+    else:
+        is_refuted = all(count == len(RATED) for count in (falling, *opposite.values()))
+        word = "refuted" if is_refuted else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 def _clipping(more: int, less: int) -> str:
@@ -255,7 +262,7 @@ def _judge_collapse(results: Results) -> Verdict:
     entropy and growth of sigma1 differ by more than 5 % as they must. That SEC does so as well is
     asked for "reproduced" alone: it comes near 1 in healthy runs from a small initialisation too.
     """
-    parts, signs, reversed_signs, separated = [], [], [], 0
+    findings, signs, reversed_signs, separated = [], [], [], 0
     for bad, good in COLLAPSE_PAIRS:
         if bad not in results or good not in results:
             continue
@@ -283,23 +290,30 @@ def _judge_collapse(results: Results) -> Verdict:
         reversed_signs.append(
             mostly_fails(results, bad) and _collapses_more(others, own, *COLLAPSED)
         )
-        parts.append(
-            f"{bad}: {failures(results, bad)} of {len(falls)} fail, a head below half of its "
-            f"largest entropy first at steps {_steps(falls)}, crash (loss lost, or a spike that it "
-            f"does not recover from) at steps {_steps(crashes)}, so before it or along with it in "
-            f"{in_time} of {len(falls)}; {_attention(own)}. {good}: {failures(results, good)} of "
-            f"{len(results[good])} fail, below half at steps "
-            f"{_steps([run['fall_step'] for run in results[good]])}; {_attention(others)}"
-        )
+        findings += [
+            f"{bad}: {failures(results, bad)} of {len(falls)} runs fail. A head falls below half "
+            f"of its largest entropy at steps {_steps(falls)}; the run crashes at steps "
+            f"{_steps(crashes)}. So the fall comes before the crash, or along with it, in "
+            f"{in_time} of {len(falls)}. {_attention(own)}",
+            f"{good}: {failures(results, good)} of {len(results[good])} runs fail. A head falls "
+            f"below half at steps {_steps([run['fall_step'] for run in results[good]])}. "
+            f"{_attention(others)}",
+        ]
+    findings.append(
+        "A run crashes where its loss is lost, or at a spike from which it does not recover. A "
+        f"fall goes along with it if it comes at most {ACCOMPANIES:.0%} of the steps later."
+    )
     sentence = (
-        f"shown by {sum(signs)} of {len(signs)} pairs, with SEC telling them apart in {separated} "
-        f"(along with it: within {ACCOMPANIES:.0%} of the steps). {'. '.join(parts)}"
+        f"{sum(signs)} of {len(signs)} pairs of a run that crashes and one that trains show it; "
+        f"SEC tells the two apart in {separated}."
     )
     if all(signs) and separated == len(signs):
-        return "reproduced", sentence
-    if any(signs):
-        return "partly", sentence
-    return ("refuted" if all(reversed_signs) else "not at this scale"), sentence
+        word = "reproduced"
+    elif any(signs):
+        word = "partly"
+    else:
+        word = "refuted" if all(reversed_signs) else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 def _median_step(results: Results, name: str) -> float:
@@ -319,8 +333,8 @@ def _collapses_more(first: Mapping[str, float], second: Mapping[str, float], *ke
 
 def _attention(found: Mapping[str, float]) -> str:
     return (
-        f"lowest entropy share {found['lowest_entropy']:.2g}, sigma1(Wq^T Wk) grows "
-        f"{found['sigma_growth']:.3g} x, highest SEC {found['highest_sec']:.2f}"
+        f"The lowest entropy share is {found['lowest_entropy']:.2g}, the highest SEC "
+        f"{found['highest_sec']:.2f}; sigma1(Wq^T Wk) grows {found['sigma_growth']:.3g}-fold."
     )
 
 
@@ -354,10 +368,14 @@ def _judge_modes(results: Results) -> Verdict:
                 in_failed.update(run["modes"])
     defined = sum(totals.values()) - totals["undefined"]
     sentence = (
-        f"of {defined} head maps in {len(results)} set-ups {totals['benign']} benign and "
-        f"{totals['malignant']} malignant; {in_failed['malignant']} of the malignant and "
-        f"{in_failed['benign']} of the benign in runs that failed. Another {totals['undefined']} "
-        "are of steps after the weights were NaN, when there is no attention to look at"
+        f"Of {defined} head maps {totals['malignant']} are malignant and {totals['benign']} benign."
+    )
+    findings = (
+        f"{defined} head maps were looked at, in {len(results)} set-ups.",
+        f"{in_failed['malignant']} of the malignant maps and {in_failed['benign']} of the benign "
+        "ones are from runs that failed.",
+        f"Another {totals['undefined']} maps are from steps after the weights were NaN, when there "
+        "is no attention to look at.",
     )
     told, confused = 0, 0
     for mode, share_in_place in (
@@ -368,8 +386,8 @@ def _judge_modes(results: Results) -> Verdict:
         told += occurs and share_in_place > 0.5
         confused += occurs and share_in_place < 0.5
     if told:
-        return ("partly", "reproduced")[told - 1], sentence
-    return ("refuted" if confused == 2 else "not at this scale"), sentence
+        return Verdict(("partly", "reproduced")[told - 1], sentence, findings)
+    return Verdict("refuted" if confused == 2 else "not at this scale", sentence, findings)
 
 
 # 6
@@ -438,7 +456,7 @@ def _judge_sigma(results: Results) -> Verdict:
 
     Entropy is kept only in runs that learn: one that stands at chance has its attention untouched.
     """
-    parts = []
+    findings = []
     trains = fails = worse = better = kept = collapses = lower = 0
     names = [name for name in SIGMA_SETUPS if f"{name}, {PATCHED}" in results]
     for name in names:
@@ -454,30 +472,40 @@ def _judge_sigma(results: Results) -> Verdict:
         collapses += low < ROWS_SPARSE
         kept += low < ROWS_SPARSE and _keeps_entropy(results[kinds[1]])
         lower += ours_low < ROWS_SPARSE <= low
-        parts.append(
-            f"{name}: {short(plain)} -> {short(ours)}, {low:.2f} -> {ours_low:.2f}, "
-            f"{failures(results, kinds[0])} -> {failures(results, kinds[1])} fail"
+        finding = (
+            f"{name}: median test loss {short(plain)} plain and {short(ours)} with sigmaReparam, "
+            f"lowest entropy share {low:.2f} and {ours_low:.2f}, failed runs "
+            f"{failures(results, kinds[0])} and {failures(results, kinds[1])}."
         )
         if f"{name}, {SPECTRAL}" in results:
             other = f"{name}, {SPECTRAL}"
-            parts[-1] += (
-                f" (init spectral: {short(median(losses(results, other)))}, "
-                f"{median(run['lowest_entropy'] for run in results[other]):.2f}, "
-                f"{failures(results, other)} fail)"
+            finding += (
+                f" With init spectral {short(median(losses(results, other)))}, "
+                f"{median(run['lowest_entropy'] for run in results[other]):.2f} and "
+                f"{failures(results, other)} failed."
             )
+        findings.append(finding)
+    total = len(names)
     sentence = (
-        f"mostly trains in {trains} of the {fails} set-ups in which the plain model "
-        f"mostly fails, and mostly fails in {worse} of the other {len(names) - fails}; "
-        f"loss more than 5 % better in {better} of {len(names)}; entropy stays above half, in runs "
-        f"that learn something, in {kept} of the {collapses} in which plain attention falls "
-        f"below it, and falls below it in {lower} of the others. Median test loss and lowest "
-        "entropy share, plain -> sigmaReparam: " + "; ".join(parts)
+        f"It mostly trains in {trains} of the {fails} set-ups in which the plain model mostly "
+        f"fails, and keeps entropy in {kept} of the {collapses} in which plain attention falls."
     )
+    findings = [
+        f"sigmaReparam mostly fails in {worse} of the {total - fails} set-ups in which the plain "
+        "model does not.",
+        f"The loss is more than 5 % better in {better} of {total}.",
+        "Entropy counts as kept where it stays above half in runs that learn something. It falls "
+        f"below half under sigmaReparam in {lower} of the set-ups in which plain attention does "
+        "not.",
+        *findings,
+    ]
     if trains and kept and trains == fails and kept == collapses and not worse:
-        return "reproduced", sentence
-    if trains or kept:
-        return "partly", sentence
-    return ("refuted" if worse == len(names) else "not at this scale"), sentence
+        word = "reproduced"
+    elif trains or kept:
+        word = "partly"
+    else:
+        word = "refuted" if worse == total else "not at this scale"
+    return Verdict(word, sentence, tuple(findings))
 
 
 def _keeps_entropy(runs: Sequence[Mapping[str, Any]]) -> bool:
@@ -495,16 +523,19 @@ COURSES = (
 
 CLAIMS = (
     Claim(
-        "1", "AdamW2 without warmup matches or beats AdamW with warmup, while AdamW without "
+        "1", "AdamW2 needs no warmup",
+        "AdamW2 without warmup matches or beats AdamW with warmup, while AdamW without "
         "warmup fails (Qi et al. 2025, Table 1)", _warmup_variants(), _judge_warmup,
         quick=tuple(f"BERT, {kind}" for kind in (PLAIN, WARMUP, OURS)),
     ),
     Claim(
-        "2", "tau has a broad optimum (Qi et al. 2025, Figure 6)",
+        "2", "tau has a broad optimum",
+        "A wide range of tau gives nearly the best loss (Qi et al. 2025, Figure 6)",
         _tau_variants(), _judge_tau,
     ),
     Claim(
-        "3", "The effective rate looks like a warmup; shallow layers and W2 are clipped more "
+        "3", "Effective rates look like a warmup",
+        "The effective rate looks like a warmup; shallow layers and W2 are clipped more "
         "(Qi et al. 2025, Appendix M)",
         tuple(v for v in _warmup_variants() if v.name in [f"{m}, {OURS}" for m in RATED]),
         _judge_rates,
@@ -515,19 +546,22 @@ CLAIMS = (
         ),
     ),
     Claim(
-        "4", "Collapse of attention precedes or accompanies the crash (Zhai et al. 2023, "
+        "4", "Attention collapses before the crash",
+        "Collapse of attention precedes or accompanies the crash (Zhai et al. 2023, "
         "Figure 1; Qi et al. 2025, Figures 4, 8 to 10)", of(COLLAPSE), _judge_collapse,
         needs=frozenset({"fall_step", "crash_step", "sigma_growth", "highest_sec"}),
         figure=Figure(COLLAPSE_PAIRS, COURSES, log_steps=True),
         quick=COLLAPSE_PAIRS[2],
     ),
     Claim(
-        "5", "Benign and malignant collapse occur and are told apart (Qi et al. 2025, "
+        "5", "Two kinds of collapse",
+        "Benign and malignant collapse occur and are told apart (Qi et al. 2025, "
         "Figure 3)",
         LOOKED_AT, _judge_modes, needs=frozenset({"modes"}),
     ),
     Claim(
-        "6", "sigmaReparam keeps entropy from collapsing and trains where the baseline does "
+        "6", "sigmaReparam keeps entropy and trains",
+        "sigmaReparam keeps entropy from collapsing and trains where the baseline does "
         "not (Zhai et al. 2023)",
         tuple(
             Variant(f"{name}, {kind}", each)

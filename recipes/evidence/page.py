@@ -11,11 +11,16 @@ from recipes.settings import Settings
 
 HEADER = """# Evidence
 
-What the two papers claim, tested on data that is embedded everywhere: scikit-learn's
-digits, and the source of Python's standard library. Models of 0.2 to 1.3 M parameters,
-one CPU thread a run. This page is written by `python recipes/evidence/run.py`; nothing in
-it is edited by hand. With `--quick` it does the runs of a set-up each of claims 1, 4 and 6 on one
-seed, and says whether they show what three seeds of all set-ups do.
+The two papers make claims, and this page tests them. Each claim has runs, a rule that judges them
+and a verdict. What did not show is here too.
+
+The data are embedded everywhere: scikit-learn's digits, and the source of Python's standard
+library. The models are small, with 0.2 to 1.3 M parameters, and each run has one CPU thread. So a
+verdict holds at this scale only.
+
+`python recipes/evidence/run.py` does the runs and writes this page; nothing in it is edited by
+hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and says whether they show
+what the whole shows.
 """
 
 RUNS = [
@@ -28,14 +33,15 @@ SETUPS = "<details><summary>Set-ups: what is not the default of `recipes/setting
 
 def page(claims: Mapping[str, Claim]) -> str:
     """Return the table of all claims, what its words mean, and the runs of each claim."""
-    lines = [HEADER, "| claim | verdict | what was measured |", "|---|---|---|"]
+    lines = [HEADER, "| claim | verdict | in one sentence |", "|---|---|---|"]
     details: list[str] = []
     for key, claim in claims.items():
         found = records.read(claim)
         if found is None:
-            lines.append(f"| {key}. {claim.text} | not run | |")
+            lines.append(f"| {key}. {claim.title} | not run | |")
             continue
-        lines.append(f"| {key}. {claim.text} | {found['verdict']} | {found['sentence']} |")
+        link = f"[{key}. {claim.title}](#claim-{key})"
+        lines.append(f"| {link} | {found['verdict']} | {found['sentence']} |")
         details += _details(claim, found)
     words = [f"- **{word}**: {meaning}." for word, meaning in VERDICTS.items()]
     return "\n".join([*lines, "", "## What a verdict says", "", *words, "", *details]) + "\n"
@@ -44,6 +50,12 @@ def page(claims: Mapping[str, Claim]) -> str:
 def _details(claim: Claim, found: dict[str, Any]) -> list[str]:
     lines = [
         f"## Claim {claim.key}",
+        "",
+        f"**{claim.title}.** {claim.text}.",
+        "",
+        f"Verdict: {found['verdict']}. {found['sentence']}",
+        "",
+        *(f"- {finding}" for finding in found["findings"]),
         "",
         f"`{found['command']}`, seeds {', '.join(map(str, found['seeds']))}; "
         f"{found['seconds_of_runs'] / 60:.0f} minutes of runs on {found['machine']}.",

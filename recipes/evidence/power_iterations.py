@@ -121,9 +121,9 @@ def measure_sigma(
         model = build(replace(settings, patch="sigma_reparam"), task)
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         layers = [layer for layer in model.modules() if hasattr(layer, "sigma_u")]
-        for batch in _batches(task, steps):
+        for batch in batches(task, steps):
             _step(model, optimizer, batch, layers, count)
-        errors = [abs(found - exact) / exact for exact, found in _sigmas(layers)]
+        errors = [abs(found - exact) / exact for exact, found in exact_and_tracked(layers)]
         rows.append(_row(model_name, depth, count, errors))
     gc.collect()  # layers of models that are still there are looked through after each step
     for count in ITERATIONS:
@@ -154,9 +154,9 @@ def _narrow(model_name: str, depth: int) -> tuple[Settings, data.Task]:
     return replace(settings, model_config=sizes), data.load(settings.data, model=settings.model)
 
 
-def _batches(task: data.Task, steps: int) -> Iterator[dict[str, Tensor]]:
+def batches(task: data.Task, steps: int, *, seed: int = 0) -> Iterator[dict[str, Tensor]]:
     """Yield random batches, the same ones each time."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(task.train), (BATCH,), generator=generator)
         yield {name: column[chosen] for name, column in task.train.columns.items()}
@@ -180,13 +180,13 @@ def _step(
 def _whole_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, task: data.Task, iterations: int
 ) -> Callable[[], object]:
-    (batch,) = _batches(task, 1)
+    (batch,) = batches(task, 1)
     layers = [layer for layer in model.modules() if hasattr(layer, "sigma_u")]
     return lambda: _step(model, optimizer, batch, layers, iterations)
 
 
 @torch.no_grad()
-def _sigmas(layers: list[Any]) -> Iterator[tuple[float, float]]:
+def exact_and_tracked(layers: list[Any]) -> Iterator[tuple[float, float]]:
     """Yield sigma by SVD, and the one that a layer has, of each matrix."""
     for layer in layers:
         blocks = split_blocks(as_matrix(layer.weight), layer.num_blocks, layer.block_dim)
@@ -199,7 +199,7 @@ def _train(
 ) -> list[float]:
     """Take some steps; return the relative errors of the last one's rates."""
     weights: dict[Tensor, Tensor] = {}
-    for batch in _batches(task, steps):
+    for batch in batches(task, steps):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         weights = {p: p.detach().clone() for p in model.parameters()}

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from recipes.evidence import figures, records
-from recipes.evidence.claim import SHOWN, Claim
+from recipes.evidence.claim import SHOWN, Claim, Verdict
 from recipes.evidence.claims import CLAIMS
 from recipes.evidence.page import page
 from recipes.evidence.runs import Variant, do_runs, forget, key_of
@@ -137,12 +137,11 @@ def test(claim: Claim, args: argparse.Namespace) -> None:
             variant, found[variant.name], made_with, drawn=variant.name in drawn
         )
     entries = {variant.name: entries[variant.name] for variant in claim.variants}
-    verdict, sentence = claim.judge({name: entry["runs"] for name, entry in entries.items()})
+    verdict = claim.judge({name: entry["runs"] for name, entry in entries.items()})
     content = {
         "claim": claim.text,
         "command": f"python recipes/evidence/run.py {claim.key} --again --seeds {len(seeds)}",
-        "verdict": verdict,
-        "sentence": sentence,
+        **_as_json(verdict),
         "seeds": list(seeds),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
         "seconds_of_runs": round(
@@ -153,9 +152,14 @@ def test(claim: Claim, args: argparse.Namespace) -> None:
     }
     records.write(claim, content)
     print(
-        f"claim {claim.key}: {verdict} ({len(todo)} of {len(entries)} variants run, "
-        f"{time.perf_counter() - started:.0f} s). {sentence}"
+        f"claim {claim.key}: {verdict.word} ({len(todo)} of {len(entries)} variants run, "
+        f"{time.perf_counter() - started:.0f} s). {verdict.sentence}"
     )
+
+
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    word, sentence, findings = verdict
+    return {"verdict": word, "sentence": sentence, "findings": list(findings)}
 
 
 def publish(claim: Claim) -> None:
@@ -163,9 +167,8 @@ def publish(claim: Claim) -> None:
     content = records.read(claim)
     if content is None:
         return
-    content["claim"] = claim.text
-    content["verdict"], content["sentence"] = claim.judge(records.runs_of(content))
-    records.write(claim, content)
+    judged = _as_json(claim.judge(records.runs_of(content)))
+    records.write(claim, {**content, "claim": claim.text, **judged})
     if claim.figure is not None:
         entries = content["variants"]
         courses = {name: entries[name]["course"] for name in claim.figure.names}
@@ -190,12 +193,13 @@ def quick(args: argparse.Namespace) -> int:
     with _progress("quick set") as show:
         found = do_runs(variants, [QUICK_SEED], args.work, workers=args.workers, on_done=show)
     for key, of_claim in chosen.items():
-        verdict, sentence = CLAIMS[key].judge(
+        verdict = CLAIMS[key].judge(
             {v.name: [records.summary(run) for run in found[v.name]] for v in of_claim}
         )
         in_full = (records.read(CLAIMS[key]) or {"verdict": "not run"})["verdict"]
-        missed += (verdict in SHOWN) != (in_full in SHOWN)
-        print(f"claim {key}, seed {QUICK_SEED}: {verdict} (in full: {in_full}). {sentence}")
+        missed += (verdict.word in SHOWN) != (in_full in SHOWN)
+        said = " ".join((verdict.sentence, *verdict.findings))
+        print(f"claim {key}, seed {QUICK_SEED}: {verdict.word} (in full: {in_full}). {said}")
     print(f"{time.perf_counter() - started:.0f} s on {args.workers} processes")
     return 1 if missed else 0
 

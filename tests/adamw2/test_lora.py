@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hf_stable
 from hf_stable.adamw2.lora_layers import find_lora_layers
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.adamw2.rule import LORA_STATE
 from hf_stable.architectures.registry import UnsupportedModelError
@@ -427,8 +428,6 @@ def test_a_model_without_adapters_is_refused(tmp_path):
 
 def test_factors_in_different_groups_are_refused():
     model = lora(tiny_model("vit"))
-    from hf_stable.adamw2.groups import ModelAdamW2
-
     ups = [p for n, p in model.named_parameters() if "lora_B" in n]
     downs = [p for n, p in model.named_parameters() if "lora_A" in n]
     groups = [dict(params=ups, lr=1e-2), dict(params=downs, lr=1e-3)]

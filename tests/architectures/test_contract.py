@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.architectures.registry import find_blocks, find_layers, find_norms, lookup
+from hf_stable.architectures.finding import find_blocks, find_layers, find_norms
 from hf_stable.methods.patching import METHODS
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
@@ -265,11 +265,11 @@ def test_the_four_architectures_ship():
 
 def test_layers_and_roles_are_pinned(head):
     model = head.build()
-    found = {layer.name: layer.roles for layer in find_layers(model, lookup(model))}
+    found = {layer.name: layer.roles for layer in find_layers(model)}
     assert found == head.roles()
     order = [name for name, _ in model.named_modules() if name in found]
     assert list(found) == order
-    blocks = [name for name, _ in find_blocks(model, lookup(model))]
+    blocks = [block.name for block in find_blocks(model)]
     assert blocks == head.block_names()
 
 
@@ -281,7 +281,7 @@ def test_every_matrix_of_the_stock_model_is_known(head):
 
 def test_norms_and_placements_are_pinned(head):
     model = head.build()
-    found = {norm.name: norm.placement for norm in find_norms(model, lookup(model))}
+    found = {norm.name: norm.placement for norm in find_norms(model)}
     assert found == head.placements()
     norms = {name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     # A backbone normalises the features that it hands out; these norms are its outputs' own.
@@ -382,7 +382,7 @@ FITTING = {f"{h}-{m}": (HEADS[h], m) for h in HEADS for m in METHODS if fits(HEA
 @pytest.mark.parametrize(("head", "method"), FITTING.values(), ids=FITTING)
 def test_what_a_user_hangs_into_the_model_stays(head, method):
     model = head.build()
-    block = find_blocks(model, lookup(model))[0][1]
+    block = find_blocks(model)[0].module
     mine = [nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Conv2d(1, 1, 1)]
     model.probe, block.adapter, block.adapter_norm, model.stem = mine
     before = [(type(module), module.weight.clone()) for module in mine]

@@ -13,7 +13,7 @@ from transformers import DeiTConfig, DeiTForImageClassification, LlamaConfig, Ll
 
 import hf_stable
 from hf_stable import Architecture, Attention, Block, Member
-from hf_stable.architectures import registry
+from hf_stable.architectures import finding, registry
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
 LLAMA = Architecture(
@@ -60,7 +60,9 @@ def tiny_deit():
 
 def deit_architecture():
     """DeiT is ViT by another name, so its entry is ViT's with the names replaced."""
-    vit = registry.lookup(transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=0)))
+    vit = registry.architecture_of(
+        transformers.ViTModel(transformers.ViTConfig(num_hidden_layers=0))
+    )
 
     def rename(members):
         return tuple(Member(m.class_name.replace("ViT", "DeiT"), m.path) for m in members)
@@ -139,10 +141,10 @@ def test_a_registered_model_works_from_patch_to_fold(case, tmp_path):
 def test_every_matrix_of_llama_has_its_role():
     hf_stable.register_architecture(LLAMA)
     model, _ = tiny_llama()
-    roles = {f.name.split(".", 3)[-1]: f.roles for f in registry.find_layers(model, LLAMA)}
+    roles = {f.name.split(".", 3)[-1]: f.roles for f in finding.find_layers(model)}
     assert roles["mlp.gate_proj"] == roles["mlp.up_proj"] == ("mlp_in",)
     assert roles["mlp.down_proj"] == ("mlp_out",) and roles["lm_head"] == ("head",)
-    norms = {norm.name: norm.placement for norm in registry.find_norms(model, LLAMA)}
+    norms = {norm.name: norm.placement for norm in finding.find_norms(model)}
     assert norms["model.layers.1.input_layernorm"] == "pre" and norms["model.norm"] == "other"
 
 
@@ -152,9 +154,9 @@ def test_a_duplicate_is_refused_unless_it_is_to_overwrite():
     with pytest.raises(ValueError, match="'llama' is registered already; pass overwrite=True"):
         hf_stable.register_architecture(fewer)
     model, _ = tiny_llama()
-    assert registry.lookup(model) is LLAMA
+    assert registry.architecture_of(model) is LLAMA
     hf_stable.register_architecture(fewer, overwrite=True)
-    assert registry.lookup(model) is fewer
+    assert registry.architecture_of(model) is fewer
     assert hf_stable.describe(hf_stable.patch(model, "sigma_reparam")).num_patched == 10
 
 
@@ -165,7 +167,7 @@ def test_an_entry_that_does_not_fit_the_model_is_refused():
     before = dict(model.named_modules())
     with pytest.raises(
         hf_stable.UnsupportedModelError,
-        match=r"the entry for 'llama' names 'model.layers.0.mlp.fc2', which this LlamaForCausalLM "
+        match=r"the entry for 'llama' names 'model.layers.0.mlp.fc2', which this LlamaDecoderLayer "
         r"does not have; register an entry that fits .*overwrite=True",
     ):
         hf_stable.patch(model, "sigma_reparam")
@@ -193,7 +195,7 @@ def test_a_block_class_that_the_model_does_not_have_is_refused():
 def test_a_model_without_blocks_keeps_its_other_layers():
     config = transformers.ViTConfig(num_hidden_layers=0, image_size=8, patch_size=4)
     model = hf_stable.patch(transformers.ViTForImageClassification(config), "sigma_reparam")
-    assert registry.find_blocks(model, registry.lookup(model)) == []
+    assert finding.find_blocks(model) == []
     assert hf_stable.describe(model).num_patched == 1
 
 
@@ -216,6 +218,6 @@ def test_supported_architectures_are_sorted():
 
 def test_a_model_that_is_none_of_transformers_is_refused():
     with pytest.raises(
-        hf_stable.UnsupportedModelError, match="Sequential has no config.model_type.*pass the"
+        hf_stable.UnsupportedModelError, match="Sequential has no config.model_type.*pass a"
     ):
         hf_stable.patch(nn.Sequential(nn.Linear(3, 3)), "sigma_reparam")

@@ -14,7 +14,7 @@ from tiny_models import sgd_steps, tiny_model
 from transformers import PreTrainedModel
 
 import hf_stable
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 
@@ -58,8 +58,8 @@ def rewrite(path, change):
 )
 def test_damaged_sidecar(folder, damage):
     load(folder)
-    damage(folder / STATE_FILE)
-    with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged .*hf_stable\.patch"):
+    damage(folder / SIDECAR_FILE)
+    with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged .*hf_stable\.patch"):
         load(folder)
 
 
@@ -67,7 +67,7 @@ def test_missing_shard_of_the_sidecar(tmp_path):
     model = hf_stable.patch(tiny_model("swin"), "sigma_reparam")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     sorted(tmp_path.glob("hf_stable_state-*"))[0].unlink()
-    with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged .*00001-of"):
+    with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged .*00001-of"):
         hf_stable.load(type(model), tmp_path)
 
 
@@ -76,7 +76,7 @@ def test_sidecar_of_another_save(folder, tmp_path):
     sgd_steps(other, steps=1, lr=1e-4)
     other.save_pretrained(tmp_path / "later")
     load(tmp_path / "later")
-    shutil.copy(tmp_path / "later" / STATE_FILE, folder)
+    shutil.copy(tmp_path / "later" / SIDECAR_FILE, folder)
     with pytest.raises(ValueError, match="belongs to another save than the weights beside it"):
         load(folder)
 
@@ -92,7 +92,7 @@ def test_another_number_of_labels(tmp_path):
 
 
 def test_sidecar_of_a_later_format(folder):
-    rewrite(folder / STATE_FILE, lambda description: description.update(format_version=99))
+    rewrite(folder / SIDECAR_FILE, lambda description: description.update(format_version=99))
     with pytest.raises(ValueError, match="has format 99.*Upgrade hf_stable"):
         load(folder)
 
@@ -127,9 +127,9 @@ def test_directory_that_cannot_be_written(tmp_path, below):
 
 def test_sidecar_that_cannot_be_written(folder):
     model = load(folder)
-    (folder / STATE_FILE).unlink()
-    (folder / STATE_FILE).mkdir()
-    with pytest.raises(OSError, match=f"{STATE_FILE} could not be written"):
+    (folder / SIDECAR_FILE).unlink()
+    (folder / SIDECAR_FILE).mkdir()
+    with pytest.raises(OSError, match=f"{SIDECAR_FILE} could not be written"):
         model.save_pretrained(folder)
     assert not list(folder.glob("*.tmp"))
 

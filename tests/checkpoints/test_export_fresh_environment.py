@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from exported_cases import ALL, export_case, run_script
-from test_packaging import check_wheel, make_environment
+from fresh_environments import check_wheel, make_environment
 
 
 @pytest.mark.slow

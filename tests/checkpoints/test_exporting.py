@@ -13,19 +13,16 @@ import transformers
 from exported_cases import ALL, METHODS, export_case, patched, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import sgd_steps, tiny_batch, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny_models import sgd_steps, tiny_batch, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import hf_stable
 from hf_stable import modeling_hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.exporting import plain_copy
 from hf_stable.checkpoints.saved_models import load_saved
-from hf_stable.methods.patching import STATE_FILE
-from hf_stable.methods.sigma_reparam.layers import live_layers
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.steps import live_layers
 
 PIPELINES = [
     ("text-generation", "gpt2", "GPT2LMHeadModel"),
@@ -37,14 +34,6 @@ PIPELINES = [
     ("text-classification", "bert", "BertForSequenceClassification"),
     ("token-classification", "bert", "BertForTokenClassification"),
 ]
-
-
-def tiny_tokenizer():
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
-    words = [*special.values(), *(f"w{i}" for i in range(34))]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def tiny_processor(model):
@@ -276,7 +265,7 @@ def test_weights_of_an_earlier_save_in_other_files_do_not_stay(write, method, si
 def test_a_sidecar_of_an_earlier_save_does_not_stay(tmp_path):
     model = patched("vit", "ViTForImageClassification", "sigma_no_norms")
     model.save_pretrained(tmp_path)
-    assert (tmp_path / STATE_FILE).is_file()
+    assert (tmp_path / SIDECAR_FILE).is_file()
     hf_stable.export(model, tmp_path)
     assert not list(tmp_path.glob("hf_stable_state*"))
 

@@ -21,11 +21,11 @@ from tiny_models import tiny_model
 from tiny_training import make_trainer
 
 import hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.card_pictures import PICTURE_FILE, draw_curves
 from hf_stable.checkpoints.model_cards import END, START, amend_card
 from hf_stable.checkpoints.provenance import read_training, record_of
 from hf_stable.checkpoints.saved_models import export_saved
-from hf_stable.methods.patching import STATE_FILE
 
 METHODS = pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
 
@@ -126,7 +126,7 @@ def test_the_models_own_push_to_hub(hub, method):
 def test_save_pretrained_that_pushes_keeps_the_sidecar_here_only(hub, method, tmp_path):
     model = patched("vit", "ViTForImageClassification", method)
     model.save_pretrained(tmp_path / "vit", push_to_hub=True, repo_id="me/vit")
-    assert (tmp_path / "vit" / STATE_FILE).is_file()
+    assert (tmp_path / "vit" / SIDECAR_FILE).is_file()
     assert_published(hub, "me/vit", model, with_norms=method == "sigma")
 
 
@@ -152,7 +152,7 @@ def test_a_trainer_that_pushes(hub, method, tmp_path):
     first = hub.repos["me/run"].commits[1]
     assert first["summary"].startswith("Training in progress")
     assert ("modeling_hf_stable.py" in first["files"]) == (method != "sigma")
-    assert (tmp_path / "run" / "checkpoint-2" / STATE_FILE).is_file()
+    assert (tmp_path / "run" / "checkpoint-2" / SIDECAR_FILE).is_file()
     card = card_of(hub, "me/run")
     assert {"generated_from_trainer", "hf_stable", "sigma_reparam"} <= set(card.data.tags)
     assert card.text.count("## Trained with hf_stable") == 1
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_is_pushed_to_be_continued_can_be(hub, tmp_path):
     )
     trainer.train()
     content = files(hub, "me/run")
-    assert STATE_FILE not in content
+    assert SIDECAR_FILE not in content
     folder = tmp_path / "fetched"
     for name, data in content.items():
         if name.startswith("last-checkpoint/"):
@@ -308,7 +308,7 @@ def test_a_trained_model_knows_its_own_training(tmp_path):
     assert settings_in(tmp_path / "saved") == settings_in(tmp_path / "out")
     model.save_pretrained(tmp_path / "by hand")
     found = {file.name: file.read_bytes() for file in (tmp_path / "by hand").iterdir()}
-    sidecar = found.pop(STATE_FILE)
+    sidecar = found.pop(SIDECAR_FILE)
     assert b"tau=0.02" in sidecar and not any(b"tau=0.02" in content for content in found.values())
 
 

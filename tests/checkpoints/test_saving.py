@@ -1,4 +1,4 @@
-"""Saving a patched model as plain weights, and loading it back exactly."""
+"""Saving a patched model as plain weights."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import DEFAULT_HEADS, MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from tiny_training import same_state
-from torch.distributed.tensor import Replicate, distribute_tensor
+from trained_models import logits_of, trained
 
 import hf_stable
-from hf_stable.checkpoints.saving import fold_state_dict
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.sidecar import read_state
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
@@ -51,19 +49,6 @@ print("loaded")
 """
 
 
-def trained(model_type: str, **options):
-    """A patched model whose weights, sigma and gamma have moved, in evaluation mode."""
-    model = hf_stable.patch(tiny_model(model_type), "sigma_reparam", **options)
-    sgd_steps(model)
-    return model.eval()
-
-
-def logits_of(model):
-    inputs = {key: value for key, value in tiny_batch(model).items() if key != "labels"}
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
 def weight_files(folder) -> list[Path]:
     return sorted(Path(folder).glob("model*.safetensors"))
 
@@ -80,7 +65,7 @@ def test_another_process_without_hf_stable_loads_the_plain_weights(tmp_path):
             folder = tmp_path / f"{model_type}-{size}"
             model.save_pretrained(folder, max_shard_size=size)
             assert (len(weight_files(folder)) > 1) == (size == "20KB")
-            assert (folder / STATE_FILE).is_file()
+            assert (folder / SIDECAR_FILE).is_file()
             batch = tiny_batch(model)
             batch.pop("labels")
             torch.save(batch, folder / "inputs.pt")
@@ -140,34 +125,6 @@ def test_the_state_dict_that_is_given_is_what_gets_saved(tmp_path):
     assert not torch.equal(loaded.get_submodule(name).gamma, layer.gamma)
 
 
-def test_sharded_values_are_gathered_before_folding():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model = trained("gpt2")
-        sharded = {
-            key: distribute_tensor(value.detach(), mesh, [Replicate()])
-            for key, value in model.state_dict().items()
-        }
-        folded, raw = fold_state_dict(model, sharded)
-    finally:
-        torch.distributed.destroy_process_group()
-    expected, expected_raw = fold_state_dict(model, model.state_dict())
-    assert all(torch.equal(folded[key], expected[key]) for key in expected)
-    assert all(torch.equal(raw[key], expected_raw[key]) for key in expected_raw)
-
-
-def test_folding_rounds_once_from_float32():
-    model = hf_stable.patch(tiny_model("vit").to(torch.bfloat16), "sigma_reparam", init="one")
-    name, layer = sigma_layers(model)[0]
-    exact = layer.weight.double() * (layer.gamma.double() / layer.sigma.double())
-    saved = fold_state_dict(model, model.state_dict())[0][f"{name}.weight"]
-    assert saved.dtype == torch.bfloat16
-    # Half a unit in the last of bfloat16's 8 bits, and a little for the float32 product.
-    assert ((saved.double() - exact).abs() <= exact.abs() * 2**-8).all()
-
-
 def test_a_wrappers_state_dict_is_refused(tmp_path):
     model = trained("vit")
     wrapped = {f"module.{key}": value for key, value in model.state_dict().items()}
@@ -203,93 +160,9 @@ def test_weights_of_a_patched_model_lie_aligned_wherever_they_come_from(tmp_path
         assert layer.weight is weights[f"{name}.weight"] and layer.weight.data_ptr() % 64 == 0
 
 
-@pytest.mark.parametrize("size", ["50GB", "20KB"])
-def test_load_gives_the_patched_model_back(model_type, size, tmp_path):
-    model = trained(model_type)
-    model.save_pretrained(tmp_path, max_shard_size=size)
-    auto = {
-        "gpt2": transformers.AutoModelForCausalLM,
-        "bert": transformers.AutoModelForMaskedLM,
-    }.get(model_type, transformers.AutoModelForImageClassification)
-    for model_class in (type(model), auto):
-        loaded = hf_stable.load(model_class, tmp_path)
-        assert same_state(model, loaded)
-        assert hf_stable.describe(loaded).configs == hf_stable.describe(model).configs
-        assert torch.equal(logits_of(loaded), logits_of(model))
-    assert hf_stable.patch(loaded, "sigma_reparam") is loaded  # the same config: a no-op
-    # It keeps training as the original does.
-    assert sgd_steps(loaded.train()) == sgd_steps(model.train())
-    assert same_state(model, loaded)
-    assert not same_state(model, hf_stable.load(type(model), tmp_path))
-
-
-def test_load_keeps_options_and_fits_the_base_model(tmp_path):
-    model = trained("gpt2", fused_qkv="joint", exclude=["*.mlp.*"])
-    model.save_pretrained(tmp_path)
-    base = hf_stable.load(transformers.GPT2Model, tmp_path)
-    assert len(sigma_layers(base)) == len(sigma_layers(model)) == 4
-    assert torch.equal(base.h[0].attn.c_attn.gamma, model.transformer.h[0].attn.c_attn.gamma)
-    assert base.h[0].attn.c_attn.num_blocks == 1
-
-
-def test_load_in_another_dtype(tmp_path):
-    model = trained("vit")
-    model.save_pretrained(tmp_path)
-    loaded = hf_stable.load(type(model), tmp_path, dtype=torch.bfloat16)
-    for (_, layer), (_, original) in zip(sigma_layers(loaded), sigma_layers(model), strict=True):
-        assert torch.equal(layer.weight, original.weight.bfloat16())
-        assert torch.equal(layer.gamma, original.gamma)
-
-
-def test_saving_a_folded_model_removes_the_sidecar(tmp_path):
-    model = trained("vit")
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert list(tmp_path.glob("hf_stable_state*"))
-    hf_stable.fold(model).save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("hf_stable_state*"))
-    with pytest.raises(FileNotFoundError, match=f"{STATE_FILE} is missing.*from_pretrained"):
-        hf_stable.load(type(model), tmp_path)
-
-
-def test_saving_again_leaves_no_shard_of_the_earlier_sidecar(tmp_path):
-    model = trained("swin")
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / f"{STATE_FILE}.tmp").write_bytes(b"of a killed process")
-    assert len(list(tmp_path.glob("hf_stable_state*"))) > 2
-    model.save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.glob("hf_stable_state*")] == [STATE_FILE]
-    assert same_state(hf_stable.load(type(model), tmp_path), model)
-
-
-def test_part_of_a_model_has_no_sidecar(tmp_path):
-    model = trained("vit")
-    part = {k: v for k, v in model.state_dict().items() if "layers.0." not in k}
-    model.save_pretrained(tmp_path, state_dict=part)
-    assert not any(key.endswith(("gamma", "sigma")) for key in load_file(weight_files(tmp_path)[0]))
-    assert not (tmp_path / STATE_FILE).exists()
-
-
 def test_only_the_saving_process_writes(tmp_path):
     trained("vit").save_pretrained(tmp_path, is_main_process=False)
-    assert not (tmp_path / STATE_FILE).exists()
-
-
-def test_sidecar_is_plain_safetensors_with_readable_metadata(tmp_path):
-    trained("gpt2", init="one").save_pretrained(tmp_path)
-    with safe_open(tmp_path / STATE_FILE, framework="pt") as file:
-        description = json.loads(file.metadata()["hf_stable"])
-        assert "transformer.h.0.attn.c_attn.sigma_u" in file.keys()  # noqa: SIM118
-    assert description["format_version"] == 1
-    assert description["hf_stable_version"] == hf_stable.__version__
-    assert description["configs"][0]["method"] == "sigma_reparam"
-    assert description["configs"][0]["init"] == "one"
-
-
-def test_patching_after_from_pretrained_warns_and_names_load(tmp_path):
-    trained("vit").save_pretrained(tmp_path)
-    model = transformers.ViTForImageClassification.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"use hf_stable\.load"):
-        hf_stable.patch(model, "sigma_reparam")
+    assert not (tmp_path / SIDECAR_FILE).exists()
 
 
 def test_blocks_wrapped_for_activation_checkpointing_are_saved_by_their_own_names(tmp_path):

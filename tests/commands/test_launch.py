@@ -18,13 +18,16 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from transformers import GPT2LMHeadModel, Trainer, ViTForImageClassification
+from typer.main import get_command
 
 import hf_stable
-from hf_stable.commands.launch.options import RunOptions, make_parser, read_options
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.commands.conventions import BAD_INPUT
+from hf_stable.commands.launch.command import Launch
+from hf_stable.commands.launch.options import RunOptions
+from hf_stable.commands.main import app, main
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
 from hf_stable.monitor.log_file import read_log
-from hf_stable.run import main
 
 SCRIPTS = Path(__file__).parents[1] / "support" / "scripts"
 PACKAGE = Path(hf_stable.__file__).parent
@@ -65,7 +68,7 @@ def launch(monkeypatch, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as trainers:
             for name in ("__init__", "train"):
                 trainers.setattr(Trainer, name, getattr(Trainer, name))
-            main([str(arg) for arg in argv])
+            main(["run", *map(str, argv)])
         return capsys.readouterr().err
 
     return run
@@ -112,8 +115,8 @@ def test_language_script_runs_as_if_it_had_called_patch(launch):
     assert "sigma_reparam on GPT2LMHeadModel: 8 of 9 layers" in said
     assert eval_loss("launched") == eval_loss("edited")
     assert abs(eval_loss("launched") - eval_loss("plain")) > 1e-3
-    assert Path("launched", "checkpoint-4", STATE_FILE).is_file()
-    assert not Path("plain", "checkpoint-4", STATE_FILE).exists()
+    assert Path("launched", "checkpoint-4", SIDECAR_FILE).is_file()
+    assert not Path("plain", "checkpoint-4", SIDECAR_FILE).exists()
 
 
 def test_without_options_a_script_runs_as_under_python(launch):
@@ -133,7 +136,7 @@ def test_image_script_with_model_init_the_optimizer_and_a_resume(launch):
     assert "folded ViTForImageClassification" in said
     model, report = ViTForImageClassification.from_pretrained("whole", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
-    assert not Path("whole", STATE_FILE).exists()
+    assert not Path("whole", SIDECAR_FILE).exists()
 
     launch(*options, IMAGES, "--output_dir", "resumed", *arguments,
            "--resume_from_checkpoint", "whole/checkpoint-2")  # fmt: skip
@@ -243,7 +246,7 @@ trainer.train()
 """)
     with pytest.raises(RuntimeError, match="--fold-at-end folded this model"):
         launch("--patch", "sigma_reparam", "--fold-at-end", script)
-    assert not Path("plain", STATE_FILE).exists()
+    assert not Path("plain", SIDECAR_FILE).exists()
     GPT2LMHeadModel.from_pretrained("plain")
 
 
@@ -390,6 +393,14 @@ def test_interrupting_ends_the_process_as_python_does(tmp_path):
 # Options
 
 
+def parse(*options: object) -> RunOptions:
+    """What a command line asks for."""
+    command = [*map(str, options), __file__]
+    launch = app(["run", *command], standalone_mode=False)
+    assert isinstance(launch, Launch) and launch.command == (__file__,)
+    return launch.options
+
+
 def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
     config = tmp_path / "hf_stable.yaml"
     config.write_text(
@@ -398,9 +409,9 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
         "monitor: 50\non-collapse: stop\nfold_at_end: true\n"
     )
     sigma = SigmaReparamConfig(init="one", exclude=("*.mlp.*",))
-    assert read_options(["--config", str(config)]) == RunOptions((sigma,), 50, "stop", True)
-    assert read_options(["--config", str(config), "--monitor=7"]).monitor == 7
-    assert read_options([]) == RunOptions()
+    assert parse("--config", config) == RunOptions((sigma,), 50, "stop", True)
+    assert parse("--config", config, "--monitor=7").monitor == 7
+    assert parse() == RunOptions()
 
 
 @pytest.mark.parametrize(
@@ -410,9 +421,9 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
         (["--monitor", "0"], "", "--monitor takes a number of steps, 1 or more, got '0'"),
         (["--monitor", "often"], "", "got 'often'"),
         (["--on-collapse", "stopp"], "", "did you mean 'stop'?"),
-        (["--unknown"], "", "unrecognized arguments: --unknown"),
-        (["--mon", "5"], "", "unrecognized arguments: --mon"),
-        (["--patch"], "", "expected one argument"),
+        (["--unknown"], "", "No such option: --unknown"),
+        (["--mon", "5"], "", "No such option: --mon"),
+        (["--patch"], "", "Option '--patch' requires an argument"),
         (["--config", "FILE"], "monitr: 5", "did you mean 'monitor'?"),
         (["--config", "FILE"], "[1, 2]", "must hold options by name"),
         (["--config", "FILE"], "a: b: c", "mapping values are not allowed"),
@@ -448,11 +459,11 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
 def test_bad_options_end_in_one_line(tmp_path, capsys, options, file, message):
     path = tmp_path / "file.yaml"
     path.write_text(file)
-    with pytest.raises(SystemExit) as end:
-        read_options([str(path) if option == "FILE" else option for option in options])
-    assert end.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("hf-stable run: error:")
+    script = [] if options == ["--patch"] else [__file__]
+    given = [str(path) if option == "FILE" else option for option in options]
+    assert main(["run", *given, *script]) == BAD_INPUT
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("hf-stable: error:")
     assert message in error.replace(str(path), "FILE")
 
 
@@ -460,9 +471,9 @@ def test_null_in_a_file_is_an_option_left_out(tmp_path):
     config = tmp_path / "hf_stable.yaml"
     names = ("patch", "patch_config", "monitor", "on_collapse", "fold_at_end")
     config.write_text("".join(f"{name}: null\n" for name in names))
-    assert read_options(["--config", str(config)]) == RunOptions()
+    assert parse("--config", config) == RunOptions()
     config.write_text("patch: sigma_reparam\npatch_config: {sigma_reparam: null}\n")
-    assert read_options(["--config", str(config)]) == RunOptions((SigmaReparamConfig(),))
+    assert parse("--config", config) == RunOptions((SigmaReparamConfig(),))
 
 
 def test_methods_by_commas_are_applied_together(launch):
@@ -484,10 +495,9 @@ assert gammas(model) and isinstance(model.transformer.h[0].ln_1, torch.nn.Identi
         (["."], "can't find '__main__' module in '.'"),
     ],
 )
-def test_a_missing_script_is_said(launch, capsys, argv, message):
-    with pytest.raises(SystemExit) as end:
-        launch(*argv)
-    assert end.value.code == 2
+def test_a_missing_script_is_said(monkeypatch, tmp_path, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *argv]) == BAD_INPUT
     assert message in capsys.readouterr().err
 
 
@@ -495,8 +505,8 @@ def test_a_missing_script_is_said(launch, capsys, argv, message):
 
 
 def our_options() -> list[str]:
-    given = (action.option_strings for action in make_parser()._actions)
-    return [name for names in given for name in names if name.startswith("--")]
+    parameters = get_command(app).commands["run"].params
+    return [name for each in parameters for name in each.opts if name.startswith("--")]
 
 
 @pytest.mark.parametrize(

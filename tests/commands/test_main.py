@@ -2,23 +2,27 @@
 
 import json
 import os
+import platform
 import pty
 import re
 import shlex
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import transformers
 from report_runs import calm, collapsing, write_run
 from safetensors.torch import save_file
 from tiny_models import sgd_steps, tiny_model
+from typer.main import get_command
 
 import hf_stable
-from hf_stable.commands.doctor import diagnose
-from hf_stable.commands.main import BAD_INPUT, BROKEN_PIPE, CRASH, NO, SUCCESS, app, main
-from hf_stable.trainer.plugin import WRAPPED
+from hf_stable.commands.conventions import BAD_INPUT, BROKEN_PIPE, CRASH, NO, SUCCESS
+from hf_stable.commands.doctor.diagnosis import changes_as_markdown, diagnose, list_changes
+from hf_stable.commands.main import app, main
+from hf_stable.trainer.changes import listed
 
 COMMANDS = (
     "demo",
@@ -72,23 +76,17 @@ def test_help_lists_commands_examples_and_exit_codes(capsys, arguments):
         assert re.search(rf"^ +{code}  ", out, re.M)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "run"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_with_an_example_that_parses(capsys, command):
     assert main([*command.split(), "--help"]) == SUCCESS
     out = capsys.readouterr().out
-    examples = re.findall(r"^ +(hf-stable .*)$", out.partition("Example")[2], re.M)
+    examples = re.findall(r"^ +((?:hf-stable|torchrun) .*)$", out.partition("Example")[2], re.M)
     assert examples
     for example in examples:
-        assert example.startswith(f"hf-stable {command}")
+        assert f"hf-stable {command}" in example or f"hf_stable.{command}" in example
+        example = example.partition(" train.py")[0].partition(" -m my_package")[0]
         options = [word for word in shlex.split(example) if word.startswith("--")]
         assert all(option in out for option in options)
-
-
-def test_run_goes_to_the_launcher(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["run", "--help"])
-    assert end.value.code == 0
-    assert "--patch" in capsys.readouterr().out
 
 
 def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
@@ -137,7 +135,7 @@ def test_an_unexpected_failure_has_its_own_code_and_names_debug(capsys, monkeypa
     def fail():
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("hf_stable.commands.doctor.diagnose", fail)
+    monkeypatch.setattr("hf_stable.commands.doctor.diagnosis.diagnose", fail)
     assert main(["doctor"]) == CRASH
     line = "hf-stable: error: ZeroDivisionError: a bug (--debug shows the trace)\n"
     assert capsys.readouterr().err == line
@@ -284,17 +282,42 @@ def test_report_indents_what_a_terminal_wraps(three_runs, tmp_path):
 def test_doctor_lists_versions_support_and_every_change(capsys):
     assert main(["doctor"]) == SUCCESS
     out = capsys.readouterr().out
-    for wrap in WRAPPED:
+    for wrap in listed():
         assert wrap.target in out and wrap.reason in out
     assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
     assert main(["doctor", "--json"]) == SUCCESS
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
-    assert [change["target"] for change in report["changes"]] == [w.target for w in WRAPPED]
+    assert [change["target"] for change in report["changes"]] == [w.target for w in listed()]
     # The hook comes with the first patch, which another test may have made.
-    certain = [c for c in report["changes"] if not re.search("peft|step_post_hook", c["target"])]
+    certain = [
+        change
+        for change in report["changes"]
+        if change["made_by"] == "import hf_stable"
+        and not re.search("peft|step_post_hook", change["target"])
+    ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
+    launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
+    assert len(launched) == 2 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
+
+
+def test_doctor_says_what_a_report_of_a_bug_needs(capsys):
+    assert main(["doctor", "--json"]) == SUCCESS
+    report = json.loads(capsys.readouterr().out)
+    versions = {row["name"]: row["installed"] for row in report["packages"]}
+    assert versions["torch"] == torch.__version__ and versions["python"] == sys.version.split()[0]
+    assert versions["numpy"] == numpy.__version__  # not asked for, but there
+    assert report["machine"]["system"] == platform.platform()
+    assert str(torch.get_num_threads()) in report["machine"]["cores"]
+    assert os.path.expanduser("~") not in json.dumps(report)
+
+
+def test_the_list_of_changes_is_a_table_for_the_guide():
+    first = listed()[0]
+    lines = changes_as_markdown(list_changes()).splitlines()
+    assert len(lines) == len(listed()) + 2 and all(line.count("|") == 4 for line in lines)
+    assert f"| `{first.target}` | {first.made_by} | {first.reason} |" in lines
 
 
 def test_doctor_sees_what_is_in_place_and_what_is_not(monkeypatch):
@@ -371,7 +394,7 @@ def test_doctor_says_no_to_a_version_that_does_not_fit(capsys, monkeypatch):
     def requires(name):
         return ["torch>=99", "no-such-package>=1", 'no-such-extra; extra == "recipes"']
 
-    monkeypatch.setattr("hf_stable.commands.doctor.requires", requires)
+    monkeypatch.setattr("hf_stable.commands.doctor.diagnosis.requires", requires)
     assert main(["doctor", "--json"]) == NO
     packages = json.loads(capsys.readouterr().out)["packages"]
     verdicts = {row["name"]: row["verdict"] for row in packages}
@@ -381,10 +404,7 @@ def test_doctor_says_no_to_a_version_that_does_not_fit(capsys, monkeypatch):
 
 
 def test_every_command_is_covered_here():
-    commands = [each.name or each.callback.__name__ for each in app.registered_commands]
-    commands += [
-        f"{group.name} {each.name}"
-        for group in app.registered_groups
-        for each in group.typer_instance.registered_commands
-    ]
+    commands = []
+    for name, command in get_command(app).commands.items():
+        commands += [f"{name} {below}" for below in getattr(command, "commands", ())] or [name]
     assert sorted(commands) == sorted(COMMANDS)

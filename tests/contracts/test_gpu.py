@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_stable
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.commands.bench.adamw2 import bench_adamw2
 from hf_stable.commands.bench.sigma import SigmaBenchSizes, bench_sigma
 from hf_stable.commands.bench.timing import TOTAL

@@ -27,8 +27,8 @@ FOLDERS = (
 )  # fmt: skip
 """From the ground up: a folder imports from itself and from those before it."""
 
-GROUND = ("_json", "_ranks", "_wording", "modeling_hf_stable")
-FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log")
+GROUND = ("_file_names", "_json", "_ranks", "_whole_files", "_wording", "modeling_hf_stable")
+FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log", "trainer_plugin")
 """Modules of the package's top level; "" is the package itself."""
 
 PRIVATE_FOLDER = "trainer"
@@ -225,11 +225,11 @@ def test_recipes_use_public_names_only():
         (
             "methods.patching",
             "from typing import TYPE_CHECKING\n"
-            "if TYPE_CHECKING:\n    from hf_stable.trainer.plugin import Wrap",
+            "if TYPE_CHECKING:\n    from hf_stable.trainer.changes import Wrap",
         ),
         ("methods.patching", "import hf_stable"),
         ("adamw2.optimizer", "from hf_stable import patch"),
-        ("_json", "from hf_stable.measures.entropy import rank_share"),
+        ("_json", "from hf_stable.measures.collapse import rank_share"),
         ("monitor.callback", "import importlib\nimportlib.import_module('hf_stable.report')"),
         ("monitor.callback", "__import__('hf_stable.report')"),
         (
@@ -244,7 +244,7 @@ def test_a_wrong_import_is_found(module, source):
 
 
 def test_right_imports_pass():
-    assert not layer_violations("methods.patching", "from hf_stable.measures.spectral import x")
+    assert not layer_violations("methods.patching", "from hf_stable.measures.matrices import x")
     assert not layer_violations("methods.patching", "from hf_stable import modeling_hf_stable")
     assert not layer_violations("commands.main", "import torch\nfrom hf_stable import __version__")
 

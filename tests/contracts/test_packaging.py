@@ -10,37 +10,33 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from fresh_environments import make_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 CORE_TESTS = [
-    "tests/test_spectral.py",
-    "tests/test_sigma_layers.py",
-    "tests/test_refreshing.py",
-    "tests/test_patching.py",
-    "tests/test_checkpoints.py",
-    "tests/test_bad_checkpoints.py",
-    "tests/test_trainer_plugin.py",
-    "tests/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
-    "tests/test_resume.py::test_sharded_checkpoint_resumes_exactly",
-    "tests/test_adamw2.py",
+    "tests/measures/test_leading.py",
+    "tests/measures/test_matrices.py",
+    "tests/measures/test_parts.py",
+    "tests/measures/test_power_iteration.py",
+    "tests/methods/sigma_reparam/test_layers.py",
+    "tests/methods/sigma_reparam/test_steps.py",
+    "tests/methods/test_patching.py",
+    "tests/checkpoints/test_saving.py",
+    "tests/checkpoints/test_continuing.py",
+    "tests/checkpoints/test_sidecar.py",
+    "tests/checkpoints/test_state_dicts.py",
+    "tests/checkpoints/test_bad_checkpoints.py",
+    "tests/trainer/test_changes.py",
+    "tests/trainer/test_saving.py",
+    "tests/trainer/test_training.py",
+    "tests/contracts/test_resume.py::test_resumed_run_equals_the_uninterrupted_one",
+    "tests/contracts/test_resume.py::test_sharded_checkpoint_resumes_exactly",
+    "tests/adamw2/test_groups.py",
+    "tests/adamw2/test_loaded_states.py",
+    "tests/adamw2/test_optimizer.py",
 ]
-
-
-def make_environment(path: Path, *requirements: str) -> Path:
-    """Create a virtual environment, install the requirements one after another, return python."""
-    subprocess.run([sys.executable, "-m", "venv", path], check=True)
-    python = path / "bin" / "python"
-    for requirement in requirements:
-        install(python, *requirement.split())
-    return python
-
-
-def install(python: Path, *requirements: str) -> None:
-    """Install requirements; modules that are never imported need not be compiled."""
-    command = [python, "-m", "pip", "install", "--quiet", "--no-compile", *requirements]
-    subprocess.run(command, check=True)
 
 
 def oldest_versions() -> dict[str, str]:
@@ -81,27 +77,8 @@ def test_every_import_of_the_package_is_declared():
     assert {"torch", "transformers", "safetensors"} <= third_party
 
 
-def check_wheel(python: Path, folder: Path) -> None:
-    """Build the wheel, install it with what it declares, and use it from outside the checkout."""
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = folder.glob("*.whl")
-    install(python, str(wheel))
-    script = "import hf_stable, pathlib; p = pathlib.Path(hf_stable.__file__); " + (
-        "print(hf_stable.__version__, 'site-packages' in p.parts, (p.parent / 'py.typed').exists())"
-    )
-    result = subprocess.run(
-        [python, "-c", script], check=True, capture_output=True, text=True, cwd=folder
-    )
-    import hf_stable
-
-    assert result.stdout.split() == [hf_stable.__version__, "True", "True"]
-    command = [python.parent / "hf-stable", "--version"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
-    assert hf_stable.__version__ in shown.stdout
+def test_core_tests_are_where_their_list_says():
+    assert [name for name in CORE_TESTS if not (ROOT / name.partition("::")[0]).is_file()] == []
 
 
 @pytest.mark.slow

@@ -20,9 +20,9 @@ from tiny_training import dataset, losses, make_trainer, shard_on_cpus
 from torch.distributed.tensor import DTensor
 
 import hf_stable
-from hf_stable.checkpoints.saving import fold_state_dict
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.commands.main import main
-from hf_stable.methods.patching import STATE_FILE
 from hf_stable.monitor.log_file import read_log
 
 pytestmark = pytest.mark.slow
@@ -122,10 +122,10 @@ def train_on_ranks(folder, mode, cases):
 
 UNDER_TORCHRUN = """
 import json, os, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], os.path.join(sys.argv[1], "..", "..")
 from accelerate import PartialState
 import torch.distributed as dist
-from test_parity import train_on_ranks
+from tests.contracts.test_parity import train_on_ranks
 
 folder, mode, *cases = sys.argv[2:]
 PartialState(cpu=True)  # joins the others, as the Trainer's arguments do
@@ -263,7 +263,7 @@ def check_quantities(mine, theirs, case):
 
 def check_checkpoint(folder, name):
     """A folder that many processes wrote loads plainly and patched, as the same model."""
-    assert (folder / STATE_FILE).is_file()
+    assert (folder / SIDECAR_FILE).is_file()
     model_class = getattr(transformers, HEADS[name])
     plain, patched = (
         model_class.from_pretrained(folder).eval(),

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_stable
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaLinear
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.modeling_hf_stable import GUARD, PREFIX
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, GUARD
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing.:FutureWarning"  # PEFT's own
@@ -185,7 +185,7 @@ def test_adapters_on_a_model_without_layernorms(name, tmp_path):
     model = hf_stable.patch(tiny_model(name), [REMOVAL[name], "sigma_reparam"])
     sgd_steps(model)
     hf_stable.export(model, tmp_path / "base")
-    base_class = getattr(hf_stable.modeling_hf_stable, PREFIX + type(model).__name__)
+    base_class = getattr(hf_stable.modeling_hf_stable, CLASS_PREFIX + type(model).__name__)
     base = base_class.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(base, adapter_config("lora", name))
     with_adapter = logits(adapted)

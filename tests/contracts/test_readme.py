@@ -1,4 +1,4 @@
-"""README.md is run as it is printed, and names everything that is public."""
+"""What documents show does what they say, and their numbers are those of committed results."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import re
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 import transformers
+from documents import README, ROOT, named_block
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 import hf_stable
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+GUIDES = ROOT / "docs" / "guides"
+MONITOR = ROOT / "hf_stable" / "monitor" / "README.md"
+ADAMW2 = ROOT / "hf_stable" / "adamw2" / "README.md"
+PLACES = {
+    "own-architecture": GUIDES / "your-own-architecture.md",
+    "plain-loop": GUIDES / "plain-loops.md",
+    "accelerate-loop": GUIDES / "plain-loops.md",
+    "monitor": MONITOR,
+    "main-job": README,
+    "tests": README,
+}
+"""Name of a block -> the document that has it."""
 
 
 def block(name: str) -> str:
     """Return the code block behind a marker."""
-    found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", README, flags=re.S)
-    assert found, f"README.md lost its {name} block"
-    return found[1]
+    return named_block(PLACES[name], name)
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -74,35 +83,19 @@ def test_an_own_architecture_without_norms_is_exported_as_the_table_says(tmp_pat
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
-def test_every_public_name_is_in_the_readme():
-    missing = [name for name in hf_stable.__all__ if not re.search(rf"\b{name}\b", README)]
-    assert missing == []
-
-
-def test_every_command_in_the_readme_exists():
-    import typer
-
-    from hf_stable.commands.main import app
-
-    commands = {command.name for command in typer.main.get_command(app).commands.values()}
-    named = set(re.findall(r"`hf-stable ([a-z]+)", README))
-    assert named <= commands
-    assert commands <= named, "a command that README.md does not name"
-
-
 def test_the_two_commands_install_torch_first():
     for name in ("main-job", "tests"):
         assert block(name).startswith("pip install torch==2.13.0 && pip install -e ")
 
 
 def test_rates_of_alarms_are_those_of_the_replayed_runs():
-    evidence = Path(__file__).resolve().parents[2] / "recipes" / "evidence"
+    evidence = ROOT / "recipes" / "evidence"
     found = json.loads((evidence / "alarms.json").read_text())
     rates = found["reported"]
     *leads, last = [lead for lead in rates["leads"] if lead > 0]
     reported = [run for run in found["runs"] if run["seed"] in found["seeds"]["reported_on"]]
     stalls = [run["alarm"] for run in reported if run["run"] == "GPT-2, 3e-2"]
-    said = " ".join(README.split())
+    said = " ".join(MONITOR.read_text().split())
     for sentence in (
         f"{rates['false_alarms']} of {rates['healthy']} healthy runs raised an alarm",
         f"{rates['missed']} of {rates['collapsed']} collapsed ones did not",
@@ -122,10 +115,11 @@ def test_rates_of_alarms_are_those_of_the_replayed_runs():
 
 
 def test_accuracies_of_lora_are_those_of_the_recipe():
-    evidence = Path(__file__).resolve().parents[2] / "recipes" / "evidence" / "lora.json"
+    evidence = ROOT / "recipes" / "evidence" / "lora.json"
     runs = json.loads(evidence.read_text())["runs"]
     rates = sorted({run["learning_rate"] for run in runs})
-    lines = README[README.index("python recipes/lora.py") :].partition("| AdamW |")[0].splitlines()
+    card = ADAMW2.read_text()
+    lines = card[card.index("python recipes/lora.py") :].partition("| AdamW |")[0].splitlines()
     header = next(line for line in lines if line.startswith("| |"))
     assert [float(cell) for cell in header.split("|")[2:-1]] == rates
     names = {
@@ -135,7 +129,7 @@ def test_accuracies_of_lora_are_those_of_the_recipe():
     }
     assert {run["optimizer"] for run in runs} == set(names.values())
     for said, optimizer in names.items():
-        row = re.search(rf"^\| {re.escape(said)} \|(.*)\|$", README, flags=re.M)
+        row = re.search(rf"^\| {re.escape(said)} \|(.*)\|$", card, flags=re.M)
         means = [
             mean(r["test_accuracy"] for r in runs if (r["optimizer"], r["learning_rate"]) == key)
             for key in product([optimizer], rates)

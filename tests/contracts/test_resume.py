@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import Trainer
 
 import hf_stable.checkpoints.sidecar
-from hf_stable.checkpoints.saving import is_complete
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.checkpoints.completeness import is_complete
 
 PATCHED = {"plain": False, "patched": True}
 
@@ -183,15 +183,15 @@ def resume(checkpoint, model=None):
 
 
 def test_missing_sidecar(checkpoint):
-    (checkpoint / STATE_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{STATE_FILE} is missing.*hf_stable\.patch"):
+    (checkpoint / SIDECAR_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{SIDECAR_FILE} is missing.*hf_stable\.patch"):
         resume(checkpoint)
 
 
 def test_damaged_sidecar(checkpoint):
-    path = checkpoint / STATE_FILE
+    path = checkpoint / SIDECAR_FILE
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=rf"{STATE_FILE} is damaged"):
+    with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged"):
         resume(checkpoint)
 
 
@@ -205,7 +205,7 @@ def test_sidecar_of_another_config(checkpoint):
 
 def test_sidecar_of_another_save(checkpoint, tmp_path):
     run(tmp_path / "other", max_steps=1)
-    shutil.copy(tmp_path / "other" / "checkpoint-1" / STATE_FILE, checkpoint)
+    shutil.copy(tmp_path / "other" / "checkpoint-1" / SIDECAR_FILE, checkpoint)
     with pytest.raises(ValueError, match="belongs to another save"):
         resume(checkpoint)
 
@@ -236,7 +236,7 @@ def test_truncated_weights(checkpoint):
         lambda folder: (folder / "trainer_state.json").unlink(),
         lambda folder: (folder / "trainer_state.json").write_text('{"epoch": 1.0, "glo'),
         lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
-        lambda folder: (folder / STATE_FILE).write_bytes(b"12345678"),
+        lambda folder: (folder / SIDECAR_FILE).write_bytes(b"12345678"),
     ],
     ids=["no state", "half a state", "half weights", "half a sidecar"],
 )

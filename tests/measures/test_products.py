@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_stable.measures import spectral
+from hf_stable import spectral
 from hf_stable.measures.products import (
     ov_singular_values,
     qk_singular_values,

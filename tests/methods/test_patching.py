@@ -20,7 +20,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import hf_stable
 from hf_stable import SigmaReparamConfig, UnsupportedModelError
 from hf_stable.methods.patching import patch_configs
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, live_layers
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.steps import live_layers
 
 NUM_LAYERS = {"gpt2": 8, "vit": 13, "swin": 26, "bert": 13}
 """Layers that the tiny models have, their heads not counted."""

@@ -11,20 +11,20 @@ import torch
 import transformers
 from tiny_models import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_stable.architectures import registry
-from hf_stable.architectures.registry import (
-    Architecture,
-    Attention,
-    Block,
-    UnsupportedModelError,
-    register_architecture,
-)
+from hf_stable.architectures.description import Architecture, Attention, Block
+from hf_stable.architectures.registry import UnsupportedModelError, register_architecture
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
-from hf_stable.monitor.block_terms import WEIGHT_TERMS
-from hf_stable.monitor.probing import ATTENTION_TERMS, TERMS, probe
+from hf_stable.monitor.probing import probe
 from hf_stable.monitor.records import MAP_SIZE
+from hf_stable.monitor.terms import names_of
+
+ALL_TERMS = names_of()
+ATTENTION_TERMS = names_of(seen=("attention",))
+WEIGHT_TERMS = names_of(seen=("weights",))
 
 FIFTEEN = (
     "sigma_wq", "sigma_wk", "sigma_wv", "sigma_wo", "sigma_w1", "sigma_w2", "sigma_qk", "sigma_ov",
@@ -66,7 +66,7 @@ def assert_same_tensors(left, right):
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def assert_same_records(left, right, *, terms=TERMS, atol=1e-5, rtol=1e-5):
+def assert_same_records(left, right, *, terms=ALL_TERMS, atol=1e-5, rtol=1e-5):
     for term in terms:
         a, b = getattr(left, term), getattr(right, term)
         assert list(a) == list(b), term
@@ -98,6 +98,27 @@ def eager_probabilities(model, batch):
     model.set_attn_implementation(native)
     for hook in hooks:
         hook.remove()
+    return found
+
+
+def exact_entropies(model):
+    """What sdpa is given from now on: the dtype, and the entropy of its heads in float64."""
+    found, native = [], AttentionInterface()["sdpa"]
+
+    def seeing(module, query, key, value, attention_mask, **options):
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        logits = query.detach().double() @ key.detach().double().mT * scaling
+        if attention_mask is not None:
+            logits = logits + attention_mask
+        elif module.is_causal:
+            past = torch.ones_like(logits, dtype=torch.bool).tril()
+            logits = logits.masked_fill(~past, -math.inf)
+        found.append((query.dtype, attention_entropy(logits.softmax(-1)).mean((0, 2))))
+        return native(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("seeing", seeing)
+    AttentionMaskInterface.register("seeing", AttentionMaskInterface()["sdpa"])
+    model.set_attn_implementation("seeing")
     return found
 
 
@@ -564,13 +585,16 @@ def test_autocast_leaves_the_measures_in_float32(model_type):
     batch = tiny_batch(model)
     with probe(model) as expected:
         model(**batch)
+    seen = exact_entropies(model)
     with torch.autocast("cpu", dtype=torch.bfloat16), probe(model) as records:
         model(**batch).loss.backward()
     assert_same_records(records, expected, terms=WEIGHT_TERMS, atol=0, rtol=1e-6)
-    for layer, value in records.entropy.items():
-        # bfloat16 activations: eight bits.
-        torch.testing.assert_close(value, expected.entropy[layer], atol=0.05, rtol=0.05)
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    for (layer, value), (_, exact) in zip(records.entropy.items(), seen, strict=True):
         assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact, atol=2e-6, rtol=0)
+        # In float32 activations are others: eight bits are seen.
+        assert (value - expected.entropy[layer]).abs().max() > 1e-4
     assert all(torch.isfinite(v).all() for v in records.norm_dx.values())
 
 
@@ -582,7 +606,7 @@ def test_non_finite_values_are_counted_and_do_no_harm():
     first, second = records.nonfinite_x
     assert records.nonfinite_x[first] == 0
     assert records.nonfinite_x[second] == 4 * 5  # batch x tokens, one feature
-    assert records.nonfinite_dx[first] > 0
+    assert records.nonfinite_dx[first] == 4 * 5 * 16  # all of it: every token sees the infinite one
     assert records.mode[second] == ["undefined", "undefined"]
     text = json.dumps(records.to_dict(), allow_nan=False)
     assert json.loads(text)["norm_x"][second] is None
@@ -704,7 +728,7 @@ def test_only_the_terms_asked_for_are_recorded(model_type):
     for terms in (["entropy"], ["sigma_qk", "norm_dx"], ["mode"], ["entropy_bound"]):
         with probe(model, terms=terms) as records:
             model(**tiny_batch(model)).loss.backward()
-        assert list(records.to_dict()) == sorted(terms, key=list(records.__dict__).index)
+        assert list(records.to_dict()) == sorted(terms, key=ALL_TERMS.index)
     with probe(model, terms="default") as records:
         model(**tiny_batch(model)).loss.backward()
     assert "sigma_w1" not in records.to_dict()

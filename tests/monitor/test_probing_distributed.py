@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_stable
 from hf_stable.monitor.probing import probe
-from hf_stable.monitor.records import TERMS
+from hf_stable.monitor.terms import names_of
 
 
 def build(weights):
@@ -50,7 +50,7 @@ def record_on_ranks(wrapper, weights):
         assert all(isinstance(p, DTensor) for p in model.parameters())
     for _ in range(2):
         records = records_of(model, ids)
-        for term in TERMS:
+        for term in names_of():
             got, want = getattr(records, term), getattr(expected, term)
             assert list(got) == list(want) and (want or term == "maps"), term
             for layer in want:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_stable.trainer.watching import alert_trackers
+from hf_stable.monitor.trackers import alert_trackers
 
 SCRIPT = """
 import json, sys, warnings

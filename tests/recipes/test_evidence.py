@@ -41,11 +41,15 @@ def run_with(loss, *, model="vit", **figures):
 
 
 def judged(key, figures_of):
-    """The verdict of a claim on one run of each variant; `figures_of` its name gives the run."""
+    """The word of a claim's verdict and all that it says, on one run of each variant.
+
+    `figures_of` the variant's name gives the run.
+    """
     claim = CLAIMS[key]
-    verdict, sentence = claim.judge({v.name: [figures_of(v.name)] for v in claim.variants})
-    assert verdict in VERDICTS
-    return verdict, sentence
+    word, sentence, findings = claim.judge({v.name: [figures_of(v.name)] for v in claim.variants})
+    assert word in VERDICTS
+    assert len(sentence) < 180 and all(s.endswith((".", ":")) for s in (sentence, *findings))
+    return word, " ".join((sentence, *findings))
 
 
 def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
@@ -60,7 +64,7 @@ def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
     # Who matches a warmup that does not train either has matched nothing.
     verdict, sentence = judged("1", figures_of(6.0, 6.0, 0.3))
     assert verdict == "not at this scale"
-    assert "on Swin AdamW with warmup fails in 1 of 1" in sentence
+    assert "on Swin AdamW with warmup fails in 1 of 1." in sentence
     assert "on Swin AdamW2 fails in 1 of 1" in judged("1", figures_of(2.3, 1.6, 1.65))[1]
     # AdamW without warmup is worse than AdamW2, and yet it trains.
     verdict, sentence = judged("1", figures_of(0.5, 0.3, 0.3))
@@ -91,14 +95,14 @@ def test_claim_2_asks_for_an_optimum_inside_that_is_broad():
     # 0.004 to 0.01 is less than half of a decade.
     verdict, sentence = by(1.0, 0.30, 0.31, 1.0, 2.0)
     assert verdict == "not at this scale"
-    assert "ViT 0.001: 1, 0.004: 0.3" in sentence and "Swin 0.001" in sentence
-    assert "best at 0.004, within 5 % of it over a factor 2.6." in sentence
+    assert "ViT: test loss 1 at 0.001, 0.3 at 0.004" in sentence and "Swin: test loss" in sentence
+    assert "best tau is 0.004; the loss is within 5 % of it over a factor of 2.6 " in sentence
     mixed = by(1.0, 0.30, 0.40, 1.0, 2.0, swin=(1.0, 0.30, 0.31, 0.31, 0.305))
     assert mixed[0] == "partly" and "on 1 of 3 models" in mixed[1]
     assert by(1.0, 0.30, 0.40, 1.0, 2.0)[0] == "refuted"
     # At an end there may be a better one beyond it; and where nothing trains all are as good.
     verdict, sentence = by(0.3, 0.3, 0.3, 0.3, 0.29)
-    assert verdict == "not at this scale" and "at 0.1, an end of those tried" in sentence
+    assert verdict == "not at this scale" and "is 0.1, an end of those tried" in sentence
     verdict, sentence = by(6.0, 6.0, 5.9, 6.0, 6.0)
     assert verdict == "not at this scale" and "where it mostly fails" in sentence
 
@@ -151,8 +155,9 @@ def test_claim_4_asks_that_the_fall_is_not_later_than_the_crash_and_absent_where
     assert judged("4", collapse(fall=8, crash=3))[0] == "reproduced"  # along with it: 5 of 250
     both, late = collapse(), collapse(fall=9, crash=3)
     mixed = judged("4", lambda n: late(n) if "3e-2" in n else both(n))
-    assert mixed[0] == "partly" and "along with it in 0 of 1" in mixed[1]
-    assert mixed[1].startswith("shown by 2 of 3 pairs, with SEC telling them apart in 3 ")
+    assert mixed[0] == "partly" and "along with it, in 0 of 1." in mixed[1]
+    assert mixed[1].startswith("2 of 3 pairs of ")
+    assert "show it; SEC tells the two apart in 3." in mixed[1]
 
 
 def test_claim_4_counts_no_pair_whose_remedy_is_none():
@@ -164,12 +169,12 @@ def test_claim_4_counts_no_pair_whose_remedy_is_none():
         verdict, sentence = judged(
             "4", lambda n, c=changed: collapse(**(c if "ViT" in n else {}))(n)
         )
-        assert verdict == "partly" and sentence.startswith("shown by 1 of 3"), changed
+        assert verdict == "partly" and sentence.startswith("1 of 3 pairs"), changed
     assert judged("4", collapse(good_fall=100))[0] == "reproduced"
     # SEC that is as high where runs train takes away from it, and shows nothing by itself.
     verdict, sentence = judged("4", collapse(good_sec=0.99))
-    assert verdict == "partly" and sentence.startswith("shown by 3 of 3 pairs, with SEC telling")
-    assert "apart in 0 " in sentence
+    assert verdict == "partly" and sentence.startswith("3 of 3 pairs of ")
+    assert "SEC tells the two apart in 0." in sentence
 
 
 def test_claim_5_asks_for_both_modes_in_runs_that_ended_as_they_say():
@@ -182,9 +187,9 @@ def test_claim_5_asks_for_both_modes_in_runs_that_ended_as_they_say():
     malignant, benign = dict(malignant=3, normal=7), dict(benign=3, normal=7)
     verdict, sentence = with_modes(malignant | dict(undefined=5), benign)
     maps = 10 * len(from_the_papers.LOOKED_AT)
-    assert verdict == "reproduced" and f"of {maps} head maps" in sentence
+    assert verdict == "reproduced" and f"Of {maps} head maps" in sentence
     lost = sum("plain" in variant.name for variant in from_the_papers.LOOKED_AT)
-    assert f"{3 * lost} of the malignant and 0 of the benign in runs that failed" in sentence
+    assert f"{3 * lost} of the malignant maps and 0 of the benign ones are from runs " in sentence
     assert f"Another {5 * lost} " in sentence
     assert with_modes(malignant, dict(normal=10))[0] == "partly"
     # There, but not where it should be.
@@ -205,7 +210,7 @@ def test_claim_6_asks_for_runs_that_train_and_for_entropy():
     # A run that trains with attention that collapses is half of it.
     verdict, sentence = with_pair(collapsed, run_with(1.0, lowest_entropy=0.1))
     setups = len(from_the_papers.SIGMA_SETUPS)
-    assert verdict == "partly" and f"learn something, in 0 of the {setups}" in sentence
+    assert verdict == "partly" and f"keeps entropy in 0 of the {setups}" in sentence
     assert f"mostly trains in {setups} of the {setups}" in sentence
     # A better loss that is a failure still is not training, and NaN is beaten by anything.
     for plain in (run_with(2.3), run_with(None)):
@@ -225,7 +230,7 @@ def test_claim_6_counts_each_plain_model_once():
     assert {setup[from_the_papers.SPECTRAL].patch_init for setup in spectral} == {"spectral"}
     sentence = judged("6", lambda n: run_with(0.3 if n.endswith("spectral") else 2.3))[1]
     assert "mostly trains in 0 of" in sentence
-    assert sentence.count("(init spectral: 0.3, 0.90, 0 fail)") == len(spectral) == 2
+    assert sentence.count("With init spectral 0.3, 0.90 and 0 failed.") == len(spectral) == 2
 
 
 def sweep(reach):
@@ -247,18 +252,17 @@ def test_claim_7_compares_the_windows_with_that_of_adamw():
     verdict, sentence = judged("7", sweep(narrow | {"AdamW2": 1, "AdamW, warmup": 3}))
     total = len(comparisons.CHANGED)
     assert verdict == "partly"
-    assert f"than that of AdamW without warmup AdamW2 {total}, 0 of {total}, sigmaReparam 0, 0" in (
-        sentence
-    )
-    assert f"than that of AdamW with it AdamW2 0, {total} of {total}" in sentence
+    won, lost = (f"AdamW2 wider in {n} and narrower in {total - n} of {total}" for n in (total, 0))
+    assert f"Against AdamW without warmup, over initialisations and batch sizes: {won}" in sentence
+    assert f"Against AdamW with warmup, over initialisations and batch sizes: {lost}" in sentence
     # One init or batch size is not most of them.
     one, even = sweep(narrow | {"AdamW2": 1}), sweep(narrow)
     once = judged("7", lambda name: one(name) if name.startswith("batch 8:") else even(name))
-    assert once[0] == "not at this scale" and "AdamW2 1, 0 of 6" in once[1]
+    assert once[0] == "not at this scale" and "AdamW2 wider in 1 and narrower in 0 of 6" in once[1]
     # At chance everywhere all rates are as good as the best one.
     flat = sweep(wide)
     assert judged("7", lambda n: run_with(2.3) if ": AdamW2," in n else flat(n))[1].count(
-        f"AdamW2 0, {total} of {total}"
+        f"AdamW2 wider in 0 and narrower in {total} of {total}"
     ) == len(comparisons.BASES)
 
 
@@ -299,18 +303,22 @@ def test_windows_do_not_jump_with_the_spacing_of_rates():
 
 def test_claims_8_and_9_say_what_was_measured_and_what_failed():
     verdict, sentence = judged("8", lambda name: run_with(2.2 if name == "ViT, norms" else 0.3))
-    assert verdict == "measured" and "fails itself (ViT) this says little" in sentence
+    assert verdict == "measured" and "fails itself (ViT), a result says little" in sentence
     assert "fails itself (nowhere)" in judged("8", lambda _: run_with(0.3))[1]
     trains = judged("8", lambda name: run_with(0.3 if "that trains" in name else 2.2))[1]
-    assert "train: ViT 0.3 / 0.3 / 0.3" in trains and "1e-3 ViT 2.2 (1 fail) / 2.2" in trains
+    assert "train: ViT: test loss 0.3 with norms, 0.3 without" in trains
+    assert "little: ViT: test loss 2.2 (1 fail) with norms, 2.2" in trains
 
     def with_errors(name):
         error = None if "cosine" in name else 0.25
         return run_with(0.3, calibration_error=error, noisy_accuracy=0.125)
 
     verdict, sentence = judged("9", with_errors)
-    assert verdict == "measured" and "AdamW2, step: 0.3 (0.25, 0.50 -> 0.12)" in sentence
-    assert "sigmaReparam, cosine: 0.3 (NaN, " in sentence
+    assert (
+        verdict == "measured" and "AdamW2, step: test loss 0.3, calibration error 0.25" in sentence
+    )
+    assert "accuracy 0.50, under noise 0.12." in sentence
+    assert "sigmaReparam, cosine: test loss 0.3, calibration error NaN, " in sentence
 
 
 def test_claim_10_compares_what_is_above_both_thresholds():
@@ -325,7 +333,7 @@ def test_claim_10_compares_what_is_above_both_thresholds():
 
     assert with_shares(0.5, 0.2)[0] == "reproduced"
     verdict, sentence = with_shares(0.5, 0.2, scheduled=(0.5, 1.0))
-    assert verdict == "partly" and "by the scheduled rate 1.00" in sentence
+    assert verdict == "partly" and "By the scheduled rate it is 1.00." in sentence
     assert sentence.count("The two thresholds disagree on ") == 2
     assert with_shares(0.2, 0.5, scheduled=(0.5, 0.2))[0] == "partly"
     assert with_shares(0.2, 0.5)[0] == "refuted"
@@ -346,14 +354,21 @@ def test_claim_11_says_where_we_lose():
     assert with_losses(0.5, 0.3)[0] == "we lose"
     assert with_losses(0.3, 0.3)[0] == "we lose"
     verdict, sentence = with_losses(0.3, 0.5, at="at 0.001", there=0.9)
-    assert verdict == "mixed" and "at 0.001 we lose" in sentence
-    assert "best over rates we win" in sentence
+    assert verdict == "mixed" and "At 0.001 we lose." in sentence
+    assert "Over all rates we win." in sentence
 
 
 def test_claim_12_sets_half_precision_beside_full():
     verdict, sentence = judged("12", lambda name: run_with(2.3 if "bf16" in name else 0.3))
-    assert verdict == "measured" and "at 0.003 AdamW 0.3 / 2.3 (1 fail)" in sentence
-    assert "; AdamW2, warmup 20 % 0.3, AdamW2, clipped at 1 0.3, AdamW, rollback 0.3" in sentence
+    assert verdict == "measured" and "autocast: AdamW 0.3 and 2.3 (1 fail)" in sentence
+    assert ": AdamW2, warmup 20 % 0.3, AdamW2, clipped at 1 0.3, AdamW, rollback 0.3" in sentence
+    assert "changes the loss by more than 5 % in 8 of 8 set-ups" in sentence
+
+    def added_is_better(name):
+        return run_with(0.2 if name.rpartition(" at ")[0] in comparisons.ADDED else 0.3)
+
+    said = judged("12", added_is_better)[1]
+    assert "improve AdamW2 at 2 of 2 rates; bfloat16 changes the loss by more than 5 % in 0" in said
 
 
 def test_every_claim_has_a_judge_that_was_tried_here():
@@ -454,8 +469,8 @@ def test_what_is_committed_was_run_with_todays_settings_and_says_what_its_verdic
         assert records.serves(entry, claim, variant, content["seeds"]), variant.name
     assert len(content["seeds"]) >= 3
     verdict = claim.judge(records.runs_of(content))
-    assert (content["verdict"], content["sentence"]) == verdict
-    assert verdict[0] in VERDICTS and content["claim"] == claim.text
+    assert (content["verdict"], content["sentence"], tuple(content["findings"])) == verdict
+    assert verdict.word in VERDICTS and content["claim"] == claim.text
 
 
 def test_a_stale_setting_would_be_noticed():
@@ -469,7 +484,9 @@ def test_the_page_is_that_of_the_committed_results():
     text = evidence.PAGE.read_text()
     assert text == page(CLAIMS)
     for key in CLAIMS:
-        assert f"| {key}. " in text
+        assert f"| [{key}. " in text and f"\n## Claim {key}\n" in text
+    table = text[text.index("| claim |") : text.index("## What a verdict says")].splitlines()
+    assert len(table) - 3 == len(CLAIMS) and max(map(len, table)) < 260  # it fits a screen
     for word in VERDICTS:
         assert f"- **{word}**: " in text
     links = re.findall(r"\]\((figures/[^)]+)\)", text)

@@ -19,14 +19,17 @@ SOURCE = re.compile(rf"\((\d+|{LORA})\)")
 """What stands in brackets behind numbers: their claim, or what measured them."""
 
 
+def _shown(section):
+    """Tables and findings of a claim, without the settings of its runs and what varies by seed."""
+    return re.sub(r"± \d+\.\d+", "", section.partition("<details>")[0])
+
+
 def measured():
-    """Numbers by source: of the evidence's tables and sentences by claim, and of `lora.py`."""
+    """Numbers by source: of the evidence's tables and findings by claim, and of `lora.py`."""
     page = (RECIPES / "evidence" / "README.md").read_text()
     _, *sections = re.split(r"^## Claim (\d+)$", page, flags=re.MULTILINE)
-    said = dict(re.findall(r"^\| (\d+)\. (.*)$", page, flags=re.MULTILINE))
     found = {
-        claim: {float(number) for number in re.findall(r"\| (\d+\.\d+) ± ", section)}
-        | {float(number) for number in re.findall(r"\d+\.\d+", said[claim])}
+        claim: {float(number) for number in re.findall(r"\d+\.\d+", _shown(section))}
         for claim, section in zip(sections[::2], sections[1::2], strict=True)
     }
     accuracies = defaultdict(list)
@@ -36,9 +39,18 @@ def measured():
 
 
 def units(text):
-    """Cells of tables, items of lists and paragraphs: what a source in brackets can speak for."""
+    """Cells of tables, items of lists and paragraphs: what a source in brackets can speak for.
+
+    A source in the first cell of a row speaks for the row.
+    """
     for part in re.split(r"\n\n|\n(?=[|-])", text):
-        yield from part.split(" | ") if part.startswith("|") else [part]
+        first, *cells = part.split(" | ")
+        if not part.startswith("|"):
+            yield part
+        elif source := SOURCE.search(first):
+            yield f"{' '.join(cells)} {source[0]}"
+        else:
+            yield from (first, *cells)
 
 
 def numbers_by_source(text):
@@ -88,6 +100,7 @@ def test_a_number_is_looked_up_in_the_claim_that_stands_next_behind_it():
         ("1.94", "1"), ("0.2", "1"), ("0.3", "1"), ("2.1", "6"), ("0.9", LORA), ("0.5", None),
         ("0.6", "2"),
     ]  # fmt: skip
+    assert list(numbers_by_source("| a row (7) | 0.5 | 0.6 |")) == [("0.5", "7"), ("0.6", "7")]
     means = measured()
     only_in_1 = min(means["1"] - means["6"])
     assert unmeasured(f"{only_in_1} (1)") == [] == unmeasured(f"{only_in_1}")
@@ -95,13 +108,24 @@ def test_a_number_is_looked_up_in_the_claim_that_stands_next_behind_it():
     assert unmeasured("9.999") == [("9.999", None)] and unmeasured("0.27 (99)") == [("0.27", "99")]
 
 
-def test_the_first_row_of_the_guide_is_claim_1():
+def test_the_section_on_warmup_is_claim_1():
     claim = json.loads((RECIPES / "evidence" / "results" / "claim1.json").read_text())
-    models = re.findall(r"([\w-]+) ([\d.]+) / ([\d.]+) / ([\d.]+)", claim["sentence"])
-    assert [model for model, *_ in models] == ["ViT", "Swin", "GPT-2", "BERT"]
-    row = re.findall(r"([\w-]+) ([\d.]+) to ([\d.]+) \(warmup: ([\d.]+)\)", GUIDE)
-    said = [(model, *map(float, (plain, warm, ours))) for model, plain, ours, warm in row]
-    assert said == [(model, *map(float, losses)) for model, *losses in models]
+    numbers = re.compile(
+        r"([\w-]+): test loss ([\d.]+) .* and no warmup, ([\d.]+) .*, ([\d.]+) with AdamW2 and no "
+        r"warmup, ([\d.]+) with"
+    )
+    found = [numbers.match(finding) for finding in claim["findings"]]
+    rows = [(each[1], *map(float, each.groups()[1:])) for each in found if each]
+    assert [model for model, *_ in rows] == ["ViT", "Swin", "GPT-2", "BERT"]
+    section = " ".join(GUIDE.partition("## Training needs warmup")[2].partition("\n## ")[0].split())
+    said = re.findall(r"of a ([\w-]+) from ([\d.]+) to ([\d.]+)", section)
+    assert [(m, float(a), float(b)) for m, a, b in said] == [(m, a, c) for m, a, _, c, _ in rows]
+    warm = re.search(
+        r"AdamW with warmup reaches ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) ", section
+    )
+    assert list(map(float, warm.groups())) == [row[2] for row in rows]
+    lower = re.findall(r"(?:on|with|on BERT with) ([\d.]+) (?:\(1\)|and)", section)
+    assert {row[4] for row in rows} <= set(map(float, lower))
 
 
 @pytest.mark.parametrize("folder", ["full", "small"])

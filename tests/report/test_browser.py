@@ -7,8 +7,7 @@ import shutil
 import time
 
 import pytest
-from report_runs import calm, collapsing, write_run
-from test_report_pictures import alarm, going_back, small_maps
+from report_runs import FALLING, alarm, calm, collapsing, going_back, small_maps, write_run
 
 from hf_stable.report import write_report
 
@@ -21,8 +20,6 @@ pytestmark = [
         reason="needs the packages chromium and chromium-driver",
     ),
 ]
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
 SIZES = {"desktop": (1200, 900), "phone": (390, 800)}
 

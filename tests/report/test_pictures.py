@@ -6,8 +6,16 @@ import json
 import math
 
 import pytest
-from report_runs import LAYERS, calm, write_run
-from test_report import deep_probe, payload_of
+from report_runs import (
+    FALLING,
+    alarm,
+    calm,
+    deep_probe,
+    going_back,
+    payload_of,
+    small_maps,
+    write_run,
+)
 
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report import write_report
@@ -16,39 +24,6 @@ from hf_stable.report.images import draw_images
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.reading import read_run, read_runs
 from hf_stable.report.sections import build_sections
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
-
-
-def small_maps(num_layers=2, num_heads=2, shift=0):
-    rows = [[1.0 if j == (i + shift) % 4 else 0.0 for j in range(4)] for i in range(4)]
-    return {"maps": {f"vit.layers.{i}": [rows] * num_heads for i in range(num_layers)}}
-
-
-def alarm(reason="because", **values):
-    found = {
-        "kind": "collapse", "layer": LAYERS[0], "head": 0, "quantity": "growth of sigma_qk",
-        "value": 40.0, "threshold": 4.0, "reason": reason,
-        "advice": "lower the learning rate, warm it up, or use optim='adamw2'; "
-        "hf_stable.patch(model, 'sigma_reparam') bounds what grows here",
-    }  # fmt: skip
-    return found | values
-
-
-def going_back(folder, *, steps=((10, 30, 50), (50, 90)), alarm_at=(0, 50), num_layers=12):
-    """A run with probes and maps at the steps of each attempt, and an alarm."""
-    write_run(folder, FALLING)
-    log = StabilityLog(folder)
-    for attempt, own in enumerate(steps):
-        if attempt:
-            back = {"to_step": own[0] - 1, "lr_scale": 0.5}
-            log.write("rollback", attempt - 1, steps[attempt - 1][-1], back)
-        for step in own:
-            maps = small_maps(num_layers, shift=step // 10 + attempt)
-            log.write("probe", attempt, step, {"quantities": calm(step, num_layers) | maps})
-            if (attempt, step) == alarm_at:
-                log.write("alarm", attempt, step, alarm())
-    return folder
 
 
 def test_steps_are_spread_over_the_whole_run():

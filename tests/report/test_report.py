@@ -10,24 +10,23 @@ import sys
 import time
 
 import pytest
-from report_runs import LAYERS, calm, collapsing, write_run
+from report_runs import FALLING, LAYERS, calm, collapsing, deep_probe, payload_of, write_run
 from tiny_models import tiny_model
 from tiny_training import make_trainer
 
 import hf_stable
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
+from hf_stable.commands.main import main
 from hf_stable.monitor.log_file import StabilityLog, read_log
-from hf_stable.monitor.probing import TERMS
 from hf_stable.report import FORMATS, write_report
 from hf_stable.report.charts import thin
 from hf_stable.report.images import draw_images
 from hf_stable.report.map_lines import read_maps
 from hf_stable.report.reading import name_runs, read_run
-from hf_stable.report.run_records import TIDY_COLUMNS, short_names
+from hf_stable.report.rows import TIDY_COLUMNS
+from hf_stable.report.run_records import short_names
 from hf_stable.report.sections import build_sections
 from hf_stable.report.summary import summarise
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,6 @@ def real_run(tmp_path_factory):
 def probes_of(folder):
     """The probes of a run's log."""
     return [line for line in read_log(folder) if line["event"] == "probe"]
-
-
-def payload_of(page, name="payload"):
-    text = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page)[1]
-    return json.loads(text)
 
 
 def test_a_real_run_fills_every_chart(real_run, tmp_path):
@@ -382,20 +376,6 @@ def test_names_cannot_break_the_page(tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     assert payload_of(page)["runs"][0]["name"] == name
-
-
-def deep_probe(step, side, num_layers=12, num_heads=12):
-    """All that a probe of twelve layers records, with maps."""
-    quantities = calm(step, num_layers, num_heads, sigma_qk=1 + step / 5000)
-    layers = list(quantities["mode"])
-    for i, name in enumerate(TERMS):
-        if name not in quantities:
-            per_head = name in ("entropy_bound", "sigma_ov", "stable_rank")
-            value = 1.0 + math.sin(step * (i + 1))
-            quantities[name] = {layer: [value] * num_heads if per_head else value
-                                for layer in layers}  # fmt: skip
-    rows = [[round(abs(math.sin(i * j + step)), 4) for j in range(side)] for i in range(side)]
-    return quantities | {"maps": dict.fromkeys(layers, [rows] * num_heads)}
 
 
 def test_a_long_run_of_a_deep_model_is_small_and_quick(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import tiny_training
-from report_runs import calm, collapsing, write_run
+from report_runs import FALLING, calm, collapsing, write_run
 from tiny_models import tiny_model
 from transformers import Trainer
 
@@ -15,8 +15,6 @@ import hf_stable
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report.reading import read_run
 from hf_stable.report.verdict import judge
-
-FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
 
 
 def verdict(folder):

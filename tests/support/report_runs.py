@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 from hf_stable.monitor.log_file import StabilityLog
+from hf_stable.monitor.terms import names_of
+
+FALLING = [2.0 * 0.98**s + 0.1 for s in range(100)]
+"""Losses of a run in which all is well."""
 
 LAYERS = ("vit.layers.0", "vit.layers.1")
 
@@ -80,3 +85,53 @@ def collapsing(folder, *, malignant=True, lost=True, **options):
         "value": 40.0, "threshold": 4.0, "reason": "because", "advice": "try",
     }  # fmt: skip
     return write_run(folder, losses, probes, [("alarm", 80, alarm)] if lost else [], **options)
+
+
+def small_maps(num_layers=2, num_heads=2, shift=0):
+    rows = [[1.0 if j == (i + shift) % 4 else 0.0 for j in range(4)] for i in range(4)]
+    return {"maps": {f"vit.layers.{i}": [rows] * num_heads for i in range(num_layers)}}
+
+
+def alarm(reason="because", **values):
+    found = {
+        "kind": "collapse", "layer": LAYERS[0], "head": 0, "quantity": "growth of sigma_qk",
+        "value": 40.0, "threshold": 4.0, "reason": reason,
+        "advice": "lower the learning rate, warm it up, or use optim='adamw2'; "
+        "hf_stable.patch(model, 'sigma_reparam') bounds what grows here",
+    }  # fmt: skip
+    return found | values
+
+
+def going_back(folder, *, steps=((10, 30, 50), (50, 90)), alarm_at=(0, 50), num_layers=12):
+    """A run with probes and maps at the steps of each attempt, and an alarm."""
+    write_run(folder, FALLING)
+    log = StabilityLog(folder)
+    for attempt, own in enumerate(steps):
+        if attempt:
+            back = {"to_step": own[0] - 1, "lr_scale": 0.5}
+            log.write("rollback", attempt - 1, steps[attempt - 1][-1], back)
+        for step in own:
+            maps = small_maps(num_layers, shift=step // 10 + attempt)
+            log.write("probe", attempt, step, {"quantities": calm(step, num_layers) | maps})
+            if (attempt, step) == alarm_at:
+                log.write("alarm", attempt, step, alarm())
+    return folder
+
+
+def payload_of(page, name="payload"):
+    text = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page)[1]
+    return json.loads(text)
+
+
+def deep_probe(step, side, num_layers=12, num_heads=12):
+    """All that a probe of twelve layers records, with maps."""
+    quantities = calm(step, num_layers, num_heads, sigma_qk=1 + step / 5000)
+    layers = list(quantities["mode"])
+    for i, name in enumerate(names_of()):
+        if name not in quantities:
+            per_head = name in ("entropy_bound", "sigma_ov", "stable_rank")
+            value = 1.0 + math.sin(step * (i + 1))
+            quantities[name] = {layer: [value] * num_heads if per_head else value
+                                for layer in layers}  # fmt: skip
+    rows = [[round(abs(math.sin(i * j + step)), 4) for j in range(side)] for i in range(side)]
+    return quantities | {"maps": dict.fromkeys(layers, [rows] * num_heads)}

@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 
 MODEL_TYPES = ("gpt2", "vit", "swin", "bert")
@@ -16,6 +19,14 @@ DEFAULT_HEADS = {
     "swin": "SwinForImageClassification",
     "bert": "BertForMaskedLM",
 }
+
+METHOD = {
+    "gpt2": "remove_pre_layernorm",
+    "vit": "remove_pre_layernorm",
+    "swin": "remove_pre_layernorm",
+    "bert": "remove_layernorm",
+}
+"""The method that removes the norms of a model's blocks."""
 
 
 def tiny_config(model_type: str, **overrides) -> transformers.PreTrainedConfig:
@@ -91,3 +102,11 @@ def add_adapter(model, config) -> None:
     if Version(peft.__version__) < Version(needed):
         pytest.skip(f"transformers' add_adapter needs peft {needed}")
     model.add_adapter(config)
+
+
+def tiny_tokenizer():
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    words = [*special.values(), *(f"w{i}" for i in range(34))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

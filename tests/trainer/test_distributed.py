@@ -12,7 +12,7 @@ from tiny_training import dropout_model, losses, make_trainer, shard_on_cpus
 from torch.distributed.tensor import DTensor
 
 import hf_stable
-from hf_stable.methods.patching import STATE_FILE
+from hf_stable._file_names import SIDECAR_FILE
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +75,7 @@ def test_two_processes_resume_exactly(mode, has_norms, tmp_path):
     if mode == "SHARDED_STATE_DICT":
         assert not (checkpoint / "model.safetensors").exists()
         return
-    assert (checkpoint / STATE_FILE).is_file()
+    assert (checkpoint / SIDECAR_FILE).is_file()
     loader = transformers.GPT2LMHeadModel
     if not has_norms:
         with pytest.raises(StrictDataclassFieldValidationError, match="LayerNorms of this model"):

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.commands.bench.models import build_gpt2, build_vit, make_tokens
 from hf_stable.commands.bench.timing import (
     PeakBytes,
     PhaseClock,
@@ -110,7 +110,7 @@ def bench_adamw2(
     print_summaries(f"AdamW2, {rounds} rounds, ratio to {BASELINE}", summaries, console)
     if output is not None:
         settings = {"benchmark": "adamw2", "rounds": rounds, "memory": memory, **asdict(sizes)}
-        write_results(output, summaries, settings, device)
+        write_results(output, map(asdict, summaries), {"settings": settings}, device)
     return summaries
 
 
@@ -209,27 +209,16 @@ def _cases(
 def _gpt2(
     layers: int, hidden: int, sizes: AdamW2BenchSizes, vocabulary: int | None = None
 ) -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=vocabulary or sizes.vocabulary,
-        n_layer=layers,
-        n_embd=hidden,
-        n_head=max(1, hidden // 64),
-        n_positions=max(1024, sizes.sequence),
-        bos_token_id=0,
-        eos_token_id=0,
+    return build_gpt2(
+        hidden,
+        layers,
+        vocabulary=vocabulary or sizes.vocabulary,
+        positions=max(1024, sizes.sequence),
     )
-    return transformers.GPT2LMHeadModel(config)
 
 
 def _vit(sizes: AdamW2BenchSizes) -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=sizes.hidden,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=max(1, sizes.hidden // 64),
-        intermediate_size=4 * sizes.hidden,
-        num_labels=1000,
-    )
-    return transformers.ViTForImageClassification(config)
+    return build_vit(sizes.hidden, sizes.layers, image=224, patch=16, num_labels=1000)
 
 
 def _set_gradients(model: nn.Module) -> None:
@@ -256,8 +245,7 @@ def _steps(model: nn.Module) -> dict[str, Subject]:
 
 def _training_steps(sizes: AdamW2BenchSizes, device: torch.device) -> dict[str, Subject]:
     model = _gpt2(sizes.layers, sizes.hidden, sizes).to(device).train()
-    shape = (sizes.batch, sizes.sequence)
-    tokens = torch.randint(sizes.vocabulary, shape, device=device)
+    tokens = make_tokens(sizes.batch, sizes.sequence, sizes.vocabulary)["input_ids"].to(device)
 
     def subject(optimizer: Optimizer) -> Subject:
         def step() -> dict[str, float]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hf_stable.commands.conventions import Debug, Json, examples
 from hf_stable.commands.terminal import make_console, print_json
 
-__all__ = ["Debug", "Json", "bench"]
+if TYPE_CHECKING:
+    from hf_stable.commands.bench.timing import Summary
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+__all__ = ["room"]
 
+room = typer.Typer()
 bench = typer.Typer(
-    epilog="\b\nExamples:\n  hf-stable bench sigma --rounds 20\n"
-    "  hf-stable bench --plan gpt2-xl --gpus 64 --tokens 524288",
+    epilog=examples(
+        "hf-stable bench sigma --rounds 20",
+        "hf-stable bench --plan gpt2-xl --gpus 64 --tokens 524288",
+    )
 )
+room.add_typer(bench, name="bench")
 
 
 @bench.callback(invoke_without_command=True)
@@ -69,44 +74,60 @@ Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")]
 Only = Annotated[str, typer.Option(help="Only cases with this text in their name.")]
 
 
-BENCHMARKS = {
-    "sigma": (20, "Time sigmaReparam against the plain model and against torch's spectral_norm."),
-    "adamw2": (10, "Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."),
-    "monitor": (10, "Time StabilityCallback against the same steps without it."),
-}
-"""What `bench_NAME` of the module `bench_NAME` measures: usual rounds, and the help."""
+@bench.command(epilog=examples("hf-stable bench sigma --rounds 20 --output sigma.json"))
+def sigma(
+    output: BenchOutput = None,
+    rounds: Rounds = 20,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time sigmaReparam against the plain model and against torch's spectral_norm."""
+    from hf_stable.commands.bench.sigma import bench_sigma
+
+    _measure(bench_sigma, as_json, output=output, rounds=rounds, only=only, device=device)
 
 
-def _add_benchmark(name: str, usual_rounds: int, summary: str) -> None:
-    @bench.command(
-        name,
-        help=summary,
-        epilog=f"\b\nExample:\n  hf-stable bench {name} --rounds {usual_rounds} "
-        f"--output {name}.json",
-    )
-    def benchmark(
-        output: BenchOutput = None,
-        rounds: Rounds = usual_rounds,
-        only: Only = "",
-        device: Device = "cpu",
-        as_json: Json = False,
-        debug: Debug = False,
-    ) -> None:
-        module = import_module(f"hf_stable.commands.bench.{name}")
-        console = make_console(stderr=as_json)
-        summaries = getattr(module, f"bench_{name}")(
-            output=output, rounds=rounds, only=only, device=device, console=console
-        )
-        if as_json:
-            print_json({"results": [asdict(summary) for summary in summaries]})
+@bench.command(epilog=examples("hf-stable bench adamw2 --rounds 10 --output adamw2.json"))
+def adamw2(
+    output: BenchOutput = None,
+    rounds: Rounds = 10,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."""
+    from hf_stable.commands.bench.adamw2 import bench_adamw2
+
+    _measure(bench_adamw2, as_json, output=output, rounds=rounds, only=only, device=device)
 
 
-for _name, (_rounds, _summary) in BENCHMARKS.items():
-    _add_benchmark(_name, _rounds, _summary)
+@bench.command(epilog=examples("hf-stable bench monitor --rounds 10 --output monitor.json"))
+def monitor(
+    output: BenchOutput = None,
+    rounds: Rounds = 10,
+    only: Only = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time StabilityCallback against the same steps without it."""
+    from hf_stable.commands.bench.monitor import bench_monitor
+
+    _measure(bench_monitor, as_json, output=output, rounds=rounds, only=only, device=device)
 
 
-@bench.command("scale", epilog="\b\nExample:\n  hf-stable bench scale --output scale.json")
-def _bench_scale(
+def _measure(benchmark: Callable[..., list[Summary]], as_json: bool, **options: Any) -> None:
+    """Run a benchmark, which prints a table; with --json the table goes to stderr."""
+    summaries = benchmark(console=make_console(stderr=as_json), **options)
+    if as_json:
+        print_json({"results": [asdict(summary) for summary in summaries]})
+
+
+@bench.command(epilog=examples("hf-stable bench scale --output scale.json"))
+def scale(
     output: BenchOutput = None,
     rounds: Rounds = 10,
     as_json: Json = False,

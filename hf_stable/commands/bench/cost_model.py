@@ -1,25 +1,15 @@
 """What a training step costs on many processes: flops, bytes of memory, collectives. Counts only.
 
-All follows from the shapes of a model's weights, so a model without memory (on "meta") will do.
-Seconds need the rates of a machine, which is `machines`' matter.
+All follows from the shapes of a model's weights (`shapes`). Seconds need the rates of a machine,
+which is `machines`' matter.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-
-from hf_stable.adamw2.groups import parameter_rules
-from hf_stable.architectures.registry import UnsupportedModelError, lookup
-from hf_stable.measures.spectral import matrix_blocks
-from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
+from hf_stable.commands.bench.shapes import ModelShape, measure_shape
 
 __all__ = [
     "Collective",
@@ -53,86 +43,6 @@ ITERATION_LAUNCHES = 2
 BLOCK_LAUNCHES = 60
 """Operations of a block, forward and backward: 40 of a ViT, 80 of a GPT-2 whose GELU is spelled
 out."""
-
-
-_INDEX = re.compile(r"\.\d+\.")
-"""What the names of parameters in a list of blocks have."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the costs depend on.
-
-    Attributes:
-        name: class of the model.
-        num_parameters: all of them.
-        in_blocks: those of the repeated blocks.
-        multiplied: entries of the weights that every token is multiplied with.
-        bounded: (rows, columns) of the blocks that AdamW2 takes a spectral norm of.
-        patched: those of the layers that sigmaReparam patches.
-        layers: blocks of the model.
-        hidden: its width.
-        sequence: tokens that attend to each other.
-        is_registered: whether the patched layers are those of the registry. Otherwise they are all
-            Linear layers but the head, which is what a registration would name.
-    """
-
-    name: str
-    num_parameters: int
-    in_blocks: int
-    multiplied: int
-    bounded: tuple[tuple[int, int], ...]
-    patched: tuple[tuple[int, int], ...]
-    layers: int
-    hidden: int
-    sequence: int
-    is_registered: bool
-
-
-def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelShape:
-    """Read off a model, on any device, what its costs depend on.
-
-    Args:
-        model: a PreTrainedModel.
-        sequence: tokens per sequence; by default what its config says at most.
-    """
-    config: Any = model.config
-    rules = parameter_rules(model)
-    bounded = [
-        shape
-        for param in model.parameters()
-        if not math.isinf((rule := rules.get(id(param), {})).get("tau", 0.0))
-        for shape in _block_shapes(param, rule.get("blocks", 1), rule.get("block_dim", 0))
-    ]
-    layers: list[Any] = [
-        module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
-    ]
-    try:
-        lookup(model)
-        found = choose_layers(model, SigmaReparamConfig())[0]
-        chosen: list[Any] = [layer.module for layer in found]
-        is_registered = True
-    except UnsupportedModelError:
-        head = model.get_output_embeddings()
-        chosen, is_registered = [layer for layer in layers if layer is not head], False
-    patched = []
-    for layer in chosen:
-        rule = rules.get(id(layer.weight), {})
-        patched += _block_shapes(layer.weight, rule.get("blocks", 1), rule.get("block_dim", 0))
-    return ModelShape(
-        name=type(model).__name__,
-        num_parameters=sum(param.numel() for param in model.parameters()),
-        in_blocks=sum(
-            param.numel() for name, param in model.named_parameters() if _INDEX.search(name)
-        ),
-        multiplied=sum(layer.weight.numel() for layer in layers),
-        bounded=tuple(bounded),
-        patched=tuple(patched),
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        sequence=sequence or _longest(config),
-        is_registered=is_registered,
-    )
 
 
 @dataclass(frozen=True)
@@ -228,46 +138,66 @@ def step_costs(
         raise ValueError(f"strategy={strategy!r} is not allowed; choose 'ddp' or 'fsdp2'")
     is_sharded = strategy == "fsdp2" and num_processes > 1
     share = 1 / num_processes if is_sharded else 1.0
-    size = shape.num_parameters * share
-    per_token = 6 * shape.multiplied + 12 * shape.layers * shape.hidden * shape.sequence
-    bounded, patched = _entries(shape.bounded), _entries(shape.patched)
-    sums, patched_sums = _vectors(shape.bounded), _vectors(shape.patched)
-    iterations = 2 * power_iterations + 1  # of W and U, and one more of U alone
+    # AdamW2 iterates W and U together, and once more U alone.
+    iterations = 2 * power_iterations + 1
     return {
-        "model": Cost(
-            "model",
-            flops=per_token * tokens / num_processes,
-            launches=BLOCK_LAUNCHES * shape.layers,
-            collectives=_exchange(shape, is_sharded) if num_processes > 1 else (),
-            state=2 * FLOAT * size,
-        ),
-        "AdamW": Cost(
-            "AdamW",
-            bytes=ADAMW_PASSES * FLOAT * size,
-            launches=len(shape.bounded),
-            state=2 * FLOAT * size,
-        ),
-        "AdamW2": Cost(
-            "AdamW2",
-            flops=4 * iterations * bounded * share,
-            bytes=FLOAT * (ADAMW_PASSES * size + ADAMW2_OWN_PASSES * bounded * share),
-            product_bytes=FLOAT * STEP_PASSES * iterations * bounded * share,
-            launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
-            collectives=(Collective("all-reduce", power_iterations + 1, FLOAT * iterations * sums),)
-            if is_sharded
-            else (),
-            state=2 * FLOAT * size + FLOAT * 2 * sum(columns for _, columns in shape.bounded),
-            working=FLOAT * (bounded * share if is_sharded else max(map(_numel, shape.bounded))),
-        ),
-        "sigmaReparam": Cost(
-            "sigmaReparam",
-            flops=4 * patched * share,
-            product_bytes=STEP_PASSES * FLOAT * patched * share,
-            launches=ITERATION_LAUNCHES * len(shape.patched),
-            collectives=(Collective("all-reduce", 1, FLOAT * patched_sums),) if is_sharded else (),
-            state=FLOAT * patched_sums,
-        ),
+        "model": _training_cost(shape, num_processes, tokens, is_sharded),
+        "AdamW": _adamw_cost(shape, share),
+        "AdamW2": _adamw2_cost(shape, share, is_sharded, iterations, power_iterations + 1),
+        "sigmaReparam": _refresh_cost(shape, share, is_sharded),
     }
+
+
+def _training_cost(shape: ModelShape, num_processes: int, tokens: int, is_sharded: bool) -> Cost:
+    """Return the cost of forward and backward."""
+    per_token = 6 * shape.multiplied + 12 * shape.layers * shape.hidden * shape.sequence
+    share = 1 / num_processes if is_sharded else 1.0
+    return Cost(
+        "model",
+        flops=per_token * tokens / num_processes,
+        launches=BLOCK_LAUNCHES * shape.layers,
+        collectives=_exchange(shape, is_sharded) if num_processes > 1 else (),
+        state=2 * FLOAT * shape.num_parameters * share,
+    )
+
+
+def _adamw_cost(shape: ModelShape, share: float) -> Cost:
+    size = shape.num_parameters * share
+    return Cost(
+        "AdamW",
+        bytes=ADAMW_PASSES * FLOAT * size,
+        launches=len(shape.bounded),
+        state=2 * FLOAT * size,
+    )
+
+
+def _adamw2_cost(
+    shape: ModelShape, share: float, is_sharded: bool, iterations: int, reductions: int
+) -> Cost:
+    size, bounded = shape.num_parameters * share, _entries(shape.bounded)
+    exchanged = Collective("all-reduce", reductions, FLOAT * iterations * _vectors(shape.bounded))
+    return Cost(
+        "AdamW2",
+        flops=4 * iterations * bounded * share,
+        bytes=FLOAT * (ADAMW_PASSES * size + ADAMW2_OWN_PASSES * bounded * share),
+        product_bytes=FLOAT * STEP_PASSES * iterations * bounded * share,
+        launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
+        collectives=(exchanged,) if is_sharded else (),
+        state=2 * FLOAT * size + FLOAT * 2 * sum(columns for _, columns in shape.bounded),
+        working=FLOAT * (bounded * share if is_sharded else max(map(_numel, shape.bounded))),
+    )
+
+
+def _refresh_cost(shape: ModelShape, share: float, is_sharded: bool) -> Cost:
+    patched, vectors = _entries(shape.patched), _vectors(shape.patched)
+    return Cost(
+        "sigmaReparam",
+        flops=4 * patched * share,
+        product_bytes=STEP_PASSES * FLOAT * patched * share,
+        launches=ITERATION_LAUNCHES * len(shape.patched),
+        collectives=(Collective("all-reduce", 1, FLOAT * vectors),) if is_sharded else (),
+        state=FLOAT * vectors,
+    )
 
 
 def _exchange(shape: ModelShape, is_sharded: bool) -> tuple[Collective, ...]:
@@ -283,12 +213,6 @@ def _exchange(shape: ModelShape, is_sharded: bool) -> tuple[Collective, ...]:
     )
 
 
-def _block_shapes(weight: torch.Tensor, blocks: int, dim: int) -> list[tuple[int, int]]:
-    weight = weight.reshape(1) if weight.ndim == 0 else weight
-    found: list[Any] = matrix_blocks(weight, blocks, dim)
-    return [(block.shape[0], block.shape[1]) for block in found]
-
-
 def _numel(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
 
@@ -299,12 +223,3 @@ def _entries(shapes: tuple[tuple[int, int], ...]) -> int:
 
 def _vectors(shapes: tuple[tuple[int, int], ...]) -> int:
     return sum(rows + columns for rows, columns in shapes)
-
-
-def _longest(config: Any) -> int:
-    length = getattr(config, "max_position_embeddings", None)
-    if length:
-        return int(length)
-    if getattr(config, "window_size", None):
-        return int(config.window_size) ** 2
-    return (int(config.image_size) // int(config.patch_size)) ** 2 + 1

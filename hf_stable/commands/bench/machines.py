@@ -6,7 +6,6 @@ scale` fits here and checks at sizes that the fit has not seen.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Self
 
 import torch
 
+from hf_stable._wording import extra_needed
 from hf_stable.commands.bench.cost_model import Cost
 
 __all__ = ["MACHINES", "Machine"]
@@ -82,6 +82,10 @@ class Machine:
         return computing + launches * self.launch, sent / self.network + calls * self.latency
 
 
+ROUNDING = 1e-12
+"""Share of a measured time below which an amount that explains it is one of rounding."""
+
+
 def _rate(time: float) -> float:
     return 1 / time if time else math.inf
 
@@ -89,26 +93,24 @@ def _rate(time: float) -> float:
 def _fit_times(points: Sequence[tuple[tuple[float, ...], float]], size: int) -> list[float]:
     """Return times per unit, none negative, that come the closest to the seconds (relative).
 
-    Least squares over every choice of amounts that count, of which there are few.
+    Raises:
+        ModuleNotFoundError: if scipy is not installed, saying how to get it.
     """
     if not points:
         return [0.0] * size
-    rows = torch.tensor([amounts for amounts, _ in points], dtype=torch.float64)
-    seconds = torch.tensor([seconds for _, seconds in points], dtype=torch.float64)
-    rows = rows / seconds[:, None]
-    best, least = torch.zeros(size, dtype=torch.float64), math.inf
-    for chosen in itertools.product((False, True), repeat=size):
-        columns = [index for index in range(size) if chosen[index] and rows[:, index].any()]
-        if not columns:
-            continue
-        scale = rows[:, columns].amax(0)  # amounts differ by ten orders of magnitude
-        found = torch.linalg.lstsq(rows[:, columns] / scale, torch.ones(len(rows), 1).double())
-        times = found.solution[:, 0] / scale
-        error = (rows[:, columns] @ times - 1).square().sum().item()
-        if (times >= 0).all() and error < least:
-            best, least = torch.zeros_like(best), error
-            best[columns] = times
-    return best.tolist()
+    try:
+        from scipy.optimize import nnls
+    except ModuleNotFoundError as error:
+        raise extra_needed("fitting a machine", "bench", error) from error
+    amounts, seconds = (
+        torch.tensor(each, dtype=torch.float64) for each in zip(*points, strict=True)
+    )
+    rows = amounts / seconds[:, None]
+    scale = rows.amax(0)  # amounts differ by ten orders of magnitude
+    scale[scale == 0] = 1
+    times, _ = nnls((rows / scale).numpy(), torch.ones(len(rows)).double().numpy())
+    times[times < ROUNDING] = 0
+    return (torch.from_numpy(times) / scale).tolist()
 
 
 MACHINES = {

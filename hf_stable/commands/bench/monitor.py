@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_stable.commands.bench.models import build_gpt2, build_vit, make_images, make_tokens
 from hf_stable.commands.bench.timing import (
     TOTAL,
     PeakBytes,
@@ -121,7 +121,7 @@ def bench_monitor(
         console.print(f"entropy at T = {sizes.keys}, peak as a share of one T x T matrix: {text}")
     if output is not None:
         settings = {"benchmark": "monitor", "rounds": rounds, "memory": memory, **asdict(sizes)}
-        write_results(output, summaries, settings, device)
+        write_results(output, map(asdict, summaries), {"settings": settings}, device)
     return summaries
 
 
@@ -154,28 +154,15 @@ def _with_amortised(samples: Samples) -> Samples:
 
 
 def _gpt2(sizes: MonitorBenchSizes) -> tuple[Any, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=sizes.vocabulary, n_positions=sizes.sequence, n_embd=sizes.hidden,
-        n_layer=sizes.layers, n_head=max(1, sizes.hidden // 64), bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    ids = torch.randint(1, sizes.vocabulary, (sizes.batch, sizes.sequence))
-    return transformers.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+    model = build_gpt2(
+        sizes.hidden, sizes.layers, vocabulary=sizes.vocabulary, positions=sizes.sequence
+    )
+    return model, make_tokens(sizes.batch, sizes.sequence, sizes.vocabulary)
 
 
 def _vit(sizes: MonitorBenchSizes) -> tuple[Any, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=sizes.hidden, num_hidden_layers=sizes.layers,
-        num_attention_heads=max(1, sizes.hidden // 64), intermediate_size=4 * sizes.hidden,
-        image_size=sizes.image, patch_size=sizes.patch,
-    )  # fmt: skip
-    pixels = torch.randn(sizes.batch, 3, sizes.image, sizes.image)
-    labels = torch.zeros(sizes.batch, dtype=torch.long)
-    return transformers.ViTForImageClassification(config), {
-        "pixel_values": pixels,
-        "labels": labels,
-    }
+    model = build_vit(sizes.hidden, sizes.layers, image=sizes.image, patch=sizes.patch)
+    return model, make_images(sizes.batch, sizes.image)
 
 
 def _subjects(

@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 
 from hf_stable._wording import nearest
-from hf_stable.checkpoints.saved_models import empty_model
+from hf_stable.checkpoints.described_models import empty_model
 from hf_stable.commands.bench.cost_model import (
     Collective,
     Cost,

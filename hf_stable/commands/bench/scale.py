@@ -7,28 +7,22 @@ that plans use too (`Machine.seconds`); a table puts both times side by side.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
-import transformers
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hf_stable.adamw2.groups import ModelAdamW2
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
+from hf_stable.commands.bench.collectives import time_collectives
 from hf_stable.commands.bench.cost_model import Cost, measure_shape, step_costs
 from hf_stable.commands.bench.machines import Machine
-from hf_stable.commands.bench.timing import PhaseClock, alternate, describe_machine
+from hf_stable.commands.bench.models import build_gpt2, build_vit, make_images, make_tokens
+from hf_stable.commands.bench.timing import PhaseClock, alternate, write_results
 from hf_stable.commands.terminal import make_console, make_table
 from hf_stable.methods.patching import patch
 from hf_stable.methods.sigma_reparam.method import sigma_layers
@@ -69,9 +63,6 @@ SEQUENCE, IMAGE, PATCH, VOCABULARY = 196, 224, 16, 2048
 
 EXCHANGE = "all-reduces of AdamW2"
 """The part that takes several processes: what AdamW2 exchanges under FSDP2, here over gloo."""
-
-CALLS = 20
-"""Times that one sample of it is repeated: a single one takes a fraction of a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -127,123 +118,87 @@ def bench_scale(
         ValueError: if `rounds` is less than 1.
         OSError: if `output` cannot be written.
     """
-    sizes = (*fitted, *checked)
-    models = {size.name: _build(size) for size in sizes}
-    samples = alternate(
-        {size.name: _subject(models[size.name], size) for size in sizes}, rounds=rounds
-    )
-    costs = {size.name: _costs(models[size.name], size, 1) for size in sizes}
-    measured = {(name, part): median(samples[name][part]) for name in costs for part in costs[name]}
-    exchanged = {
-        size.name: _costs(models[size.name], size, num_processes)["AdamW2"] for size in sizes
-    }
-    exchange = _time_exchange(exchanged, num_processes, rounds) if num_processes > 1 else {}
-    known = {size.name for size in fitted}
-    machine = Machine.fit(
-        "this machine",
-        [
-            (costs[name][part], seconds)
-            for (name, part), seconds in measured.items()
-            if name in known
-        ],
-        [(exchanged[n], num_processes, seconds) for n, seconds in exchange.items() if n in known],
-    )
+    sizes, known = (*fitted, *checked), {size.name for size in fitted}
+    models = {size: _build(size) for size in sizes}
+    timings = _time_parts(models, rounds)
+    order = list(dict.fromkeys(timing.part for timing in timings))
+    if num_processes > 1:
+        timings += _time_exchanges(models, num_processes, rounds)
+        order.append(EXCHANGE)
+    machine = _fit([timing for timing in timings if timing.size in known])
     found = [
-        Prediction(name, part, seconds, machine.seconds(costs[name][part], 1)[0], name in known)
-        for (name, part), seconds in measured.items()
-    ] + [
         Prediction(
-            name,
-            EXCHANGE,
-            seconds,
-            machine.seconds(exchanged[name], num_processes)[1],
-            name in known,
+            timing.size, timing.part, timing.seconds, timing.predict(machine), timing.size in known
         )
-        for name, seconds in exchange.items()
+        for timing in sorted(timings, key=lambda timing: order.index(timing.part))
     ]
-    found.sort(key=lambda each: [*costs[each.size], EXCHANGE].index(each.part))
     _print_predictions(found, console)
     if output is not None:
-        content = {
-            "machine": describe_machine(),
-            "rates": {
-                name: rate
-                for name, rate in asdict(machine).items()
-                if name != "name" and math.isfinite(rate)  # infinite: not needed to explain them
-            },
-            "rounds": rounds,
-            "num_processes": num_processes,
-            "results": [asdict(each) | {"error": each.error} for each in found],
-        }
-        Path(output).write_text(json.dumps(content, indent=2) + "\n")
+        finite = {n: v for n, v in asdict(machine).items() if n != "name" and math.isfinite(v)}
+        results = [asdict(each) | {"error": each.error} for each in found]
+        about = {"rates": finite, "rounds": rounds, "num_processes": num_processes}
+        write_results(output, results, about)
     return found
 
 
-def _time_exchange(costs: Mapping[str, Cost], num_processes: int, rounds: int) -> dict[str, float]:
-    """Return the seconds that the collectives of each cost take between processes started here."""
-    calls = {
-        name: [int(each.bytes / each.count) for each in cost.collectives for _ in range(each.count)]
-        for name, cost in costs.items()
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _exchange, (folder, num_processes, calls, rounds), nprocs=num_processes
-        )
-        return json.loads((Path(folder) / "seconds.json").read_text())
+@dataclass(frozen=True)
+class _Timing:
+    """What one part of a step took at one size, and the cost that is to explain it."""
+
+    size: str
+    part: str
+    cost: Cost
+    num_processes: int
+    seconds: float
+
+    def predict(self, machine: Machine) -> float:
+        computing, communicating = machine.seconds(self.cost, self.num_processes)
+        return communicating if self.part == EXCHANGE else computing
 
 
-def _exchange(
-    rank: int, folder: str, num_processes: int, calls: Mapping[str, Sequence[int]], rounds: int
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes
-    )
-    tensors = {name: [torch.zeros(size // 4) for size in sizes] for name, sizes in calls.items()}
+def _fit(timings: Sequence[_Timing]) -> Machine:
+    """Return the machine that explains the timings; rates that it does without are infinite."""
+    alone = [(each.cost, each.seconds) for each in timings if each.part != EXCHANGE]
+    between = [
+        (each.cost, each.num_processes, each.seconds) for each in timings if each.part == EXCHANGE
+    ]
+    return Machine.fit("this machine", alone, between)
 
-    def exchange(name: str) -> Mapping[str, float]:
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            for tensor in tensors[name]:
-                dist.all_reduce(tensor)
-        return {EXCHANGE: (time.perf_counter() - start) / CALLS}
 
-    samples = alternate({name: partial(exchange, name) for name in calls}, rounds=rounds)
-    if rank == 0:
-        seconds = {name: median(samples[name][EXCHANGE]) for name in calls}
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
-    dist.barrier()
-    dist.destroy_process_group()
+def _time_parts(models: Mapping[Size, PreTrainedModel], rounds: int) -> list[_Timing]:
+    samples = alternate({s.name: _subject(m, s) for s, m in models.items()}, rounds=rounds)
+    return [
+        _Timing(size.name, part, cost, 1, median(samples[size.name][part]))
+        for size, model in models.items()
+        for part, cost in _costs(model, size, 1).items()
+    ]
+
+
+def _time_exchanges(
+    models: Mapping[Size, PreTrainedModel], num_processes: int, rounds: int
+) -> list[_Timing]:
+    costs = {s.name: _costs(m, s, num_processes)["AdamW2"] for s, m in models.items()}
+    seconds = time_collectives(costs, num_processes, rounds)
+    return [_Timing(n, EXCHANGE, costs[n], num_processes, seconds[n]) for n in costs]
 
 
 def _build(size: Size) -> PreTrainedModel:
-    heads = size.hidden // 64
     if size.model_type == "vit":
-        return transformers.ViTForImageClassification(
-            transformers.ViTConfig(
-                hidden_size=size.hidden, num_hidden_layers=size.layers, num_attention_heads=heads,
-                intermediate_size=4 * size.hidden, image_size=IMAGE, patch_size=PATCH,
-            )
-        )  # fmt: skip
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=SEQUENCE, n_embd=size.hidden, n_layer=size.layers,
-            n_head=heads, bos_token_id=0, eos_token_id=0,
-            activation_function="gelu_pytorch_tanh",  # in one kernel, as ViT's
-        )
-    )  # fmt: skip
+        return build_vit(size.hidden, size.layers, image=IMAGE, patch=PATCH)
+    return build_gpt2(
+        size.hidden,
+        size.layers,
+        vocabulary=VOCABULARY,
+        positions=SEQUENCE,
+        activation_function="gelu_pytorch_tanh",  # in one kernel, as ViT's
+    )
 
 
 def _subject(model: PreTrainedModel, size: Size) -> Callable[[], Mapping[str, float]]:
     if size.model_type == "vit":
-        inputs = {
-            "pixel_values": torch.randn(size.batch, 3, IMAGE, IMAGE),
-            "labels": torch.zeros(size.batch, dtype=torch.long),
-        }
+        inputs = make_images(size.batch, IMAGE)
     else:
-        ids = torch.randint(VOCABULARY, (size.batch, SEQUENCE))
-        inputs = {"input_ids": ids, "labels": ids}
+        inputs = make_tokens(size.batch, SEQUENCE, VOCABULARY)
     layers = [layer for _, layer in sigma_layers(patch(copy.deepcopy(model), "sigma_reparam"))]
     groups = [{"params": list(model.parameters())}]
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

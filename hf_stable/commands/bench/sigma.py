@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hf_stable.commands.bench.models import build_gpt2, build_vit, make_images, make_tokens
 from hf_stable.commands.bench.timing import (
     PhaseClock,
     Summary,
@@ -118,7 +118,7 @@ def bench_sigma(
     print_summaries(title, summaries, console)
     if output is not None:
         settings = {"benchmark": "sigma", "timer": timer, "only": only, **asdict(sizes)}
-        write_results(output, summaries, settings, device)
+        write_results(output, map(asdict, summaries), {"settings": settings}, device)
     return summaries
 
 
@@ -153,29 +153,22 @@ def _cases(
 
 
 def _model(model_type: str, sizes: SigmaBenchSizes) -> Any:
-    torch.manual_seed(0)
     if model_type == "vit":
-        return transformers.ViTForImageClassification(
-            transformers.ViTConfig(
-                hidden_size=sizes.hidden,
-                num_hidden_layers=sizes.layers,
-                num_attention_heads=sizes.heads,
-                intermediate_size=4 * sizes.hidden,
-                image_size=sizes.image,
-                patch_size=sizes.patch,
-            )
+        return build_vit(
+            sizes.hidden,
+            sizes.layers,
+            image=sizes.image,
+            patch=sizes.patch,
+            num_attention_heads=sizes.heads,
         )
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=sizes.vocabulary,
-            n_positions=max(sizes.sequence, sizes.prompt + sizes.new_tokens),
-            n_embd=sizes.hidden,
-            n_layer=sizes.layers,
-            n_head=sizes.heads,
-            bos_token_id=0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+    return build_gpt2(
+        sizes.hidden,
+        sizes.layers,
+        vocabulary=sizes.vocabulary,
+        positions=max(sizes.sequence, sizes.prompt + sizes.new_tokens),
+        n_head=sizes.heads,
+        eos_token_id=None,  # a generation ends at its last token
+        pad_token_id=0,
     )
 
 
@@ -183,10 +176,10 @@ def _inputs(
     model_type: str, sizes: SigmaBenchSizes, batch: int, device: torch.device
 ) -> dict[str, Tensor]:
     if model_type == "vit":
-        pixels = torch.randn(batch, 3, sizes.image, sizes.image, device=device)
-        return {"pixel_values": pixels, "labels": torch.zeros(batch, dtype=torch.long).to(device)}
-    ids = torch.randint(1, sizes.vocabulary, (batch, sizes.sequence), device=device)
-    return {"input_ids": ids, "labels": ids}
+        inputs = make_images(batch, sizes.image)
+    else:
+        inputs = make_tokens(batch, sizes.sequence, sizes.vocabulary)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _variants(model: Any) -> dict[str, Any]:

@@ -7,13 +7,12 @@ knows a model or a method.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -23,6 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_stable._json import to_json
 from hf_stable.commands.terminal import make_console, make_table
 
 __all__ = [
@@ -216,21 +216,17 @@ def print_summaries(
 
 def write_results(
     path: str | os.PathLike[str],
-    summaries: Iterable[Summary],
-    settings: Mapping[str, Any],
+    results: Iterable[Mapping[str, Any]],
+    about: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> None:
-    """Write the machine, the settings and every summary to a JSON file.
+    """Write the machine, what there is to know about a measurement, and its results to JSON.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    content = {
-        "machine": describe_machine(device),
-        "settings": dict(settings),
-        "results": [asdict(summary) for summary in summaries],
-    }
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    content = {"machine": describe_machine(device), **about, "results": list(results)}
+    Path(path).write_text(to_json(content, indent=2) + "\n")
 
 
 class PeakBytes(TorchDispatchMode):

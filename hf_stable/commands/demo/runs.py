@@ -1,7 +1,4 @@
-"""The runs of the demo: handwritten digits, a small ViT and the real Trainer, on the CPU.
-
-Data set, metric and digits come from the `recipes` extra, which is imported when it is needed.
-"""
+"""The runs of the demo: a small ViT on handwritten digits and the real Trainer, on the CPU."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ from transformers import (
     set_seed,
 )
 
-from hf_stable.architectures.registry import find_layers, lookup
-from hf_stable.measures.spectral import as_matrix, leading_triple
+from hf_stable.architectures.finding import find_layers
+from hf_stable.commands.demo.digits import accuracy_metric
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import as_matrix
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import is_patched, patch
 from hf_stable.monitor.callback import StabilityCallback
 
-__all__ = ["DemoRun", "RunResult", "load_digits", "require_recipes", "run_folder", "train"]
-
-NUM_TEST_IMAGES = 360
+__all__ = ["DemoRun", "RunResult", "run_folder", "train"]
 
 
 @dataclass(frozen=True)
@@ -86,69 +83,6 @@ class RunResult:
         return self.loss < other_loss and self.accuracy > other.accuracy
 
 
-def require_recipes() -> None:
-    """Raise ModuleNotFoundError, saying what to install, unless the recipes extra is there."""
-    for name in ("datasets", "evaluate", "plotly", "sklearn"):
-        try:
-            __import__(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                raise
-            raise ModuleNotFoundError(
-                f"the demo needs {name}, which comes with the recipes extra: "
-                'pip install "hf-stable[recipes]"',
-                name=name,
-            ) from error
-
-
-def load_digits(seed: int, quick: bool) -> Any:
-    """Return a `DatasetDict` of digits, 28 x 28, normalised, split by class."""
-    import datasets
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).float().view(-1, 1, 8, 8)
-    pixels = nn.functional.interpolate(pixels, size=(28, 28), mode="bilinear")
-    pixels = (pixels - pixels.mean()) / pixels.std()
-    features = datasets.Features(
-        {
-            "pixel_values": datasets.Array3D(shape=(1, 28, 28), dtype="float32"),
-            "labels": datasets.ClassLabel(num_classes=10),
-        }
-    )
-    whole = datasets.Dataset.from_dict(
-        {"pixel_values": pixels.numpy(), "labels": labels}, features=features
-    )
-    split = whole.train_test_split(
-        test_size=NUM_TEST_IMAGES, seed=seed, stratify_by_column="labels"
-    )
-    if quick:
-        split["train"] = split["train"].select(range(64))
-    return split.with_format("torch")
-
-
-def _accuracy_metric(folder: Path) -> Any:
-    """Return an `evaluate` metric that is defined here, so that nothing is fetched."""
-    import datasets
-    import evaluate
-
-    class Accuracy(evaluate.Metric):
-        def _info(self) -> Any:
-            label = datasets.Value("int32")
-            return evaluate.MetricInfo(
-                description="Share of right answers.",
-                citation="",
-                inputs_description="predictions and references: class numbers",
-                features=datasets.Features({"predictions": label, "references": label}),
-            )
-
-        def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-            hits = sum(p == r for p, r in zip(predictions, references, strict=True))
-            return {"accuracy": hits / len(references)}
-
-    return Accuracy(keep_in_memory=True, cache_dir=str(folder))
-
-
 def _build_model(run: DemoRun, seed: int, quick: bool) -> ViTForImageClassification:
     set_seed(seed)
     config = ViTConfig(
@@ -175,15 +109,39 @@ def train(run: DemoRun, data: Any, output: Path, *, seed: int, quick: bool) -> R
     """Do one run with the Trainer; save the model and its answers if it is patched."""
     folder = run_folder(run, output)
     model = _build_model(run, seed, quick)
-    metric = _accuracy_metric(folder)
+    metric = accuracy_metric(folder)
 
     def compute_metrics(prediction: Any) -> Any:
         return metric.compute(
             predictions=prediction.predictions.argmax(-1), references=prediction.label_ids
         )
 
+    trainer = Trainer(
+        model,
+        _arguments(run, folder, seed, quick),
+        train_dataset=data["train"],
+        eval_dataset=data["test"],
+        compute_metrics=compute_metrics,
+        callbacks=[StabilityCallback(every=2 if quick else 25, maps=[0])],
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    answers = trainer.predict(data["test"], metric_key_prefix="test")
+    metrics: Any = answers.metrics
+    # The Trainer logs evaluations, but not predictions: the report is to have the accuracy.
+    trainer.log({"test_loss": metrics["test_loss"], "test_accuracy": metrics["test_accuracy"]})
+    trainer.save_state()
+    if run.patched:
+        trainer.save_model(str(output / "model"))
+        _save_answers(output, data["test"], torch.as_tensor(answers.predictions))
+    sigma, gamma = _smallest_scales(model)
+    return RunResult(
+        run.name, metrics["test_loss"], metrics["test_accuracy"], sigma, gamma, seconds
+    )
+
+
+def _arguments(run: DemoRun, folder: Path, seed: int, quick: bool) -> TrainingArguments:
     steps = 4 if quick else 250
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
         max_steps=steps,
@@ -205,27 +163,6 @@ def train(run: DemoRun, data: Any, output: Path, *, seed: int, quick: bool) -> R
         disable_tqdm=not sys.stderr.isatty(),
         seed=seed,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["test"],
-        compute_metrics=compute_metrics,
-        callbacks=[StabilityCallback(every=2 if quick else 25, maps=[0])],
-    )
-    seconds = trainer.train().metrics["train_runtime"]
-    answers = trainer.predict(data["test"], metric_key_prefix="test")
-    metrics: Any = answers.metrics
-    # The Trainer logs evaluations, but not predictions: the report is to have the accuracy.
-    trainer.log({"test_loss": metrics["test_loss"], "test_accuracy": metrics["test_accuracy"]})
-    trainer.save_state()
-    if run.patched:
-        trainer.save_model(str(output / "model"))
-        _save_answers(output, data["test"], torch.as_tensor(answers.predictions))
-    sigma, gamma = _smallest_scales(model)
-    return RunResult(
-        run.name, metrics["test_loss"], metrics["test_accuracy"], sigma, gamma, seconds
-    )
 
 
 def _smallest_scales(model: nn.Module) -> tuple[float, float | None]:
@@ -233,9 +170,7 @@ def _smallest_scales(model: nn.Module) -> tuple[float, float | None]:
     if is_patched(model):
         layers = [layer for layer in describe(model).layers if layer.skipped is None]
         return min(min(row.sigma) for row in layers), min(min(row.gamma) for row in layers)
-    modules: list[Any] = [
-        layer.module for layer in find_layers(model, lookup(model)) if "head" not in layer.roles
-    ]
+    modules: list[Any] = [layer.module for layer in find_layers(model) if "head" not in layer.roles]
     matrices = [as_matrix(module.weight) for module in modules]
     if not all(torch.isfinite(matrix).all() for matrix in matrices):
         return math.nan, None

@@ -7,34 +7,24 @@ weights are read two at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
-import torch
-import transformers
-from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from hf_stable import modeling_hf_stable
-from hf_stable.architectures.registry import (
-    Attention,
-    UnsupportedModelError,
-    find_blocks,
-    find_norms,
-    lookup,
-)
+from hf_stable.architectures.description import Attention
+from hf_stable.architectures.finding import FoundBlock, find_blocks, find_norms, find_regions
+from hf_stable.architectures.heads import count_heads, part_of_role
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.checkpoints.described_models import empty_model
+from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.measures.products import (
     qk_singular_values,
     spectral_energy_concentration,
     stable_rank,
 )
-from hf_stable.modeling_hf_stable import PREFIX
-from hf_stable.monitor.block_terms import SEC_VALUES
-from hf_stable.trainer.plugin import key_renaming
+from hf_stable.monitor.terms import SEC_VALUES
 
 __all__ = [
     "BlockSpectrum",
@@ -103,7 +93,7 @@ def outline(weights: WeightFiles) -> ModelOutline:
     """
     folder = weights.path if weights.path.is_dir() else weights.path.parent
     model = _build(folder)
-    lookup(model)  # refuses what is not registered
+    find_regions(model)  # refuses what is not registered
     rename, names = key_renaming(model), model.state_dict()
     on_disk = {}
     for key in weights.shapes:
@@ -119,22 +109,19 @@ def inspect_blocks(weights: WeightFiles, model: ModelOutline) -> tuple[BlockSpec
         UnsupportedModelError: if config.json describes heads that the weights cannot be cut into.
         ValueError: if a file is damaged.
     """
-    architecture = lookup(model.model)
-    attention = architecture.block.attentions[0]
     found = []
-    for name, block in find_blocks(model.model, architecture):
-        names = [f"{name}.{path}.weight" for path in (attention.query, attention.key)]
-        if all(each in model.on_disk for each in names):
-            query, key = _query_and_key(weights, model, name, block, attention)
-            num_heads = attrgetter(attention.num_heads)(block.get_submodule(attention.module))
-            found.append(_block_spectrum(name, query, key, num_heads))
+    for block in find_blocks(model.model):
+        for name, attention in block.attentions():
+            names = [f"{block.name}.{path}.weight" for path in (attention.query, attention.key)]
+            if all(each in model.on_disk for each in names):
+                found.append(_block_spectrum(weights, model, block, name, attention))
     return tuple(found)
 
 
 def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, ...]:
     """Measure the gain of every norm that has one."""
     found = []
-    for norm in find_norms(model.model, lookup(model.model)):
+    for norm in find_norms(model.model):
         key = model.on_disk.get(f"{norm.name}.weight")
         if key is not None:
             gain = weights.read(key).double()
@@ -149,46 +136,25 @@ def _build(folder: Path) -> PreTrainedModel:
     if not path.is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        # Code that lies beside the weights is neither run nor asked about: this only looks.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model_class = _model_class(config.architectures)
-        if model_class is not None:
-            with torch.device("meta"):
-                return model_class(config)
+        return empty_model(folder)
     except Exception as error:  # which one an impossible value raises is up to the model
         reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedModelError(
             f"{path} describes no model that transformers can build: {reason}"
         ) from error
-    raise UnsupportedModelError(
-        f"{path} has {config.architectures!r} under 'architectures'; it takes a list whose first "
-        "entry is the name of a model class of transformers"
-    )
 
 
-def _model_class(architectures: Any) -> type[PreTrainedModel] | None:
-    """Return the class that a config names under "architectures", or None if it is no model's."""
-    name = str(architectures[0]) if architectures else ""
-    found = getattr(modeling_hf_stable if name.startswith(PREFIX) else transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
-
-
-def _query_and_key(
-    weights: WeightFiles, model: ModelOutline, name: str, block: nn.Module, attention: Attention
-) -> tuple[Tensor, Tensor]:
-    """Read the effective Wq and Wk as (out, in); of a fused projection only these parts stay."""
-    paths = (attention.query, attention.key, attention.value)
-    parts: dict[str, Any] = {}
-    for path in dict.fromkeys(paths[:2]):
-        matrix = weights.read_effective(model.on_disk[f"{name}.{path}.weight"])
-        matrix = matrix.T if isinstance(block.get_submodule(path), Conv1D) else matrix
-        parts[path] = iter(matrix.chunk(paths.count(path)))
-    return next(parts[paths[0]]), next(parts[paths[1]])
-
-
-def _block_spectrum(name: str, query: Tensor, key: Tensor, num_heads: int) -> BlockSpectrum:
+def _block_spectrum(
+    weights: WeightFiles, model: ModelOutline, block: FoundBlock, name: str, attention: Attention
+) -> BlockSpectrum:
+    whole = {
+        path: weights.read_effective(model.on_disk[f"{block.name}.{path}.weight"])
+        for path in dict.fromkeys((attention.query, attention.key))
+    }
     try:
-        values = qk_singular_values(query, key, num_heads)
+        query = part_of_role(block.module, attention, "query", whole[attention.query])
+        key = part_of_role(block.module, attention, "key", whole[attention.key])
+        values = qk_singular_values(query, key, count_heads(block.module, attention))
     except ValueError as error:
         raise UnsupportedModelError(
             f"config.json does not fit the weights of {name}: {error}"

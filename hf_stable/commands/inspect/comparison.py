@@ -15,7 +15,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.weight_files import WeightFiles, open_weights
 from hf_stable.commands.inspect.blocks import BlockSpectrum, ModelOutline, inspect_blocks, outline
 from hf_stable.commands.inspect.matrices import is_finite, largest_sigma
-from hf_stable.measures.spectral import as_matrix
+from hf_stable.measures.matrices import as_matrix
 
 __all__ = [
     "CheckpointComparison",

@@ -9,7 +9,7 @@ from statistics import median
 
 from hf_stable.commands.inspect.blocks import BlockSpectrum
 from hf_stable.commands.inspect.matrices import LayerSpectrum
-from hf_stable.monitor.block_terms import SEC_VALUES
+from hf_stable.monitor.terms import SEC_VALUES
 
 __all__ = ["find_signs"]
 

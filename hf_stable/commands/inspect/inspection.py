@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._json import as_json_value
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.checkpoints.pairing import pair_layers
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
 from hf_stable.commands.inspect.blocks import (
     BlockSpectrum,
@@ -24,10 +23,8 @@ from hf_stable.commands.inspect.blocks import (
 )
 from hf_stable.commands.inspect.findings import find_signs
 from hf_stable.commands.inspect.matrices import LayerSpectrum, inspect_matrix, is_finite, is_matrix
-from hf_stable.methods.patching import STATE_FILE
-from hf_stable.methods.sigma_reparam.function import scale_blocks
 
-__all__ = ["CheckpointReport", "inspect_checkpoint", "pair_layers"]
+__all__ = ["CheckpointReport", "inspect_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -109,46 +106,73 @@ def inspect_checkpoint(
         ValueError: if there are no safetensors, or a file is damaged.
     """
     weights = open_weights(path)
-    folder = weights.path if weights.path.is_dir() else weights.path.parent
-    sidecar = None if weights.path.name.startswith(Path(STATE_FILE).stem) else open_sidecar(folder)
+    sidecar = _sidecar_beside(weights)
     partners, unmatched = pair_layers(weights, sidecar) if sidecar else ({}, [])
-    raw = set(weights.raw_layers)
-    own = {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
-    names = {name for name, shape in own.items() if is_matrix(name, shape)}
-    nonfinite = [] if sidecar is None else _nonfinite_beside_weights(sidecar)
-    layers: list[LayerSpectrum] = []
-    for name, tensor in weights:
-        if name not in names:
-            if not is_finite(tensor):
-                nonfinite.append(name)
-            continue
-        layer = name.removesuffix(".weight")
-        if name in partners:
-            assert sidecar is not None
-            layers.append(inspect_matrix(layer, tensor, sidecar, partners[name]))
-        else:
-            layers.append(inspect_matrix(layer, tensor, weights, layer if layer in raw else None))
-        if not layers[-1].finite:
-            nonfinite.append(name)
-        on_layer(len(layers), len(names))
+    layers, nonfinite = _inspect_tensors(weights, sidecar or weights, partners, on_layer)
+    if sidecar is not None:
+        nonfinite = [*_nonfinite_beside_weights(sidecar), *nonfinite]
     problem = None
     if unmatched and weights.path.is_dir():
         problem = (
-            f"{STATE_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
+            f"{SIDECAR_FILE} belongs to another save than the weights beside it: {len(unmatched)} "
             f"of its layers fold to none of them (first: {unmatched[0]!r})"
         )
     blocks, norms, note = _blocks_and_norms(weights)
     return CheckpointReport(
         path=str(weights.path),
-        kind="raw" if raw else "folded" if sidecar else "plain",
+        kind="raw" if weights.raw_layers else "folded" if sidecar else "plain",
         layers=tuple(layers),
-        num_parameters=sum(torch.Size(shape).numel() for shape in own.values()),
+        num_parameters=sum(map(math.prod, _plain_tensors(weights).values())),
         nonfinite=tuple(nonfinite),
         problem=problem,
         blocks=blocks,
         norms=norms,
         blocks_note=note,
     )
+
+
+def _sidecar_beside(weights: WeightFiles) -> WeightFiles | None:
+    """Open the sidecar beside weights; the sidecar itself has none."""
+    if weights.path.name.startswith(Path(SIDECAR_FILE).stem):
+        return None
+    return open_sidecar(weights.path if weights.path.is_dir() else weights.path.parent)
+
+
+def _plain_tensors(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that the plain model has too, by name."""
+    return {n: shape for n, shape in weights.shapes.items() if not weights.belongs_to_raw_layer(n)}
+
+
+def _inspect_tensors(
+    weights: WeightFiles,
+    state: WeightFiles,
+    partners: Mapping[str, str],
+    on_layer: Callable[[int, int], None],
+) -> tuple[list[LayerSpectrum], list[str]]:
+    """Measure every matrix, and name the tensors with entries that are not finite.
+
+    Args:
+        weights: the tensors.
+        state: where gamma and the raw sigma of patched layers are.
+        partners: the patched layer there of each weight that is one, by the weight's name.
+        on_layer: as in `inspect_checkpoint`.
+    """
+    if raw := weights.raw_layers:
+        state, partners = weights, {f"{layer}.weight": layer for layer in raw}
+    matrices = {n for n, shape in _plain_tensors(weights).items() if is_matrix(n, shape)}
+    layers: list[LayerSpectrum] = []
+    nonfinite = []
+    for name, tensor in weights:
+        if name in matrices:
+            layer = name.removesuffix(".weight")
+            layers.append(inspect_matrix(layer, tensor, state, partners.get(name)))
+            on_layer(len(layers), len(matrices))
+            finite = layers[-1].finite
+        else:
+            finite = is_finite(tensor)
+        if not finite:
+            nonfinite.append(name)
+    return layers, nonfinite
 
 
 def _nonfinite_beside_weights(sidecar: WeightFiles) -> list[str]:
@@ -164,39 +188,3 @@ def _blocks_and_norms(
         return inspect_blocks(weights, model), inspect_norms(weights, model), None
     except UnsupportedModelError as error:
         return (), (), str(error)
-
-
-def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:
-    """Find, for each layer of a sidecar, the weight that it folds to.
-
-    The sidecar has the names of the model in memory and the weights those on disk, which differ
-    for ViT and Swin. So layers are told by their content: the first row of the folded weight,
-    bit for bit; the name decides where several have the same.
-
-    Returns:
-        The layer of the sidecar for each weight's name, and the layers that fit no weight.
-    """
-    by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
-    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in sidecar.raw_layers}
-    for name, shape in weights.shapes.items():
-        if shape in shapes:
-            by_content[_content(shape, weights.read_first_row(name))].append(name)
-    partners: dict[str, str] = {}
-    unmatched = []
-    for layer in sidecar.raw_layers:
-        name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
-        scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
-        dim = sidecar.block_dim(layer)
-        row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
-        candidates = by_content[_content(shape, row)]
-        if not candidates:
-            unmatched.append(layer)
-            continue
-        chosen = name if name in candidates else candidates[0]
-        candidates.remove(chosen)
-        partners[chosen] = layer
-    return partners, unmatched
-
-
-def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
-    return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_stable.checkpoints.weight_files import WeightFiles
-from hf_stable.measures.spectral import as_matrix, leading_triple, split_blocks
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import as_matrix, split_blocks
 
 __all__ = ["LayerSpectrum", "inspect_matrix", "is_finite", "is_matrix", "largest_sigma"]
 

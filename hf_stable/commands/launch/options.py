@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,24 +12,9 @@ import yaml
 from hf_stable._wording import nearest
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
+from hf_stable.monitor.options import ACTIONS
 
-__all__ = ["RunOptions", "make_parser", "read_options", "split_command_line"]
-
-ACTIONS = ("warn", "stop", "checkpoint", "rollback")
-VALUE_OPTIONS = (
-    "--patch", "--patch-config", "--monitor-every", "--monitor", "--on-collapse", "--config",
-)  # fmt: skip
-USAGE = "hf-stable run [options] (script.py | -m package.module) ARGS..."
-EXAMPLE = """\
-examples:
-  hf-stable run --patch sigma_reparam --monitor 50 train.py --optim adamw2 --warmup_steps 0
-  torchrun --nproc-per-node 8 -m hf_stable.run --patch sigma_reparam --monitor-every 50 train.py
-
-Options stand before the script's name; everything after it is the script's own. Under torchrun
-write --monitor-every: it takes --monitor for a short form of its own --monitor-interval. A --config
-file holds any of the options by name (patch, patch_config, monitor, on_collapse, fold_at_end); the
-command line goes before it. transformers is imported before the script starts, so variables that
-it reads then (HF_HOME, ...) have to be set in the shell, not in the script."""
+__all__ = ["RunOptions", "read_options"]
 
 
 @dataclass(frozen=True)
@@ -62,74 +47,32 @@ class _Given:
     origin: str
 
 
-def read_options(argv: Sequence[str]) -> RunOptions:
-    """Parse the launcher's options, together with the file that `--config` names.
+def read_options(
+    given: Mapping[str, Any], config: str | os.PathLike[str] | None = None
+) -> RunOptions:
+    """Check the launcher's options, together with the file that `--config` names.
 
-    A usage error ends the process with code 2 and one line on stderr.
+    Args:
+        given: options of the command line by name; None for one that is not given.
+        config: a YAML file with further ones, which give way to the command line.
+
+    Raises:
+        ValueError, TypeError: for an option out of range, naming where it was given.
+        OSError: if a file cannot be read.
     """
-    parser = make_parser()
-    flags = vars(parser.parse_args(argv))
-    try:
-        given = _read_config(flags.pop("config")) if "config" in flags else {}
-        for name, value in flags.items():
-            given[name] = _Given(value, f"--{name.replace('_', '-')}")
-        methods = _method_names(given.get("patch"))
-        return RunOptions(
-            patch=_method_configs(methods, given.get("patch_config")),
-            monitor=_checked_monitor(given.get("monitor")),
-            on_collapse=_checked_action(given.get("on_collapse")),
-            fold_at_end=_checked_flag(given.get("fold_at_end")),
-        )
-    except (OSError, TypeError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
-
-
-def split_command_line(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line where the script begins: the launcher's options, the script's part.
-
-    By hand, because argument parsers take a "--" or an option of the script for their own.
-    """
-    position = 0
-    while position < len(argv) and argv[position] != "-m" and argv[position].startswith("-"):
-        position += 2 if argv[position] in VALUE_OPTIONS else 1
-    return list(argv[:position]), list(argv[position:])
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the launcher's own options."""
-    parser = argparse.ArgumentParser(
-        prog="hf-stable run",
-        usage=USAGE,
-        description="Run a training script with hf_stable attached to every Trainer it builds.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    options = {} if config is None else _read_config(config)
+    for name, value in given.items():
+        if value is not None:
+            options[name] = _Given(value, f"--{name.replace('_', '-')}")
+    return RunOptions(
+        patch=_method_configs(_method_names(options.get("patch")), options.get("patch_config")),
+        monitor=_checked_monitor(options.get("monitor")),
+        on_collapse=_checked_action(options.get("on_collapse")),
+        fold_at_end=_checked_flag(options.get("fold_at_end")),
     )
-    parser.add_argument(
-        "--patch", metavar="METHODS", help=f"of {', '.join(METHODS)}; several with commas"
-    )
-    parser.add_argument(
-        "--patch-config",
-        metavar="FILE",
-        help="YAML: the method's options by name, or several methods with their options",
-    )
-    parser.add_argument(
-        "--monitor-every",
-        "--monitor",
-        dest="monitor",
-        metavar="N",
-        help="probe stability every N steps",
-    )
-    parser.add_argument("--on-collapse", metavar="ACTION", help=f"one of {', '.join(ACTIONS)}")
-    parser.add_argument(
-        "--fold-at-end", action="store_true", help="fold the model when Trainer.train returns"
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML: all of these")
-    return parser
 
 
-def _read_config(path: str) -> dict[str, _Given]:
+def _read_config(path: str | os.PathLike[str]) -> dict[str, _Given]:
     """Return the options that a file holds; null stands for an option that is not there."""
     allowed = [each.name for each in fields(RunOptions)] + ["patch_config"]
     options = {}
@@ -145,7 +88,7 @@ def _read_config(path: str) -> dict[str, _Given]:
     return options
 
 
-def _read_yaml(path: str) -> dict[Any, Any]:
+def _read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             content = yaml.safe_load(file)

@@ -29,7 +29,7 @@ def check_script(command: Sequence[str]) -> None:
         ValueError: if no script is named, or there is no such file.
     """
     if not command or list(command) == ["-m"]:
-        raise ValueError("no script given")
+        raise ValueError("no script given: hf-stable run [OPTIONS] SCRIPT ARGS...")
     if command[0] == "-m":
         return  # where it is depends on sys.path
     if not os.path.exists(command[0]):

@@ -13,16 +13,12 @@ from typing import Any, ClassVar, Literal, cast
 import transformers
 from torch import Tensor, nn
 
-from hf_stable.architectures.registry import (
-    FoundNorm,
-    Placement,
-    UnsupportedModelError,
-    find_norms,
-    lookup,
-)
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, method_options
+from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.modeling_hf_stable import PREFIX, epsilon_field
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, epsilon_field
 
 __all__ = [
     "RemovalConfig",
@@ -104,9 +100,10 @@ class RemovalPlan:
 
     norms: tuple[tuple[nn.Module, str], ...]
 
-    def apply(self) -> None:
+    def apply(self, undo: Undo) -> None:
         """Put an identity in the place of each norm."""
         for parent, attribute in self.norms:
+            undo.append(keep_attributes(parent))
             setattr(parent, attribute, RemovedNorm(getattr(parent, attribute)))
 
 
@@ -117,7 +114,7 @@ def plan_removal(model: nn.Module, config: RemovalConfig) -> RemovalPlan:
         UnsupportedModelError: if the architecture is not registered, has no norm of this kind, or
             could not be saved without its norms.
     """
-    norms = find_norms(model, lookup(model))
+    norms = find_norms(model)
     if not any(norm.placement == config.placement for norm in norms):
         _refuse_placement(model, config, norms)
     _check_can_be_saved(model)
@@ -160,14 +157,12 @@ def restore_layernorms(model: nn.Module) -> nn.Module:
             f"this {type(model).__name__} was loaded without its norms, and no file has them; "
             "restore_layernorms undoes a removal that was made in this process"
         )
-    for name, removed in removed_norms(model):
-        parent, attribute = _owner(model, name)
-        setattr(parent, attribute, removed.norm.train(removed.training))
-    for module in model.modules():
-        configs = getattr(module, CONFIGS_ATTRIBUTE, ())
-        left = tuple(c for c in configs if not isinstance(c, RemovalConfig))
-        if left != configs:
-            setattr(module, CONFIGS_ATTRIBUTE, left)
+    with undoing() as undo:
+        for name, removed in removed_norms(model):
+            parent, attribute = _owner(model, name)
+            undo.append(keep_attributes(parent))
+            setattr(parent, attribute, removed.norm.train(removed.training))
+        take_out_configs(model, RemovalConfig, undo)
     return model
 
 
@@ -197,7 +192,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
             "a model of transformers, or keep them"
         )
     config_class = type(cast(Any, model).config)
-    name = config_class.__name__.removeprefix(PREFIX)
+    name = config_class.__name__.removeprefix(CLASS_PREFIX)
     try:
         epsilon_field(config_class)
         known = hasattr(transformers, name)

@@ -16,12 +16,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from hf_stable import modeling_hf_stable
+from hf_stable.architectures.finding import find_regions, norm_paths
 from hf_stable.architectures.registry import (
     UnsupportedModelError,
-    lookup,
+    architecture_of,
+    model_type_of,
     supported_architectures,
 )
-from hf_stable.modeling_hf_stable import PREFIX, find_norms
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, locate_norms
 
 __all__ = [
     "AUTO_CLASSES",
@@ -53,7 +55,7 @@ AUTO_CLASSES = {
 
 def is_standalone(model: nn.Module) -> bool:
     """Say whether the model is of a class of `modeling_hf_stable`, imported or from a folder."""
-    return type(model).__name__.startswith(PREFIX)
+    return type(model).__name__.startswith(CLASS_PREFIX)
 
 
 def standalone_class(native: Any) -> Any:
@@ -63,7 +65,9 @@ def standalone_class(native: Any) -> Any:
         UnsupportedModelError: for a class that is not one of transformers' own.
     """
     try:
-        return getattr(modeling_hf_stable, PREFIX + native.__name__.removeprefix(PREFIX))
+        return getattr(
+            modeling_hf_stable, CLASS_PREFIX + native.__name__.removeprefix(CLASS_PREFIX)
+        )
     except AttributeError as error:
         raise UnsupportedModelError(
             f"{native.__name__} is no model class of transformers, so there is none without norms "
@@ -78,6 +82,12 @@ def standalone_config(model: Any) -> Any:
         UnsupportedModelError: if the model's architecture is not registered (a patched model
             inside another one).
     """
+    if architecture_of(model) is None:
+        raise UnsupportedModelError(
+            f"the norms of a part of this {type(model).__name__} were removed, and a model without "
+            f"norms is saved under a name of its own, which model_type {model_type_of(model)!r} "
+            "has none of: it is not registered. Save the part, or hf_stable.restore_layernorms"
+        )
     removed, native = removed_by_class(model), model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())
     config.removed_layernorms = removed
@@ -124,7 +134,7 @@ def _auto_map(native_config: Any) -> dict[str, str]:
 
 def _native_classes(native_config: Any) -> dict[str, Any]:
     """Map the name of each auto class that knows a config to the class it would load."""
-    if native_config.__name__.startswith(PREFIX):
+    if native_config.__name__.startswith(CLASS_PREFIX):
         native_config = native_config.__base__
     found = {
         auto_class: getattr(transformers, table).get(native_config, None)
@@ -135,13 +145,15 @@ def _native_classes(native_config: Any) -> dict[str, Any]:
 
 def removed_by_class(model: Any) -> dict[str, list[str]]:
     """Return what of a model's norms is gone, by the class that has it and the path in it."""
-    architecture = lookup(model)
-    block = architecture.block
-    declared = [(block.class_name, path) for path in (*block.pre_norms, *block.post_norms)]
-    declared += [(member.class_name, member.path) for member in architecture.norms]
+    declared: list[tuple[str, str]] = []
+    for region in find_regions(model):
+        for block in region.architecture.blocks:
+            paths = (path for paths in norm_paths(block).values() for path in paths)
+            declared += [(block.class_name, path) for path in paths]
+        declared += [(member.class_name, member.path) for member in region.architecture.norms]
     removed: dict[str, list[str]] = {}
-    for class_name, path in declared:
-        owners = find_norms(model, {class_name: [path]})
+    for class_name, path in dict.fromkeys(declared):
+        owners = locate_norms(model, {class_name: [path]})
         if any(isinstance(owner.get_submodule(path), nn.Identity) for owner, _ in owners):
             removed.setdefault(class_name, []).append(path)
     return removed

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hf_stable.measures.spectral import as_matrix, split_blocks
+from hf_stable.methods.sigma_reparam.block_arithmetic import (
+    block_products,
+    first_derivatives,
+    is_traced,
+    pull_back,
+    scale_blocks,
+    sigma_of,
+    spread_over_blocks,
+    write_minus_rank_one,
+)
 
 __all__ = [
     "effective_weight",
@@ -48,7 +57,7 @@ class _EffectiveWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gamma, sigma, u, v = ctx.saved_tensors
-        grad_weight, grad_gamma = _pull_back(grad, weight, gamma, sigma, u, v, ctx.dim)
+        grad_weight, grad_gamma = pull_back(grad, weight, gamma, sigma, u, v, ctx.dim)
         return grad_weight, grad_gamma, None, None, None, None
 
     @staticmethod
@@ -59,7 +68,7 @@ class _EffectiveWeight(torch.autograd.Function):
         if dgamma is not None:
             tangent = tangent + scale_blocks(weight, dgamma / sigma, ctx.dim)
         if dweight is not None:
-            dsigma = _sigma_of(dweight, u, v, ctx.dim)
+            dsigma = sigma_of(dweight, u, v, ctx.dim)
             tangent = tangent + scale_blocks(dweight, gamma / sigma, ctx.dim)
             tangent = tangent - scale_blocks(weight, gamma * dsigma / sigma**2, ctx.dim)
         return tangent
@@ -80,7 +89,7 @@ class _CompiledWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gamma, sigma, u, v = ctx.saved_tensors
         # torch.compile has no second derivatives, for which sigma would be a function of W.
-        first = _first_derivatives(grad, weight, gamma, sigma, u, v, ctx.dim)
+        first = first_derivatives(grad, weight, gamma, sigma, u, v, ctx.dim)
         return *first, None, None, None, None
 
 
@@ -125,7 +134,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, sigma, u, v = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_gamma = ctx.needs_input_grad[:4]
-        by_hand = not torch.is_grad_enabled() and not _is_traced(grad)
+        by_hand = not torch.is_grad_enabled() and not is_traced(grad)
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_gamma = None
         if wants_x and by_hand:
@@ -136,18 +145,18 @@ class _ScaledLinear(torch.autograd.Function):
         if wants_weight or wants_gamma:
             outer = grad.T @ rows if ctx.dim == 0 else rows.T @ grad
             if not by_hand:
-                grad_weight, grad_gamma = _pull_back(outer, weight, gamma, sigma, u, v, ctx.dim)
+                grad_weight, grad_gamma = pull_back(outer, weight, gamma, sigma, u, v, ctx.dim)
             else:
                 shorter = len(rows) < grad.shape[1] and len(gamma) == 1
                 if grad_x is not None and shorter and ctx.scales[0]:
                     # dL/dx = s D W with G = D.T x, so <dL/dx, x> = s <G, W> = gamma dL/dgamma.
                     grad_gamma = torch.dot(grad_x.view(-1), rows.reshape(-1)).view(1) / gamma
                 else:
-                    grad_gamma = _block_products(outer, weight, ctx.dim, len(gamma)) / sigma
+                    grad_gamma = block_products(outer, weight, ctx.dim, len(gamma)) / sigma
                 if wants_weight:
                     grad_weight = outer
                     scales = ctx.scales * (len(gamma) // len(ctx.scales))
-                    _write_minus_rank_one(outer, outer, scales, grad_gamma.tolist(), u, v, ctx.dim)
+                    write_minus_rank_one(outer, outer, scales, grad_gamma.tolist(), u, v, ctx.dim)
         return (
             grad_x.view(x.shape) if grad_x is not None else None,
             grad_weight if wants_weight else None,
@@ -250,116 +259,3 @@ def scaled_linear(
     if torch.is_grad_enabled():
         return _ScaledLinear.apply(x, weight, bias, gamma, sigma, u, v, dim)
     return _scaled_product(x, weight, bias, _read_scales(gamma, sigma), dim)
-
-
-def spread_over_blocks(values: Tensor, weight: Tensor, dim: int) -> Tensor:
-    """Spread (k,) values over the blocks of a weight: 0-d for one block, else broadcastable."""
-    if len(values) == 1:
-        return values[0]
-    spread = values.repeat_interleave(weight.shape[dim] // len(values))
-    return spread.view([-1 if axis == dim else 1 for axis in range(weight.ndim)])
-
-
-def scale_blocks(weight: Tensor, scale: Tensor, dim: int) -> Tensor:
-    """Return each of the k blocks of a weight times its entry of `scale` (k,), in W's dtype."""
-    # A bfloat16 weight times a float32 scale rounds once, not twice.
-    product = weight.to(scale.dtype) * spread_over_blocks(scale, weight, dim)
-    return product.to(weight.dtype)
-
-
-def _matrix_blocks(weight: Tensor, num_blocks: int, dim: int) -> tuple[Tensor, ...]:
-    return split_blocks(as_matrix(weight), num_blocks, dim)
-
-
-def _sigma_of(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:
-    blocks = _matrix_blocks(weight, len(u), dim)
-    return torch.stack([u[i].dot(block.to(u.dtype).mv(v[i])) for i, block in enumerate(blocks)])
-
-
-def _block_products(grad: Tensor, weight: Tensor, dim: int, num_blocks: int) -> Tensor:
-    """Return `<G, W>` of each block, (k,), without a tensor of W's size."""
-    if num_blocks == 1:
-        return torch.dot(grad.reshape(-1), weight.reshape(-1)).view(1)
-    if dim == 0:
-        blocks = zip(grad.chunk(num_blocks), weight.chunk(num_blocks), strict=True)
-        return torch.stack([torch.dot(g.reshape(-1), w.reshape(-1)) for g, w in blocks])
-    # Blocks of columns: sum down the rows, some cache-sized bands of rows at a time.
-    rows = max(1, 2**19 // weight.shape[1])
-    bands = zip(grad.split(rows), weight.split(rows), strict=True)
-    columns = torch.stack([(g * w).sum(0) for g, w in bands]).sum(0)
-    return columns.view(num_blocks, -1).sum(1)
-
-
-def _pull_back(
-    grad: Tensor, weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of W and gamma for `grad`, the gradient of W_hat."""
-    if torch.is_grad_enabled():
-        # A second derivative is wanted: sigma must be the function of W that it is. The saved
-        # value as a constant would pass gradcheck and give a wrong Hessian.
-        sigma = _sigma_of(weight, u, v, dim)
-    return _first_derivatives(grad, weight, gamma, sigma, u, v, dim)
-
-
-def _first_derivatives(
-    grad: Tensor, weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    grad_gamma = _block_products(grad, weight, dim, len(gamma)).to(gamma.dtype) / sigma
-    return _minus_rank_one(grad, gamma / sigma, grad_gamma, u, v, dim), grad_gamma
-
-
-def _minus_rank_one(
-    grad: Tensor, scale: Tensor, coefficient: Tensor, u: Tensor, v: Tensor, dim: int
-) -> Tensor:
-    """Return `scale * (G - coefficient * u v.T)` block by block, shaped like G."""
-    num_blocks = len(scale)
-    if grad.device.type == "cpu" and not torch.is_grad_enabled() and not _is_traced(grad):
-        result = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        _write_minus_rank_one(
-            result,
-            grad,
-            scale.tolist(),
-            coefficient.tolist(),
-            u.to(grad.dtype),
-            v.to(grad.dtype),
-            dim,
-        )
-        return result
-    blocks = zip(_matrix_blocks(grad, num_blocks, dim), u, v, scale, coefficient, strict=True)
-    results = [
-        ((block.to(left.dtype) - torch.outer(c * left, right)) * s).to(grad.dtype)
-        for block, left, right, s, c in blocks
-    ]
-    return (torch.cat(results, dim) if num_blocks > 1 else results[0]).view(grad.shape)
-
-
-def _write_minus_rank_one(
-    result: Tensor,
-    grad: Tensor,
-    scales: list[float],
-    coefficients: list[float],
-    u: Tensor,
-    v: Tensor,
-    dim: int,
-) -> None:
-    """Write `_minus_rank_one` to `result`, which may be `grad`, in one pass; on a CPU only."""
-    outs, grads = (_matrix_blocks(t, len(scales), dim) for t in (result, grad))
-    for out, block, s, c, left, right in zip(outs, grads, scales, coefficients, u, v, strict=True):
-        torch.addr(
-            block, left, right, beta=_in_range(s, out), alpha=_in_range(-s * c, out), out=out
-        )
-
-
-def _in_range(value: float, like: Tensor) -> float:
-    """Round a number as the dtype of a tensor does: torch refuses a factor beyond its range."""
-    largest = torch.finfo(like.dtype).max
-    return math.copysign(math.inf, value) if abs(value) > largest else value
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return (
-        torch.compiler.is_compiling()
-        or functorch.is_functorch_wrapped_tensor(tensor)
-        or functorch.is_legacy_batchedtensor(tensor)  # autograd.grad(..., is_grads_batched=True)
-    )

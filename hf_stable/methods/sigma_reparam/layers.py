@@ -1,69 +1,39 @@
 """Linear layers whose weight is used as `gamma / sigma(W) * W`: sigmaReparam, layer by layer.
 
 `SigmaLinear`, `SigmaConv1D` and `SigmaConv2d` are the plain layers with another class: `weight`
-stays the raw parameter, `gamma` joins it, and three buffers hold the singular triple. `refreshing`
+stays the raw parameter, `gamma` joins it, and three buffers hold the singular triple. `steps`
 moves the triple once per optimizer step; where anything else changed the weight (an average of
-weights, a plain state dict), `settling` makes the triple that of the weight before it is used.
+weights, a plain state dict), `triples` makes it that of the weight before it is used. `swapping`
+makes sigma layers out of plain ones.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-from weakref import WeakSet
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable.measures.spectral import (
-    RowShard,
-    as_matrix,
-    leading_triple,
-    matrix_blocks,
-    spectral_dtype,
-    split_blocks,
-)
+from hf_stable.measures.matrices import spectral_dtype
 from hf_stable.methods.sigma_reparam.function import (
     effective_weight,
     scaled_linear,
     scales_in_product,
     spread_over_blocks,
 )
+from hf_stable.methods.sigma_reparam.steps import follow
 from hf_stable.methods.sigma_reparam.triples import (
+    SIGMA_TENSORS,
     mark_moved,
-    mark_settled,
     settle_if_moved,
     settle_loaded,
 )
 
-__all__ = [
-    "SIGMA_CLASSES",
-    "SigmaConv1D",
-    "SigmaConv2d",
-    "SigmaLayer",
-    "SigmaLinear",
-    "SigmaState",
-    "fold_layer",
-    "install",
-    "live_layers",
-    "prepare",
-]
-
-_ALIGNMENT = 64  # bytes, of what torch allocates
-
-_serial_numbers = itertools.count()
-_live: WeakSet[SigmaLayer] = WeakSet()
-
-
-def live_layers() -> list[SigmaLayer]:
-    """Return every sigma layer of this process, oldest first, the same order on every rank."""
-    return sorted(_live, key=lambda layer: layer.serial_number)
+__all__ = ["SigmaConv1D", "SigmaConv2d", "SigmaLayer", "SigmaLinear"]
 
 
 class SigmaLayer(nn.Module):
@@ -77,6 +47,7 @@ class SigmaLayer(nn.Module):
         sigma_v: (k, n) right singular vectors.
         block_dim: dimension of `weight` along which its blocks lie.
         layer_name: qualified name in the model, for messages.
+        serial_number: which of the process's sigma layers it is, oldest first.
         settled_for: identity and version of the weight that the triple was last known to fit.
     """
 
@@ -91,7 +62,7 @@ class SigmaLayer(nn.Module):
     serial_number: int
     settled_for: tuple[int, int]
 
-    SIGMA_TENSORS = ("gamma", "sigma", "sigma_u", "sigma_v")
+    SIGMA_TENSORS = SIGMA_TENSORS
 
     @property
     def num_blocks(self) -> int:
@@ -131,19 +102,11 @@ class SigmaLayer(nn.Module):
             return False
         return not (_is_differentiated(self.weight) or _is_differentiated(self.gamma))
 
-    def register(self) -> None:
-        """Let the optimizer hook find this layer for as long as it lives."""
-        self.serial_number = next(_serial_numbers)
-        _live.add(self)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Register the copy that deepcopy or pickle makes: it keeps refreshing on its own."""
-        from hf_stable.methods.sigma_reparam.steps import install_hooks  # which imports this module
-
+        """Follow the copy that deepcopy or pickle makes: it keeps refreshing on its own."""
         super().__setstate__(state)
-        self.register()
+        follow(self)
         mark_moved(self)
-        install_hooks()  # in a process that unpickles, nobody has called patch
 
     def train(self, mode: bool = True) -> SigmaLayer:
         """Switch between training and evaluation, where averages of weights come and go."""
@@ -241,118 +204,3 @@ def _scaled_output(output: Tensor, layer: SigmaLayer) -> Tensor:
     if layer.bias is None:
         return (output * scale).to(output.dtype)
     return torch.addcmul(layer.bias, output, scale).to(output.dtype)
-
-
-SIGMA_CLASSES: dict[type, type] = {
-    nn.Linear: SigmaLinear,
-    Conv1D: SigmaConv1D,
-    nn.Conv2d: SigmaConv2d,
-}
-PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    sigma: plain for plain, sigma in SIGMA_CLASSES.items()
-}
-
-
-@dataclass(frozen=True)
-class SigmaState:
-    """What `install` adds to a plain layer; computed by `prepare`, which changes nothing."""
-
-    gamma: Tensor
-    sigma: Tensor
-    u: Tensor
-    v: Tensor
-    block_dim: int
-    name: str
-
-
-def prepare(
-    layer: nn.Module,
-    *,
-    num_blocks: int = 1,
-    init: Literal["spectral", "one"] = "spectral",
-    name: str = "",
-) -> SigmaState:
-    """Compute the exact singular triples of a plain layer without touching it.
-
-    Args:
-        layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
-        num_blocks: number of equal blocks of output features with a sigma of their own.
-        init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
-            `"one"` sets gamma to 1 (the paper's text).
-        name: qualified name for messages.
-
-    Raises:
-        TypeError: if the layer is of any other type, a subclass included.
-        ValueError: if a block is zero or not finite.
-    """
-    if type(layer) not in SIGMA_CLASSES:
-        raise TypeError(
-            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
-            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
-            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
-            "sigma would break). To patch the others, exclude it"
-        )
-    weight: Any = layer.weight
-    block_dim = 1 if type(layer) is Conv1D else 0
-    blocks = split_blocks(as_matrix(weight.detach()), num_blocks, block_dim)
-    triples = []
-    for block in blocks:
-        try:
-            triples.append(leading_triple(block))
-        except ValueError as error:
-            raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
-    sigma, u, v = (torch.stack(part) for part in zip(*triples, strict=True))
-    if not (sigma > 0).all():
-        raise ValueError(
-            f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
-            "all-zero block, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
-        )
-    gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
-    return SigmaState(gamma, sigma, u, v, block_dim, name)
-
-
-def install(layer: nn.Module, state: SigmaState) -> SigmaLayer:
-    """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class."""
-    sigma_class: Any = SIGMA_CLASSES[type(layer)]
-    layer.__class__ = sigma_class
-    assert isinstance(layer, SigmaLayer)
-    if layer.weight.data_ptr() % _ALIGNMENT:
-        # It lies as safetensors found it in the file. Products with vectors round otherwise there,
-        # and a run would depend on whether its weights were just initialised or loaded.
-        layer.weight.data = layer.weight.data.clone()
-    layer.gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
-    layer.register_buffer("sigma", state.sigma)
-    layer.register_buffer("sigma_u", state.u)
-    layer.register_buffer("sigma_v", state.v)
-    layer.block_dim = state.block_dim
-    layer.layer_name = state.name
-    layer.register()
-    mark_settled(layer)
-    return layer
-
-
-@torch.no_grad()
-def fold_layer(layer: SigmaLayer) -> nn.Module:
-    """Turn a sigma layer into the plain layer that computes the same, in place.
-
-    `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
-    """
-    settle_if_moved(layer)
-    weight = layer.weight
-    gamma = layer.gamma.full_tensor() if isinstance(layer.gamma, DTensor) else layer.gamma
-    sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
-    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
-    if isinstance(weight, DTensor):
-        shard = matrix_blocks(weight)[0]
-        if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
-            scale = scale[shard.offset : shard.offset + len(shard.local)]
-        weight = weight.to_local()
-    weight.copy_(weight.to(scale.dtype) * scale)
-    for name in SigmaLayer.SIGMA_TENSORS:
-        delattr(layer, name)
-    for name in ("block_dim", "layer_name", "serial_number", "settled_for"):
-        delattr(layer, name)
-    _live.discard(layer)
-    plain_class: Any = PLAIN_CLASSES[type(layer)]
-    layer.__class__ = plain_class
-    return layer

@@ -10,11 +10,13 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from hf_stable._wording import nearest
-from hf_stable.architectures.registry import FoundLayer, find_layers, lookup, state_dict_name
+from hf_stable.architectures.finding import FoundLayer, find_layers
+from hf_stable.architectures.paths import state_dict_name
 from hf_stable.methods.config import MethodConfig, method_options
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, SigmaState, install, prepare
-from hf_stable.methods.sigma_reparam.steps import install_hooks
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
 from hf_stable.methods.sigma_reparam.triples import settle
+from hf_stable.methods.undoing import Undo
 
 __all__ = [
     "SigmaReparamConfig",
@@ -70,11 +72,10 @@ class SigmaReparamPlan:
 
     states: tuple[tuple[nn.Module, SigmaState], ...]
 
-    def apply(self) -> None:
+    def apply(self, undo: Undo) -> None:
         """Turn the layers into sigma layers, and have optimizers refresh them from now on."""
-        install_hooks()
         for module, state in self.states:
-            install(module, state)
+            install(module, state, undo)
 
 
 def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaReparamPlan:
@@ -83,8 +84,9 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
     Raises:
         ValueError: if no layer is left, a pattern matches none, or a matrix is zero or not finite.
         TypeError: if a layer is of a type that cannot be reparametrised.
+        UnsupportedModelError: if a layer's weight or forward is not its own; see `check_plain`.
     """
-    names = [layer.name for layer in find_layers(model, lookup(model))]
+    names = [layer.name for layer in find_layers(model)]
     _refuse_idle_patterns(config, names)
     chosen, reasons = choose_layers(model, config)
     if not chosen:
@@ -138,7 +140,7 @@ def choose_layers(
     """Return the layers to patch, and for every other one the reason."""
     tied = _tied_to(model)
     chosen, reasons = [], {}
-    for layer in find_layers(model, lookup(model)):
+    for layer in find_layers(model):
         weight_name = f"{layer.name}.weight"
         if weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"

@@ -8,10 +8,11 @@ hook of torch does it, so any loop and any optimizer will do.
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor
@@ -22,32 +23,55 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hf_stable.measures.spectral import RowShard, matrix_blocks, power_step
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, live_layers
-from hf_stable.methods.sigma_reparam.triples import mark_settled
+from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.measures.power_iteration import power_step
+from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
-__all__ = ["hooks_are_installed", "install_hooks", "refresh"]
+__all__ = ["follow", "forget", "hooks_are_installed", "install_hooks", "live_layers", "refresh"]
 
+_serial_numbers = itertools.count()
+_live: WeakSet[Any] = WeakSet()
 _stepping: list[ref[Optimizer]] = []
 # Serial numbers of layers: one that is folded and patched again is new.
 _checked: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
+def follow(layer: LayerWithTriple) -> None:
+    """Refresh a layer after each step of an optimizer that owns its weight, while it lives.
+
+    The layer is numbered, held weakly, and the hooks are installed where they are not yet.
+    """
+    layer.serial_number = next(_serial_numbers)
+    _live.add(layer)
+    install_hooks()
+
+
+def forget(layer: LayerWithTriple) -> None:
+    """Refresh a layer no more."""
+    _live.discard(layer)
+
+
+def live_layers() -> list[LayerWithTriple]:
+    """Return every layer that is followed, oldest first, the same order on every rank."""
+    return sorted(_live, key=lambda layer: layer.serial_number)
+
+
 def install_hooks() -> None:
     """Hook every optimizer of this process, once; later calls change nothing."""
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    if len(_hooks) < 2:  # an interrupt may have come between the two
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
 
 def hooks_are_installed() -> bool:
     """Say whether `install_hooks` has been called in this process."""
-    return bool(_hooks)
+    return len(_hooks) == 2
 
 
 @torch.no_grad()
-def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
+def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> None:
     """Move u and v of the layers by one power iteration and set sigma from it, in place.
 
     Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
@@ -77,8 +101,8 @@ def refresh(layers: Sequence[SigmaLayer], keep: Tensor | None = None) -> None:
     triples = power_step(matrices, near_us, near_vs)
     for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
         new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
-        if keep is not None:
-            new = [torch.where(keep != 0, o, n) for o, n in zip(old, new, strict=True)]
+        if keep is not None:  # its device may be another's, where a model lies on several
+            new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
     for layer in layers:
         mark_settled(layer)
@@ -124,7 +148,7 @@ def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
     return outer is not None and any(value is inner for value in vars(outer).values())
 
 
-def _check_gammas_are_trained(layers: Iterable[SigmaLayer], owned: set[int]) -> None:
+def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]) -> None:
     """Raise if the weight of a layer moves but its gamma never will, or not in step with others.
 
     A frozen gamma is warned of: it may be meant, or left over from a weight that was frozen too.

@@ -35,7 +35,7 @@ def test_every_subject_runs_on_both_models(tmp_path):
         # A probed step does more than one that is not, and all terms more than some.
         assert found["monitor, all terms"].milliseconds > found["monitor, no probe"].milliseconds
     content = json.loads((tmp_path / "r.json").read_text())
-    assert content["settings"]["memory"]["64 rows"] > 0
+    assert content["settings"]["memory"] == measure_entropy_memory(TINY.keys)
     assert "share of one T x T matrix" in console.export_text()
     with pytest.raises(ValueError, match="no case has 'bert'"):
         bench_monitor(rounds=1, sizes=TINY, only="bert")

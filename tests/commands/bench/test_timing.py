@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_table_and_json_hold_the_summaries(tmp_path):
     table = printed(lambda console: print_summaries("the title", summaries, console))
     for text in ("the title", "a case", "500.00", "600.00", "1.200", "100.00"):
         assert text in table
-    write_results(tmp_path / "results.json", summaries, {"rounds": 1})
+    write_results(tmp_path / "results.json", map(asdict, summaries), {"settings": {"rounds": 1}})
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["settings"] == {"rounds": 1}
     assert content["machine"]["threads"] == torch.get_num_threads()
@@ -125,7 +126,13 @@ def test_bench_sigma_measures_every_case_and_variant(tmp_path):
     steps = [r for r in results if r.case == cases[0] and r.subject == "sigma_reparam"]
     assert {r.phase for r in steps} == {"forward", "backward", "optimizer", "refresh", TOTAL}
     assert not any(r.phase == "refresh" for r in results if r.subject != "sigma_reparam")
-    assert all(r.milliseconds > 0 and r.rounds == 2 for r in results)
+    assert all(r.rounds == 2 for r in results)
+    for case in cases:  # the median of two rounds is their mean, which adds up
+        for variant in VARIANTS:
+            own = [r for r in results if (r.case, r.subject) == (case, variant)]
+            (whole,) = (r.milliseconds for r in own if r.phase == TOTAL)
+            phases = sum(r.milliseconds for r in own if r.phase != TOTAL)
+            assert whole == pytest.approx(phases, rel=1e-9)
     assert all(r.ratio == 1 for r in results if r.subject == "plain")
     content = json.loads(path.read_text())
     assert len(content["results"]) == len(results)

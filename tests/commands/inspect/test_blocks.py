@@ -15,9 +15,10 @@ from tiny_models import sgd_steps, tiny_batch, tiny_model
 import hf_stable
 from hf_stable.checkpoints.hub_files import local_files
 from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.inspect.comparison import compare_checkpoints
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
+from hf_stable.commands.main import main
 
 METHOD = {
     "gpt2": "remove_pre_layernorm",
@@ -253,8 +254,8 @@ BAD_VALUES = [
     ({"n_embd": 32, "n_head": 32}, "cannot cut weights of shapes (16, 16) and (16, 16)"),
     ({"activation_function": "none such"}, "none such"),
     ({"architectures": ["GPT2Config"]}, "has ['GPT2Config'] under 'architectures'"),
-    ({"architectures": ["pipeline"]}, "the name of a model class of transformers"),
-    ({"architectures": ["AutoModel"]}, "the name of a model class of transformers"),
+    ({"architectures": ["pipeline"]}, "no model class of transformers"),
+    ({"architectures": ["AutoModel"]}, "no model class of transformers"),
     ({"architectures": ["PreTrainedModel"]}, "this PreTrainedModel does not have"),
     ({"architectures": ["BertForMaskedLM"]}, "GPT2Config"),
     ({"architectures": [5]}, "has [5] under 'architectures'"),
@@ -341,8 +342,8 @@ def test_a_folder_larger_than_memory_would_be_streamed(tmp_path):
         with _PeakTensorBytes() as peak:
             inspect_checkpoint(tmp_path / str(depth))
         peaks[depth] = peak.most
-        assert peak.most > 0
-    assert size > 9e6 and peaks[12] < 1.5 * peaks[2] < size / 2
+    # One matrix of 128 x 512 at least, and never more than a few.
+    assert size > 9e6 and 4 * 128 * 512 <= peaks[2] and peaks[12] < 1.5 * peaks[2] < size / 2
 
 
 class _PeakTensorBytes:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import sgd_steps, tiny_model
 
 import hf_stable
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
 from hf_stable.commands.inspect.inspection import inspect_checkpoint
-from hf_stable.commands.main import BAD_INPUT, NO, SUCCESS, main
-from hf_stable.measures.spectral import as_matrix
+from hf_stable.commands.main import main
+from hf_stable.measures.matrices import as_matrix
 
 # A singular value of float32 entries is known to some 1e-6 of itself.
 RTOL = 1e-5
@@ -59,10 +60,14 @@ def test_every_patched_layer_is_among_the_matrices(model_type, tmp_path):
     assert sorted((row.gamma, row.sigma) for row in expected) == sorted(
         (layer.gamma, layer.raw_sigma) for layer in report.layers if layer.gamma
     )
-    # sigma is that of the folded weight: |gamma|, as exactly as the power iteration tracks.
+    # sigma is that of the folded weight, which is on disk: |gamma| as far as it is tracked.
+    tensors = load_file(tmp_path / "model.safetensors")
     for layer in report.layers:
         if layer.gamma:
-            assert layer.sigma == pytest.approx([abs(gamma) for gamma in layer.gamma], rel=0.1)
+            matrix = as_matrix(tensors[f"{layer.name}.weight"])
+            blocks = (matrix.T if model_type == "gpt2" else matrix).chunk(len(layer.gamma))
+            exact = [torch.linalg.svdvals(block)[0].item() for block in blocks]
+            assert layer.sigma == pytest.approx(exact, rel=RTOL)
             assert layer.sigma != layer.raw_sigma
 
 
@@ -184,7 +189,8 @@ def test_a_gain_or_bias_that_is_not_finite_is_named(part, value, tmp_path, capsy
     assert content["nonfinite"] == [name] and not content["is_healthy"]
     norms = {norm["name"]: norm["norm"] for norm in content["norms"]}
     assert (norms["transformer.h.0.ln_1"] is None) == (part == "ln_1.weight")
-    assert norms["transformer.h.1.ln_1"] > 0
+    gain = tensors["transformer.h.1.ln_1.weight"]
+    assert norms["transformer.h.1.ln_1"] == pytest.approx(gain.norm().item(), rel=1e-6)
 
 
 def strict_json(text):

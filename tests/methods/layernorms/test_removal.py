@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from tiny_models import MODEL_TYPES, sgd_steps, tiny_batch, tiny_config, tiny_model
+from tiny_models import METHOD, MODEL_TYPES, sgd_steps, tiny_batch, tiny_config, tiny_model
 from tiny_training import make_trainer
 from torch import nn
 
@@ -24,13 +24,6 @@ from hf_stable.methods.layernorms.removal import (
 )
 from hf_stable.methods.patching import patch_configs
 from hf_stable.monitor.log_file import read_log
-
-METHOD = {
-    "gpt2": "remove_pre_layernorm",
-    "vit": "remove_pre_layernorm",
-    "swin": "remove_pre_layernorm",
-    "bert": "remove_layernorm",
-}
 
 IN_BLOCKS = {
     "gpt2": ["ln_1", "ln_2"] * 2,
@@ -136,7 +129,7 @@ def test_planning_changes_nothing(model_type):
     config_class = RemoveLayerNormConfig if model_type == "bert" else RemovePreLayerNormConfig
     plan = plan_removal(model, config_class(scope="all"))
     assert layernorms(model) == before
-    plan.apply()
+    plan.apply([])
     assert layernorms(model) == set()
 
 

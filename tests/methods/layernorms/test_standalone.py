@@ -9,18 +9,26 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from test_norm_removal import METHOD
-from tiny_models import DEFAULT_HEADS, MODEL_TYPES, sgd_steps, tiny_batch, tiny_config, tiny_model
+from tiny_models import (
+    DEFAULT_HEADS,
+    METHOD,
+    MODEL_TYPES,
+    sgd_steps,
+    tiny_batch,
+    tiny_config,
+    tiny_model,
+)
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
 from transformers.models.auto import modeling_auto
 
 import hf_stable
 from hf_stable import modeling_hf_stable
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.methods.layernorms.removal import removed_norms
 from hf_stable.methods.layernorms.standalone import AUTO_CLASSES, standalone_class, standalone_form
-from hf_stable.methods.patching import STATE_FILE, patch_configs
+from hf_stable.methods.patching import patch_configs
 
 
 def norm_free(model_type: str, *also: str, head: str | None = None, scope: str = "blocks"):
@@ -228,7 +236,9 @@ def test_the_trainer_resumes_it_exactly(model_type, also, tmp_path):
     model = patched_dropout_model(model_type, *also)
     make_trainer(model, tmp_path / "cut", callbacks=[Interrupt(2)], **settings).train()
     checkpoint = tmp_path / "cut" / "checkpoint-2"
-    assert (checkpoint / "modeling_hf_stable.py").is_file() and (checkpoint / STATE_FILE).is_file()
+    assert (checkpoint / "modeling_hf_stable.py").is_file() and (
+        checkpoint / SIDECAR_FILE
+    ).is_file()
     with pytest.raises(StrictDataclassFieldValidationError):
         native_class(model).from_pretrained(checkpoint)
     resumed = make_trainer(patched_dropout_model(model_type, *also), tmp_path / "cut", **settings)

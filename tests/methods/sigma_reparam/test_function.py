@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.methods.sigma_reparam import function as sigma_function
+from hf_stable.methods.sigma_reparam import block_arithmetic
 from hf_stable.methods.sigma_reparam.function import (
     effective_weight,
     scaled_linear,
     scales_in_product,
 )
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, install, prepare
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.swapping import install, prepare
 
 CASES = {  # shape of the weight, number of blocks, dimension along which they lie
     "one block": ((5, 4), 1, 0),
@@ -397,7 +398,7 @@ LAYERS = {
 def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
     torch.manual_seed(0)
     layer = build()
-    install(layer, prepare(layer, num_blocks=num_blocks))
+    install(layer, prepare(layer, num_blocks=num_blocks), [])
     tokens = torch.randn(8, 1024)
     # Backward: dL/dW_hat, which the matrix product makes and in whose memory dL/dW is written.
     assert count_large(layer, layer, tokens) == (0, 1)
@@ -432,7 +433,7 @@ def test_a_diverging_gradient_becomes_infinite_as_other_arithmetic_does():
     grad, u, v = torch.randn(4, 3), torch.full((4,), 0.5), torch.tensor([1.0, 0.0, 0.0])
     out = torch.empty_like(grad)
     # 1e30 * 1e20 is a Python number, and none of float32.
-    sigma_function._write_minus_rank_one(out, grad, [1e30], [1e20], u[None], v[None], 0)
+    block_arithmetic.write_minus_rank_one(out, grad, [1e30], [1e20], u[None], v[None], 0)
     assert torch.isinf(out[:, 0]).all() and (out[:, 0] < 0).all()
-    sigma_function._write_minus_rank_one(out, grad, [2.0], [3.0], u[None], v[None], 0)
+    block_arithmetic.write_minus_rank_one(out, grad, [2.0], [3.0], u[None], v[None], 0)
     torch.testing.assert_close(out, 2 * (grad - 3 * torch.outer(u, v)))

@@ -20,8 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_stable
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer, live_layers
-from hf_stable.methods.sigma_reparam.steps import install_hooks, refresh
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.steps import (
+    follow,
+    forget,
+    install_hooks,
+    live_layers,
+    refresh,
+)
 
 
 def patched(model_type="vit", head=None, **overrides):
@@ -407,6 +413,21 @@ def test_a_dropped_model_is_forgotten():
     del model
     gc.collect()
     assert not numbers & {layer.serial_number for layer in live_layers()}
+
+
+def test_following_numbers_a_layer_anew_and_forgetting_stops_it():
+    model = patched()
+    layer = layers_of(model)[0]
+    newest = max(each.serial_number for each in live_layers())
+    follow(layer)
+    assert layer.serial_number > newest and live_layers()[-1] is layer
+    forget(layer)
+    assert not any(each is layer for each in live_layers())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model)
+    before = triples_of(model)
+    optimizer.step()
+    assert refreshes_of(model, before) == [0] + [1] * (len(before) - 1)
 
 
 # A gamma that nobody trains

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hf_stable
-from hf_stable.measures.spectral import as_matrix, split_blocks
+from hf_stable.measures.matrices import as_matrix, split_blocks
 from hf_stable.methods.sigma_reparam import triples as settling
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.triples import settle

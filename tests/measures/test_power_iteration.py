@@ -1,4 +1,4 @@
-"""Leading singular triples against an SVD in float64, on plain, fused and row-sharded weights."""
+"""One step of power iteration against its formula in float64: plain, fused and sharded weights."""
 
 from __future__ import annotations
 
@@ -8,166 +8,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import run_ranks
+from random_matrices import (
+    SHAPES,
+    exact_sigma,
+    randn,
+    unit,
+    with_singular_values,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_stable.measures import spectral
-from hf_stable.measures.spectral import (
-    EXACT_SVD_MAX_DIM,
-    STACK_MAX_NUMEL,
+from hf_stable.measures import power_iteration
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import (
     RowShard,
-    as_matrix,
-    leading_triple,
     matrix_blocks,
-    power_step,
     spectral_dtype,
-    split_blocks,
 )
-
-LARGE = EXACT_SVD_MAX_DIM + 1
-
-# Of sigma, relative: some hundred roundings in sums of a few hundred terms.
-TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def unit(size, seed=0, dtype=torch.float32):
-    vector = randn(size, seed=seed, dtype=dtype)
-    return vector / vector.norm()
-
-
-def with_singular_values(values, rows, columns, dtype=torch.float32):
-    left = torch.linalg.qr(randn(rows, len(values), seed=1, dtype=torch.float64))[0]
-    right = torch.linalg.qr(randn(columns, len(values), seed=2, dtype=torch.float64))[0]
-    return (left * torch.tensor(values, dtype=torch.float64) @ right.T).to(dtype)
-
-
-def exact_sigma(matrix):
-    return torch.linalg.svdvals(matrix.double())[0].item()
-
-
-def assert_is_leading(matrix, triple, vector_tolerance=1e-3):
-    """sigma is the largest singular value and u, v are vectors of it."""
-    dtype = spectral_dtype(matrix.dtype)
-    sigma, u, v = triple
-    assert sigma.dtype == u.dtype == v.dtype == dtype
-    assert sigma.shape == () and u.shape == matrix.shape[:1] and v.shape == matrix.shape[1:]
-    expected = exact_sigma(matrix)
-    assert sigma.item() == pytest.approx(expected, rel=TOLERANCE[dtype])
-    for vector in (u, v):
-        assert vector.norm().item() == pytest.approx(1, rel=TOLERANCE[dtype])
-    matrix = matrix.double()
-    # The error of a vector is the square root of the error of its Rayleigh quotient.
-    assert (matrix @ v.double() - expected * u).norm() <= vector_tolerance * expected
-    assert (matrix.T @ u.double() - expected * v).norm() <= vector_tolerance * expected
-
-
-SHAPES = [
-    (7, 5), (40, 3), (3, 40), (1, 9), (9, 1), (1, 1), (1, 500), (500, 1), (LARGE, LARGE),
-    (300, 200), (200, 300), (2 * LARGE, LARGE - 2),
-]  # fmt: skip
-
-
-# leading_triple
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_leading_triple_equals_the_svd(shape, dtype):
-    matrix = randn(*shape, dtype=dtype)
-    assert_is_leading(matrix, leading_triple(matrix))
-
-
-def test_another_direction_falls_short_of_sigma():
-    matrix = randn(200, 300)
-    v = unit(300)
-    assert (matrix @ v).norm() < 0.9 * leading_triple(matrix).sigma
-
-
-@pytest.mark.parametrize("shape", [(6, 9), (200, 150)], ids=str)
-def test_rank_one_gives_the_product_of_the_norms(shape):
-    left, right = randn(shape[0], seed=3), randn(shape[1], seed=4)
-    triple = leading_triple(torch.outer(left, right))
-    assert triple.sigma.item() == pytest.approx((left.norm() * right.norm()).item(), rel=3e-6)
-    assert abs(triple.u @ left).item() == pytest.approx(left.norm().item(), rel=3e-6)
-    assert abs(triple.v @ right).item() == pytest.approx(right.norm().item(), rel=3e-6)
-
-
-@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-4, 1e-2])
-@pytest.mark.parametrize("size", [40, 200])
-def test_near_equal_leading_values_give_sigma_and_a_vector_of_their_space(size, gap):
-    values = [1.0, 1.0 - gap, *torch.linspace(0.9, 0.1, 30).tolist()]
-    matrix = with_singular_values(values, size, size + 10)
-    assert_is_leading(matrix, leading_triple(matrix))
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (150, 200)], ids=str)
-def test_a_zero_matrix_has_sigma_zero_and_unit_vectors(shape):
-    triple = leading_triple(torch.zeros(shape))
-    assert triple.sigma == 0
-    assert triple.u.norm().item() == pytest.approx(1) and triple.v.norm().item() == pytest.approx(1)
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (150, 200)], ids=str)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_matrix_is_refused(shape, value):
-    matrix = randn(*shape)
-    matrix[1, 2] = value
-    with pytest.raises(ValueError, match="NaN or infinite entries"):
-        leading_triple(matrix)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (0, 3), (3, 0), (2, 0, 3)], ids=str)
-def test_what_is_no_matrix_is_refused(shape):
-    with pytest.raises(ValueError, match="non-empty"):
-        leading_triple(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype):
-    matrix = randn(150, 200).to(dtype)
-    triple = leading_triple(matrix)
-    assert_is_leading(matrix, triple)
-    assert torch.equal(triple.sigma, leading_triple(matrix.float()).sigma)
-    assert triple.sigma != triple.sigma.to(dtype).float()  # rounding to dtype would be seen
-
-
-@pytest.mark.parametrize("shape", [(20, 30), (150, 200)], ids=str)
-def test_autocast_changes_nothing(shape):
-    matrix = randn(*shape)
-    plain = leading_triple(matrix)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = leading_triple(matrix)
-        assert (matrix @ matrix.T).dtype == torch.bfloat16  # autocast is really on
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 12, 7), (3, 150, 140)], ids=str)
-def test_a_batch_equals_its_matrices(shape):
-    matrices = randn(*shape)
-    batch = leading_triple(matrices)
-    flat = [part.flatten(0, len(shape) - 3) for part in batch]
-    assert batch.sigma.shape == shape[:-2]
-    for index, matrix in enumerate(matrices.flatten(0, -3)):
-        single = leading_triple(matrix)
-        for mine, alone in zip(flat, single, strict=True):
-            torch.testing.assert_close(mine[index], alone, rtol=1e-5, atol=1e-5)
-
-
-def test_a_strided_view_is_as_good_and_a_repeat_is_identical():
-    matrix = randn(170, 450)[:, 150:300]
-    assert not matrix.is_contiguous()
-    first, again = leading_triple(matrix), leading_triple(matrix)
-    assert_is_leading(matrix, first)
-    assert_is_leading(matrix.T, leading_triple(matrix.T))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-# power_step
+from hf_stable.measures.power_iteration import STACK_MAX_NUMEL, power_step
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -240,7 +99,8 @@ def test_a_zero_product_reports_zero_and_restarts(shape):
     assert stuck.sigma == 0 and torch.equal(stuck.u, u)
     assert stuck.v.norm().item() == pytest.approx(1) and not torch.equal(stuck.v, v)
     (moving,) = power_step([matrix], [stuck.u], [stuck.v])
-    assert moving.sigma > 0
+    assert moving.sigma.item() == pytest.approx((moving.u @ matrix @ moving.v).item(), rel=1e-5)
+    assert moving.sigma > (matrix @ stuck.v).norm()  # it has got on
     (again,) = power_step([matrix], [u], [v])
     assert again.sigma == 0  # with the old vector it would report 0 for ever
 
@@ -280,15 +140,6 @@ def test_without_left_vectors_the_rest_is_the_same():
     assert all(torch.equal(a, b) for a, b in zip(with_u, without, strict=True))
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
-@pytest.mark.parametrize("shape", [(20, 20), (200, 150)], ids=["svd", "lanczos"])
-def test_entries_whose_squares_leave_float32(size, shape):
-    matrix = randn(*shape)
-    usual, extreme = leading_triple(matrix), leading_triple(matrix * size)
-    assert extreme.sigma.item() == pytest.approx(size * usual.sigma.item(), rel=1e-5)
-    torch.testing.assert_close(extreme.v, usual.v, rtol=0, atol=1e-4)
-
-
 class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -309,7 +160,7 @@ def test_where_launches_count_their_number_does_not_grow_with_that_of_matrices(m
         return triples, [name for name in calls.names if name.split(".")[0] in ("mv", "bmm")]
 
     assert len(products(matrices)[1]) == 6 * len(products(matrices[:2])[1])
-    monkeypatch.setattr(spectral, "STACK_MAX_NUMEL", math.inf)  # as on a GPU
+    monkeypatch.setattr(power_iteration, "STACK_MAX_NUMEL", math.inf)  # as on a GPU
     together, calls = products(matrices)
     assert len(calls) == len(products(matrices[:2])[1]) == 2
     for mine, its in zip(together, one_by_one, strict=True):
@@ -331,30 +182,6 @@ def test_blocks_of_a_fused_weight_step_as_views(size):
     fused[:, :size] *= 5  # a growing Wq moves its own sigma alone
     grown = power_step(blocks, us, vs)
     assert grown[0].sigma > 4 * grown[2].sigma
-
-
-def test_a_kernel_is_flattened_and_a_transpose_swaps_the_vectors():
-    kernel = randn(12, 3, 4, 4)
-    (block,) = matrix_blocks(kernel)
-    assert block.shape == (12, 48) and block.data_ptr() == kernel.data_ptr()
-    triple = leading_triple(block)
-    assert_is_leading(kernel.reshape(12, 48), triple)
-    flipped = leading_triple(block.T)
-    torch.testing.assert_close(flipped.sigma, triple.sigma)
-    torch.testing.assert_close(abs(flipped.u @ triple.v), torch.tensor(1.0))
-
-
-def test_as_matrix_views_and_refuses_a_scalar():
-    assert as_matrix(torch.ones(4)).shape == (4, 1)
-    assert leading_triple(as_matrix(torch.ones(4))).sigma.item() == pytest.approx(2)
-    with pytest.raises(ValueError, match=r"give it the shape \(1,\)"):
-        as_matrix(torch.tensor(1.0))
-
-
-@pytest.mark.parametrize(("num_blocks", "dim"), [(3, 0), (4, 1), (0, 0)])
-def test_unequal_blocks_are_refused(num_blocks, dim):
-    with pytest.raises(ValueError, match=r"cannot split dimension .* of a \(8, 6\) weight into"):
-        split_blocks(torch.ones(8, 6), num_blocks, dim)
 
 
 # Rows over several processes
@@ -430,24 +257,6 @@ def _assert_ranks_agree(ranks):
         assert sigma.isnan() and torch.equal(u, unit(7)) and torch.equal(v, unit(5, 1))
 
 
-def place_otherwise():
-    """On each rank: a replicated weight's blocks, and the message for one sharded on columns."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight = randn(6, 4)
-    (replicated,) = matrix_blocks(distribute_tensor(weight, mesh, [Replicate()]))
-    try:
-        matrix_blocks(distribute_tensor(weight, mesh, [Shard(1)]))
-    except ValueError as error:
-        return {"replicated": replicated, "message": str(error)}
-
-
-@pytest.mark.slow
-def test_replicated_weights_are_plain_and_column_shards_are_refused():
-    for rank in run_ranks(place_otherwise, 2):
-        assert torch.equal(rank["replicated"], randn(6, 4))
-        assert "allowed are replicated and sharded once, on dimension 0" in rank["message"]
-
-
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -456,7 +265,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-LARGE = {
+LARGE_MATRICES = {
     "rows": lambda: torch.randn(256, 192),
     "columns": lambda: torch.randn(192, 256).T,
     "block of a fused matrix": lambda: torch.randn(256, 600)[:, 200:400],
@@ -466,7 +275,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("make", LARGE_MATRICES.values(), ids=LARGE_MATRICES)
 def test_threads_share_a_product_and_give_the_same(make, two_threads):
     torch.manual_seed(0)
     matrix, v = make(), torch.randn(make().shape[1])

@@ -1,14 +1,82 @@
-"""resize_token_embeddings on patched models: tables grow, the function on old tokens stays."""
+"""Adapters and resized embeddings of a patched model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import transformers
-from tiny_models import DEFAULT_HEADS, sgd_steps, tiny_batch, tiny_model
+from tiny_models import DEFAULT_HEADS, add_adapter, sgd_steps, tiny_batch, tiny_model
 
 import hf_stable
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+
+try:
+    import peft
+except ImportError:  # the oldest versions are tested without it
+    peft = None
+
+# PEFT (whose release reads a name that this transformers deprecates)
+
+NEEDS_PEFT = pytest.mark.skipif(peft is None, reason="needs the package peft")
+
+
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+def lora(**options):
+    return peft.LoraConfig(target_modules=["c_attn", "c_fc"], r=2, **options)
+
+
+WAYS_TO_ADAPT = {
+    "get_peft_model": lambda model: peft.get_peft_model(model, lora()),
+    "inject_adapter_in_model": lambda model: peft.inject_adapter_in_model(lora(), model),
+    "add_adapter": lambda model: add_adapter(model, lora()),
+    "dora": lambda model: peft.get_peft_model(model, lora(use_dora=True)),
+    "mixed": lambda model: peft.get_peft_model(model, lora(), mixed=True),
+}
+
+
+def with_prompts(model):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(model, config)
+
+
+@NEEDS_PEFT
+@PEFTS_OWN
+@pytest.mark.parametrize("inject", WAYS_TO_ADAPT.values(), ids=WAYS_TO_ADAPT)
+def test_adapters_on_an_unfolded_model_are_refused(inject):
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"reparametrised.*hf_stable\.fold\(model\) first"):
+        inject(model)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@NEEDS_PEFT
+@PEFTS_OWN
+@pytest.mark.parametrize(
+    "inject", [*WAYS_TO_ADAPT.values(), with_prompts], ids=[*WAYS_TO_ADAPT, "prompts"]
+)
+def test_adapters_where_norms_were_removed_in_this_process_are_refused(inject):
+    model = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"4 LayerNorms.*hf_stable\.export\), load that folder"):
+        inject(model)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@NEEDS_PEFT
+@PEFTS_OWN
+def test_folded_model_takes_an_adapter_and_merges_right():
+    model = hf_stable.fold(hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")).eval()
+    batch = tiny_batch(model)
+    with torch.no_grad():
+        plain = model(**batch).logits
+        adapted = peft.get_peft_model(model, lora(init_lora_weights=False)).eval()
+        with_adapter = adapted(**batch).logits
+        merged = adapted.merge_and_unload()(**batch).logits
+    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-5)
+    assert (merged - plain).abs().max() > 1e-3
 
 
 def logits(model, ids):

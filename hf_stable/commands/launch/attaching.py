@@ -1,9 +1,4 @@
-"""Run a training script as it is, with hf_stable attached to every Trainer that it builds.
-
-`hf-stable run [options] script.py ARGS...`, also as `python -m hf_stable.run` and so under
-`torchrun -m hf_stable.run` and `accelerate launch -m hf_stable.run`. Nothing here knows how a
-model is patched or watched; this attaches what `run_options` reads to what `script_running` runs.
-"""
+"""What `hf-stable run` does to every Trainer that a script builds: patch, watch, fold."""
 
 from __future__ import annotations
 
@@ -18,43 +13,15 @@ from weakref import WeakSet
 from torch import nn
 from transformers import Trainer
 
-from hf_stable.commands.launch.options import (
-    RunOptions,
-    make_parser,
-    read_options,
-    split_command_line,
-)
-from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+from hf_stable.commands.launch.options import RunOptions
 from hf_stable.methods.describing import describe
 from hf_stable.methods.patching import fold, patch
 from hf_stable.monitor.callback import StabilityCallback
+from hf_stable.trainer.changes import make, wrapping
 
-__all__ = ["attach", "main"]
+__all__ = ["LAUNCHER", "Attachment", "attach"]
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Attach hf_stable and run the script that the command line names, as `__main__`.
-
-    Exceptions, Ctrl-C and exit codes of the script pass through. A usage error ends with code 2.
-
-    Args:
-        argv: options, the script's name, the script's own arguments; by default this process's.
-    """
-    ours, command = split_command_line(sys.argv[1:] if argv is None else argv)
-    options = read_options(ours)
-    try:
-        check_script(command)
-    except ValueError as error:
-        make_parser().error(str(error))
-    attachment = attach(options)
-    show_the_scripts_trace_only()
-    try:
-        run_script(command)
-    except SystemExit as end:
-        if end.code in (None, 0):
-            attachment.conclude(command)
-        raise
-    attachment.conclude(command)
+LAUNCHER = "hf-stable run"
 
 
 def attach(options: RunOptions) -> Attachment:
@@ -64,31 +31,38 @@ def attach(options: RunOptions) -> Attachment:
     monitor among its callbacks; no optimizer exists at that moment. Models that `model_init`
     makes later are patched as they are made.
     """
-    attachment = Attachment(options)
-    build, train = Trainer.__init__, Trainer.train
+    global _attachment
+    _attachment = Attachment(options)
+    make(LAUNCHER)
+    return _attachment
 
-    @functools.wraps(build)
-    def build_and_attach(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        build(trainer, *args, **kwargs)
-        attachment.add(trainer)
 
-    @functools.wraps(train)
-    def train_and_fold(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if trainer in attachment.training:
-            return train(trainer, *args, **kwargs)  # a rollback re-enters; the outer call folds
-        attachment.refuse_folded(trainer)
-        attachment.training.add(trainer)
-        try:
-            result = train(trainer, *args, **kwargs)
-        finally:
-            attachment.training.discard(trainer)
-        attachment.fold(trainer)
-        return result
+@wrapping(
+    "transformers.trainer:Trainer.__init__",
+    reason="each new Trainer's model is patched and the monitor added, as the options say",
+    made_by=LAUNCHER,
+)
+def _build_and_attach(build: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    build(trainer, *args, **kwargs)
+    _attachment.add(trainer)
 
-    Trainer.__init__ = build_and_attach
-    if options.fold_at_end:
-        Trainer.train = train_and_fold
-    return attachment
+
+@wrapping(
+    "transformers.trainer:Trainer.train",
+    reason="under --fold-at-end the model is folded when the training ends",
+    made_by=LAUNCHER,
+)
+def _train_and_fold(train: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+    if not _attachment.folds(trainer):
+        return train(trainer, *args, **kwargs)
+    _attachment.refuse_folded(trainer)
+    _attachment.training.add(trainer)
+    try:
+        result = train(trainer, *args, **kwargs)
+    finally:
+        _attachment.training.discard(trainer)
+    _attachment.fold(trainer)
+    return result
 
 
 @dataclass
@@ -120,6 +94,13 @@ class Attachment:
                 trainer.model_init = self._patching(trainer.model_init)
         if self.options.monitors:
             trainer.add_callback(self._monitor())
+
+    def folds(self, trainer: Trainer) -> bool:
+        """Say whether a training that begins is to be folded at its end.
+
+        One that begins inside another is part of it (a batch size that was too large).
+        """
+        return self.options.fold_at_end and trainer not in self.training
 
     def fold(self, trainer: Trainer) -> None:
         """Fold the trained model in place."""
@@ -170,6 +151,10 @@ class Attachment:
         }
         _say(f"StabilityCallback({', '.join(f'{k}={v!r}' for k, v in given.items())}) added")
         return StabilityCallback(**given)
+
+
+_attachment = Attachment(RunOptions())
+"""What the script of this process runs with."""
 
 
 def _say(message: str) -> None:

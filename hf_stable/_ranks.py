@@ -1,0 +1,74 @@
+"""What a run over several processes wraps: tensors in shards, values by rank, the optimizer.
+
+With one process everything here returns what it is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "inner_optimizer",
+    "local_tensor",
+    "mean_over_ranks",
+    "num_ranks",
+    "value_of_first_rank",
+    "values_of_all_ranks",
+    "whole_tensor",
+]
+
+
+def whole_tensor(value: Any) -> Any:
+    """Return a sharded tensor gathered whole, and anything else as it is.
+
+    Every rank of a sharded tensor has to call it.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the rows of a sharded tensor that this process holds, and a plain one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_ranks() -> int:
+    """Return the number of processes that run together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(*values: Tensor) -> list[float]:
+    """Return each number's mean over all processes, with one read from the device."""
+    device = values[0].device
+    joined = torch.stack([value.to(device, torch.float32).reshape(()) for value in values])
+    if num_ranks() > 1:
+        dist.all_reduce(joined)
+        joined /= num_ranks()
+    return joined.tolist()
+
+
+def value_of_first_rank(value: Any) -> Any:
+    """Return what the first process holds, on every process."""
+    if num_ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def values_of_all_ranks(value: Any) -> list[Any]:
+    """Return what each process holds, in the order of their ranks, on every process."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside accelerate's wrapper, and any other as it is."""
+    return getattr(optimizer, "optimizer", optimizer)

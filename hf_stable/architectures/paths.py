@@ -1,0 +1,72 @@
+"""Modules and parameters of a model by name: of a class, at a path, as a state dict calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["class_names", "has_path", "join", "modules_of_class", "named_modules", "owner_of",
+           "state_dict_name"]  # fmt: skip
+
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
+"""What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
+and takes out of state dicts."""
+
+
+def state_dict_name(name: str) -> str:
+    """Return what a state dict calls a module or parameter, for its name in the model.
+
+    The two differ where torch has put a wrapper around a block for activation checkpointing.
+    """
+    return ".".join(part for part in name.split(".") if part != CHECKPOINT_WRAPPER)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules by the names of the state dict, of which a wrapper's is its block's."""
+    return {state_dict_name(name): module for name, module in model.named_modules()}
+
+
+def class_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's class and of all its ancestors, the nearest first.
+
+    Sharding and compilation swap in subclasses, so a class is known by the whole line.
+    """
+    return [cls.__name__ for cls in type(module).__mro__]
+
+
+def modules_of_class(
+    modules: Mapping[str, nn.Module], class_name: str
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of every module of a class, in the order of the model."""
+    for name, module in modules.items():
+        if class_name in class_names(module):
+            yield name, module
+
+
+def owner_of(module: nn.Module, path: str) -> tuple[Any, str] | None:
+    """Return the module that holds what a dotted path leads to, and its name there.
+
+    Returns:
+        None where the path leads to neither a module nor a parameter.
+    """
+    *parents, name = path.split(".")
+    owner: Any = module
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+        if not isinstance(owner, nn.Module):
+            return None
+    return (
+        (owner, name) if isinstance(getattr(owner, name, None), nn.Module | nn.Parameter) else None
+    )
+
+
+def has_path(module: nn.Module, path: str) -> bool:
+    """Say whether a dotted path leads to a module or a parameter."""
+    return owner_of(module, path) is not None
+
+
+def join(prefix: str, path: str) -> str:
+    """Return the name of what is at a path in the module of a name; "" is the model itself."""
+    return f"{prefix}.{path}" if prefix else path

@@ -1,0 +1,50 @@
+"""Which weight of a checkpoint each layer of the sidecar beside it folds to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.methods.sigma_reparam.function import scale_blocks
+
+__all__ = ["pair_layers"]
+
+
+def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, str], list[str]]:
+    """Find, for each layer of a sidecar, the weight that it folds to.
+
+    The sidecar has the names of the model in memory and the weights those on disk, which differ
+    for ViT and Swin. So layers are told by their content: the first row of the folded weight,
+    bit for bit; the name decides where several have the same.
+
+    Returns:
+        The layer of the sidecar for each weight's name, and the layers that fit no weight.
+    """
+    by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
+    shapes = {sidecar.shapes[f"{layer}.weight"] for layer in sidecar.raw_layers}
+    for name, shape in weights.shapes.items():
+        if shape in shapes:
+            by_content[_content(shape, weights.read_first_row(name))].append(name)
+    partners: dict[str, str] = {}
+    unmatched = []
+    for layer in sidecar.raw_layers:
+        name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
+        scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
+        dim = sidecar.block_dim(layer)
+        row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
+        candidates = by_content[_content(shape, row)]
+        if not candidates:
+            unmatched.append(layer)
+            continue
+        chosen = name if name in candidates else candidates[0]
+        candidates.remove(chosen)
+        partners[chosen] = layer
+    return partners, unmatched
+
+
+def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
+    return shape, row.dtype, row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

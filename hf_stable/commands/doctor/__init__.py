@@ -1,0 +1,1 @@
+"""`hf-stable doctor`: what a report of a bug needs."""

@@ -1,0 +1,142 @@
+"""`hf-stable run` on the command line: a training script as it is, with hf_stable attached to it.
+
+Also as `python -m hf_stable.run`, and so under `torchrun -m hf_stable.run` and `accelerate launch
+-m hf_stable.run`. Nothing here knows how a model is patched or watched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_stable.commands.conventions import Debug
+from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+
+if TYPE_CHECKING:
+    from hf_stable.commands.launch.options import RunOptions
+
+__all__ = ["Launch", "room"]
+
+EPILOG = """\
+\b
+Examples:
+  hf-stable run --patch sigma_reparam --monitor 50 train.py --optim adamw2
+  hf-stable run --config stable.yaml -m my_package.train --output_dir out
+  torchrun --nproc-per-node 8 -m hf_stable.run --monitor-every 50 train.py
+
+Options stand before the script's name; everything after it is the script's own. Under torchrun
+write --monitor-every: it takes --monitor for a short form of its own --monitor-interval. A --config
+file holds any of the options by name; the command line goes before it. transformers is imported
+before the script starts, so variables that it reads then (HF_HOME, ...) have to be set in the
+shell, not in the script.
+"""
+
+room = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A script that can be run, and what is to be attached to it.
+
+    Attributes:
+        options: what to attach to each Trainer.
+        command: `script.py ARGS...`, `folder ARGS...` or `-m package.module ARGS...`.
+    """
+
+    options: RunOptions
+    command: tuple[str, ...]
+
+    def start(self) -> None:
+        """Attach hf_stable and run the script as `__main__`.
+
+        Exceptions, Ctrl-C and exit codes of the script pass through.
+        """
+        from hf_stable.commands.launch.attaching import attach
+
+        attachment = attach(self.options)
+        show_the_scripts_trace_only()
+        try:
+            run_script(self.command)
+        except SystemExit as end:
+            if end.code in (None, 0):
+                attachment.conclude(self.command)
+            raise
+        attachment.conclude(self.command)
+
+
+Script = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SCRIPT ARGS",
+        help="Script, folder or zip file, or after -m a module; then its own arguments.",
+    ),
+]
+Patch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHODS",
+        help="Of sigma_reparam, remove_pre_layernorm, remove_layernorm; several with commas.",
+    ),
+]
+PatchConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="YAML: the method's options by name, or several methods with their options.",
+    ),
+]
+Monitor = Annotated[
+    str | None,
+    typer.Option(
+        "--monitor-every", "--monitor", metavar="N", help="Probe stability every N steps."
+    ),
+]
+OnCollapse = Annotated[
+    str | None, typer.Option(metavar="ACTION", help="One of warn, stop, checkpoint, rollback.")
+]
+FoldAtEnd = Annotated[
+    bool, typer.Option("--fold-at-end", help="Fold the model when Trainer.train returns.")
+]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="YAML: any of these options by name.")
+]
+Module = Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")]
+
+
+@room.command(
+    # Everything from the script's name on is the script's own, options and "--" included.
+    context_settings={"allow_interspersed_args": False},
+    epilog=EPILOG,
+)
+def run(
+    script: Script = None,
+    patch: Patch = None,
+    patch_config: PatchConfig = None,
+    monitor: Monitor = None,
+    on_collapse: OnCollapse = None,
+    fold_at_end: FoldAtEnd = False,
+    config: Config = None,
+    module: Module = False,
+    debug: Debug = False,
+) -> Launch:
+    """Run a training script with hf_stable attached.
+
+    Every Trainer that the script builds has its model patched and the monitor among its callbacks;
+    the script is not edited.
+    """
+    from hf_stable.commands.launch.options import read_options
+
+    given = {
+        "patch": patch,
+        "patch_config": patch_config and str(patch_config),
+        "monitor": monitor,
+        "on_collapse": on_collapse,
+        "fold_at_end": fold_at_end or None,
+    }
+    options = read_options(given, config)
+    command = (*(["-m"] if module else []), *(script or []))
+    check_script(command)
+    return Launch(options, command)

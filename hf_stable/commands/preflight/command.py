@@ -1,0 +1,138 @@
+"""`hf-stable preflight` on the command line."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.launch.scripts import check_script
+from hf_stable.commands.terminal import make_console, make_table, print_json
+
+if TYPE_CHECKING:
+    from hf_stable.commands.preflight.judging import Outcome
+    from hf_stable.commands.preflight.result import PreflightResult
+
+__all__ = ["room"]
+
+room = typer.Typer()
+
+
+@room.command(
+    # Everything from the script's name on is the script's own, options and "--" included.
+    context_settings={"allow_interspersed_args": False},
+    epilog=examples(
+        "hf-stable preflight train.py --output_dir out --learning_rate 1e-3",
+        "hf-stable preflight --rates 1,3 --remedies none,adamw2:tau=0.01 --bisect train.py",
+        'hf-stable preflight --launcher "torchrun --nproc-per-node 8" train.py --output_dir out',
+    ),
+)
+def preflight(
+    script: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SCRIPT ARGS",
+            help="Script, folder or zip file, or after -m a module; then its own arguments.",
+        ),
+    ] = None,
+    rates: Annotated[
+        str, typer.Option(help="Multiples of the script's own rate, with commas.")
+    ] = "0.3,1,3,10",
+    remedies: Annotated[
+        str | None,
+        typer.Option(
+            help="With commas: none, warmup, clip, adamw2, a patch method, optim:NAME; options "
+            "behind colons (adamw2:tau=0.01), joined by +.  [default: none,warmup,clip,adamw2,"
+            "sigma_reparam,adamw2+sigma_reparam]",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each leg.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Seeds to take each leg under.")] = 1,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Narrow the highest rate that survives to 1.5 times.")
+    ] = False,
+    all_rates: Annotated[
+        bool, typer.Option("--all-rates", help="Also rates above one at which a remedy was lost.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Legs at once.")] = 1,
+    launcher: Annotated[
+        str, typer.Option(help='What starts the processes of a leg: the words before "-m".')
+    ] = "",
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder; one that holds this preflight already is gone on with."),
+    ] = Path("preflight-output"),
+    module: Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")] = (
+        False
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Find the learning rate that a run survives, before the run.
+
+    Runs the script as it is for its first steps, once for each pair of remedy and rate; the
+    schedule stays that of the whole run, and evaluation, saving, pushing and trackers are off.
+    Writes preflight.html and preflight.json. Exit code 0 if the planned rate has a margin of two or
+    more, 1 if it has not.
+    """
+    from hf_stable.commands.preflight.flying import DEFAULT_REMEDIES, PROBES, fly
+    from hf_stable.commands.preflight.legs import Settings
+    from hf_stable.commands.preflight.page import write_page
+    from hf_stable.commands.preflight.remedies import parse_remedies
+    from hf_stable.commands.preflight.running import LegFailed, Plan
+    from hf_stable.report.page import require_page_packages
+
+    command = (*(["-m"] if module else []), *(script or []))
+    check_script(command)
+    chosen = parse_remedies(DEFAULT_REMEDIES if remedies is None else remedies)
+    plan = Plan(_numbers(rates), chosen, seeds, bisect, not all_rates)
+    settings = Settings(command, steps, max(1, steps // PROBES), tuple(shlex.split(launcher)))
+    require_page_packages()  # not after an hour of legs
+    console = make_console(stderr=True)
+    try:
+        result = fly(
+            plan, settings, output, jobs=jobs, on_leg=lambda outcome: console.print(_line(outcome))
+        )
+    except LegFailed as failure:
+        if failure.output:
+            console.print(failure.output)
+        raise
+    page = write_page(result, output)
+    if as_json:
+        print_json(result.to_dict() | {"page": str(page)})
+    else:
+        _print_result(result, page)
+    return SUCCESS if result.passed else NO
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rates takes numbers with commas between them, got {text!r}") from None
+
+
+def _line(outcome: Outcome) -> str:
+    loss = "" if outcome.loss is None else f", loss {outcome.loss:.3g}"
+    alarm = f", alarm at step {outcome.alarm['step']}" if outcome.alarm is not None else ""
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    return f"{outcome.leg.name}: {outcome.kind}{loss}{alarm}{reason}"
+
+
+def _print_result(result: PreflightResult, page: Path) -> None:
+    from hf_stable.commands.preflight.page import heat_map
+
+    console = make_console()
+    columns, rows = heat_map(result.outcomes)
+    table = make_table("remedy", *columns)
+    for label, cells in rows:
+        table.add_row(label, *(cell.text for cell in cells))
+    console.print(table)
+    for sentence in result.sentences:
+        console.print(f"- {sentence}")
+    console.print(result.command)
+    console.print(str(page))

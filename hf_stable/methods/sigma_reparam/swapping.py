@@ -1,0 +1,211 @@
+"""Turning plain layers into sigma layers and back, in place: prepare, install, fold.
+
+`prepare` computes everything and touches nothing, so that a patch can fail before it has begun.
+The layer stays the same object, also to what has taken hold of its `forward`: accelerate's hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hf_stable._ranks import local_tensor, whole_tensor
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, spread_over_blocks
+from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
+from hf_stable.methods.sigma_reparam.steps import follow, forget
+from hf_stable.methods.sigma_reparam.triples import check_present, mark_settled, settle_if_moved
+from hf_stable.methods.undoing import Undo, keep_attributes, undoing
+
+__all__ = [
+    "SIGMA_CLASSES",
+    "SigmaState",
+    "check_plain",
+    "fold_layer",
+    "install",
+    "prepare",
+]
+
+_ALIGNMENT = 64  # bytes, of what torch allocates
+_OWN_ATTRIBUTES = ("block_dim", "layer_name", "serial_number", "settled_for")
+# accelerate calls the second from the first; its removal leaves the first behind.
+_FORWARDS = ("forward", "_old_forward")
+
+SIGMA_CLASSES: dict[type, type] = {
+    nn.Linear: SigmaLinear,
+    Conv1D: SigmaConv1D,
+    nn.Conv2d: SigmaConv2d,
+}
+PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    sigma: plain for plain, sigma in SIGMA_CLASSES.items()
+}
+
+
+@dataclass(frozen=True)
+class SigmaState:
+    """What `install` adds to a plain layer; computed by `prepare`, which changes nothing."""
+
+    gamma: Tensor
+    sigma: Tensor
+    u: Tensor
+    v: Tensor
+    block_dim: int
+    name: str
+
+
+def check_plain(layer: nn.Module, name: str = "") -> None:
+    """Raise for a layer that cannot become a sigma layer.
+
+    Raises:
+        TypeError: if it is of another type than `Linear`, `Conv1D` and `Conv2d`.
+        UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
+            own and would go on computing with the raw weight.
+    """
+    if type(layer) not in SIGMA_CLASSES:
+        raise TypeError(
+            f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
+            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
+            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
+            "sigma would break). To patch the others, exclude it"
+        )
+    if _weight(layer).is_meta:
+        raise UnsupportedModelError(
+            f"the weight of {name or 'a layer'} is on the meta device: it was not loaded, or "
+            "accelerate keeps it on the CPU or on disk between forwards. Load the model without "
+            "offloading (a device_map over devices that hold it all)"
+        )
+    held = layer.__dict__.get("forward")
+    inner = layer.__dict__.get("_old_forward") if hasattr(layer, "_hf_hook") else held
+    if held is not None and inner != MethodType(type(layer).forward, layer):
+        raise UnsupportedModelError(
+            f"something has replaced the forward of {name!r} by {held!r}, which would "
+            "go on using the raw weight. Take it off, call hf_stable.patch, then put it on again; "
+            "accelerate's hooks alone are followed"
+        )
+
+
+def prepare(
+    layer: nn.Module,
+    *,
+    num_blocks: int = 1,
+    init: Literal["spectral", "one"] = "spectral",
+    name: str = "",
+) -> SigmaState:
+    """Compute the exact singular triples of a plain layer without touching it.
+
+    Args:
+        layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
+        num_blocks: number of equal blocks of output features with a sigma of their own.
+        init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
+            `"one"` sets gamma to 1 (the paper's text).
+        name: qualified name for messages.
+
+    Raises:
+        TypeError: if the layer is of any other type, a subclass included.
+        UnsupportedModelError: as `check_plain` does.
+        ValueError: if a block is zero or not finite.
+    """
+    check_plain(layer, name)
+    weight = _weight(layer)
+    block_dim = 1 if type(layer) is Conv1D else 0
+    triples = []
+    for block in matrices_of(weight.detach(), num_blocks, block_dim):
+        try:
+            triples.append(leading_triple(block))
+        except ValueError as error:
+            raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
+    sigma, u, v = (torch.stack(part) for part in zip(*triples, strict=True))
+    if not (sigma > 0).all():
+        raise ValueError(
+            f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
+            "all-zero block, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+        )
+    gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
+    return SigmaState(gamma, sigma, u, v, block_dim, name)
+
+
+def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
+    """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class.
+
+    Args:
+        layer: as it was given to `prepare`.
+        state: what came back.
+        undo: what to call if something fails later; see `undoing`.
+    """
+    gamma = nn.Parameter(state.gamma.clone(), requires_grad=_weight(layer).requires_grad)
+    undo.append(keep_attributes(layer))
+    _swap_class(layer, SIGMA_CLASSES[type(layer)])
+    assert isinstance(layer, SigmaLayer)
+    if layer.weight.data_ptr() % _ALIGNMENT:
+        # It lies as safetensors found it in the file. Products with vectors round otherwise there,
+        # and a run would depend on whether its weights were just initialised or loaded.
+        layer.weight.data = layer.weight.data.clone()
+    layer.gamma = gamma
+    layer.register_buffer("sigma", state.sigma)
+    layer.register_buffer("sigma_u", state.u)
+    layer.register_buffer("sigma_v", state.v)
+    layer.block_dim = state.block_dim
+    layer.layer_name = state.name
+    undo.append(partial(forget, layer))
+    follow(layer)
+    mark_settled(layer)
+    return layer
+
+
+@torch.no_grad()
+def fold_layer(layer: SigmaLayer) -> nn.Module:
+    """Turn a sigma layer into the plain layer that computes the same, in place, or leave it.
+
+    `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
+
+    Raises:
+        UnsupportedModelError: if the weight is offloaded.
+    """
+    settle_if_moved(layer)
+    weight = local_tensor(layer.weight)
+    folded = _local_effective_weight(layer)
+    raw = weight.clone()
+    with undoing() as undo:
+        undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
+        weight.copy_(folded)
+        for name in (*SigmaLayer.SIGMA_TENSORS, *_OWN_ATTRIBUTES):
+            delattr(layer, name)
+        _swap_class(layer, PLAIN_CLASSES[type(layer)])
+        forget(layer)
+    return layer
+
+
+def _local_effective_weight(layer: SigmaLayer) -> Tensor:
+    """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
+    check_present(layer)
+    weight, gamma = layer.weight, whole_tensor(layer.gamma)
+    sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
+    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
+    if isinstance(weight, DTensor):
+        shard = matrix_blocks(weight)[0]
+        if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
+            scale = scale[shard.offset : shard.offset + len(shard.local)]
+    weight = local_tensor(weight)
+    return (weight.to(scale.dtype) * scale).to(weight.dtype)
+
+
+def _swap_class(layer: nn.Module, new: type[Any]) -> None:
+    """Give a layer another class, also where its `forward` is held as the bound one of the old."""
+    held = MethodType(type(layer).forward, layer)
+    layer.__class__ = new
+    for name in _FORWARDS:
+        if layer.__dict__.get(name) == held:
+            layer.__dict__[name] = MethodType(new.forward, layer)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)

@@ -1,0 +1,94 @@
+"""`optim="adamw2"`: the name, the handler that builds the optimizer, and its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import __version__
+
+from hf_stable.adamw2.model_optimizer import ModelAdamW2
+from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.adamw2.options import parse_options
+from hf_stable.trainer.changes import ADVICE, adding, wrapping
+
+try:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+    from transformers.training_args import OptimizerNames
+except ImportError as error:
+    raise ImportError(
+        f"hf_stable does not fit transformers {__version__}: {error}. {ADVICE}"
+    ) from error
+
+__all__ = ["OPTIMIZER_NAME", "add_optimizer", "optimizer_name"]
+
+OPTIMIZER_NAME = "adamw2"
+
+adding(
+    "transformers.training_args:OptimizerNames",
+    reason='gains the member "adamw2"',
+    is_added=lambda: OPTIMIZER_NAME in OptimizerNames._value2member_map_,
+)
+adding(
+    "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
+    reason='gains the handler that builds AdamW2 for optim="adamw2"',
+    is_added=lambda: _OPTIMIZER_HANDLERS.get(OPTIMIZER_NAME) is _build_adamw2,
+)
+
+
+def add_optimizer() -> None:
+    """Let the Trainer know the name and what it builds for it; later calls change nothing."""
+    _OPTIMIZER_HANDLERS[OPTIMIZER_NAME] = _build_adamw2
+    members: Any = OptimizerNames
+    if OPTIMIZER_NAME in members._value2member_map_:
+        return
+    name = OPTIMIZER_NAME.upper()
+    member: Any = str.__new__(members, OPTIMIZER_NAME)
+    member._name_, member._value_ = name, OPTIMIZER_NAME
+    member.__objclass__ = members
+    member._sort_order_ = len(members._member_names_)
+    # A pickle (training_args.bin) names this function: reading it imports and registers.
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (OPTIMIZER_NAME,))
+    members._member_names_.append(name)
+    members._member_map_[name] = member
+    members._value2member_map_[OPTIMIZER_NAME] = member
+    if hasattr(members, "_hashable_values_"):
+        members._hashable_values_.append(OPTIMIZER_NAME)
+    type.__setattr__(members, name, member)
+
+
+def optimizer_name(value: str) -> OptimizerNames:
+    """Return the member of a name: what pickles of the arguments of a training call."""
+    return OptimizerNames(value)
+
+
+def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, Any]]:
+    """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
+    _refuse_deepspeed(context.args)
+    options = parse_options(context.optim_args)
+    arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
+    if context.model is None:
+        return AdamW2, arguments
+    return ModelAdamW2, {**arguments, "structure": context.model}
+
+
+def _refuse_deepspeed(args: Any) -> None:
+    """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
+            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
+        )
+
+
+@wrapping(
+    "transformers.trainer:_parse_optim_args", "optim_args_str",
+    reason="an entry of optim_args without '=' gets an error that says so",
+)  # fmt: skip
+def _parse_optim_args(original: Any, optim_args_str: str | None) -> dict[str, str]:
+    for entry in (optim_args_str or "").replace(" ", "").split(","):
+        if optim_args_str and entry.count("=") != 1:
+            raise ValueError(
+                f"optim_args={optim_args_str!r}: {entry!r} is not of the form key=value; separate "
+                "several by commas, as in 'tau=0.004,power_iterations=2'"
+            )
+    return original(optim_args_str)

@@ -1,0 +1,65 @@
+"""What hf_stable changes where the Trainer trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_stable.methods.sharding import refuse_unfit_sharding
+from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.trainer.changes import wrapping
+from hf_stable.trainer.training_record import keeping_record
+from hf_stable.trainer.watching import log_with_pending, observing_step, train_with_rollbacks
+
+__all__: list[str] = []
+
+
+@wrapping(
+    "transformers.trainer:Trainer.get_decay_parameter_names", "model",
+    reason="gamma of a sigma layer is never weight-decayed, under any optimizer",
+)  # fmt: skip
+def _get_decay_parameter_names(original: Any, trainer: Any, model: nn.Module) -> list[str]:
+    # The Trainer asks by the names of parameters, in which wrappers of blocks are.
+    layers = (name for name, module in model.named_modules() if isinstance(module, SigmaLayer))
+    gammas = {f"{name}.gamma" for name in layers}
+    return [name for name in original(trainer, model) if name not in gammas]
+
+
+wrapping(
+    "transformers.trainer:Trainer.log", "logs",
+    reason="values that a callback holds ready (take_pending_logs) join the record of the step",
+)(log_with_pending)  # fmt: skip
+
+
+@wrapping(
+    "transformers.trainer:Trainer.training_step", "model", "inputs",
+    reason="a callback sees the loss of each step (observe_loss), which averages and filters hide",
+)  # fmt: skip
+def _training_step(
+    original: Any, trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    def loss_again() -> Tensor:
+        # The model inside DDP, which would wait for a backward.
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
+
+    return observing_step(original, loss_again, trainer, model, inputs, *args, **kwargs)
+
+
+@wrapping(
+    "transformers.trainer:Trainer.train", "resume_from_checkpoint",
+    reason="goes back where a callback asks for it (take_rollback); for a patched model refuses "
+    "unfit sharding, notes its card",
+)  # fmt: skip
+def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    state = trainer.accelerator.state
+    if trainer.model is not None:  # a search for hyperparameters builds each trial's model later
+        refuse_unfit_sharding(
+            trainer.model,
+            fsdp_plugin=getattr(state, "fsdp_plugin", None),
+            deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
+            mixed_precision=state.mixed_precision,
+        )
+    with keeping_record(trainer):
+        return train_with_rollbacks(original, trainer, *args, **kwargs)

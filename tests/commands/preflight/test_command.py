@@ -1,0 +1,165 @@
+"""`hf-stable preflight` on scripts as users write them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_stable.commands.main import BAD_INPUT, main
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+sys.path.insert(0, {support!r})
+from tiny_models import tiny_batch, tiny_model
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+set_seed(args.seed)
+model = tiny_model("gpt2", seed=args.seed)
+batch = tiny_batch(model)
+data = [{{name: rows[i % 4] for name, rows in batch.items()}} for i in range(32)]
+trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+trainer.train()
+trainer.save_model()
+Path("the-script-went-on").touch()
+"""
+ARGUMENTS = (
+    "--output_dir", "own", "--max_steps", "200", "--per_device_train_batch_size", "4",
+    "--learning_rate", "1e-2", "--use_cpu", "True", "--eval_strategy", "steps", "--eval_steps", "1",
+    "--save_steps", "2", "--report_to", "tensorboard", "--load_best_model_at_end", "True",
+)  # fmt: skip
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A folder of the user's own with the script in it."""
+    monkeypatch.chdir(tmp_path)
+    support = str(Path(__file__).parents[2] / "support")
+    (tmp_path / "train.py").write_text(SCRIPT.format(support=support))
+    return tmp_path
+
+
+def command(*words):
+    return [sys.executable, "-m", "hf_stable.commands.main", "preflight", *map(str, words)]
+
+
+def fly(*words):
+    return subprocess.run(
+        command(*words), capture_output=True, text=True, timeout=400, env=ENVIRONMENT
+    )
+
+
+def legs(folder="preflight-output"):
+    return {
+        path.parent.name: json.loads(path.read_text()) for path in Path(folder).rglob("leg.json")
+    }
+
+
+@pytest.mark.slow
+def test_a_script_as_it_is_has_its_margin_measured():
+    options = ("--steps", 20, "--rates", "3,1e6", "--remedies", "none", "--jobs", 2)
+    done = fly(*options, "train.py", *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing is needed: the planned rate has a margin of two or more." in done.stdout
+    assert "x 1e+06" in done.stdout and "none x3: trains, loss" in done.stderr
+    result = json.loads(Path("preflight-output/preflight.json").read_text())
+    assert result["passed"] and result["learning_rate"] == 0.01
+    assert result["remedies"][0]["fails_at"] == 1e6
+    ends = legs()
+    assert ends["none x3"]["ending"]["steps"] == 20
+    assert ends["none x1"]["ending"]["facts"]["max_steps"] == 200
+    # Nothing of the script's own was written, and the script ended with its training.
+    assert sorted(p.name for p in Path().iterdir()) == ["preflight-output", "train.py"]
+    assert not list(Path("preflight-output").rglob("checkpoint-*"))
+    assert not list(Path("preflight-output").rglob("events.out*"))
+
+    before = Path("preflight-output/legs/none x3/leg.json").stat().st_mtime_ns
+    again = fly(*options[:-2], "--seeds", 2, "--json", "train.py", *ARGUMENTS)
+    assert again.returncode == 0, again.stderr
+    found = {leg["leg"]: leg for leg in json.loads(again.stdout)["legs"]}
+    assert found["none x1 seed 1"]["loss"] != found["none x1"]["loss"]
+    assert Path("preflight-output/legs/none x3/leg.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_planned_rate_that_is_lost_ends_with_one():
+    arguments = [word if word != "1e-2" else "1e4" for word in ARGUMENTS]
+    done = fly("--steps", 20, "--rates", "1", "--remedies", "none", "train.py", *arguments)
+    assert done.returncode == 1, done.stderr
+    assert "No remedy that was tried helps" in done.stdout
+
+
+@pytest.mark.slow
+def test_it_runs_under_a_launcher():
+    words = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    options = ("--steps", 20, "--rates", "1", "--remedies", "adamw2:tau=0.01")
+    done = fly(*options, "--launcher", words, "train.py", *ARGUMENTS)
+    assert done.returncode in (0, 1), done.stderr
+    ends = legs()
+    assert {end["ending"]["steps"] for end in ends.values()} == {20} and len(ends) == 2
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
+    process = subprocess.Popen(
+        command("--steps", 20, "--rates", "1,2,3,4,5,6,7", "--remedies", "none", "train.py",
+                *ARGUMENTS),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    end = time.monotonic() + 200
+    while not legs() and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    kept = legs()
+    assert 1 <= len(kept) < 7
+    marker = str(Path("preflight-output").resolve())
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert marker not in running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("print('no Trainer here')", (), "ended without training a transformers Trainer"),
+        ("raise SystemExit('my own mistake')", (), "my own mistake"),
+        ("import no_such_module", (), "No module named 'no_such_module'"),
+        (None, ("--launcher", "no-such-launcher --x"), "cannot start 'no-such-launcher'"),
+        (None, ("--launcher", f"{sys.executable} -c 'raise ValueError(3)'"), "ValueError: 3"),
+    ],
+)
+def test_what_cannot_be_flown_is_said(script, options, message):
+    if script is not None:
+        Path("train.py").write_text(script)
+    done = fly("--remedies", "none", *options, "train.py", *ARGUMENTS)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert not Path("preflight-output/preflight.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--rates", "1,-2", "train.py"), "a rate is a positive multiple"),
+        (("--rates", "1;2", "train.py"), "--rates takes numbers with commas between them"),
+        (("--remedies", "adamw3", "train.py"), "did you mean 'adamw2'?"),
+        (("--steps", "3", "train.py"), "3 steps are too few"),
+        (("nowhere.py",), "can't open 'nowhere.py': no such file"),
+        ((), "no script given"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_started(capsys, words, message):
+    assert main(["preflight", *words]) == BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not Path("preflight-output").exists()

@@ -1,0 +1,63 @@
+"""Weights as matrices: plain, fused, of kernels, and sharded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_ranks import run_ranks
+from random_matrices import (
+    assert_is_leading,
+    randn,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import (
+    as_matrix,
+    matrix_blocks,
+    split_blocks,
+)
+
+
+def test_a_kernel_is_flattened_and_a_transpose_swaps_the_vectors():
+    kernel = randn(12, 3, 4, 4)
+    (block,) = matrix_blocks(kernel)
+    assert block.shape == (12, 48) and block.data_ptr() == kernel.data_ptr()
+    triple = leading_triple(block)
+    assert_is_leading(kernel.reshape(12, 48), triple)
+    flipped = leading_triple(block.T)
+    torch.testing.assert_close(flipped.sigma, triple.sigma)
+    torch.testing.assert_close(abs(flipped.u @ triple.v), torch.tensor(1.0))
+
+
+def test_as_matrix_views_and_refuses_a_scalar():
+    assert as_matrix(torch.ones(4)).shape == (4, 1)
+    assert leading_triple(as_matrix(torch.ones(4))).sigma.item() == pytest.approx(2)
+    with pytest.raises(ValueError, match=r"give it the shape \(1,\)"):
+        as_matrix(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("num_blocks", "dim"), [(3, 0), (4, 1), (0, 0)])
+def test_unequal_blocks_are_refused(num_blocks, dim):
+    with pytest.raises(ValueError, match=r"cannot split dimension .* of a \(8, 6\) weight into"):
+        split_blocks(torch.ones(8, 6), num_blocks, dim)
+
+
+def place_otherwise():
+    """On each rank: a replicated weight's blocks, and the message for one sharded on columns."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = randn(6, 4)
+    (replicated,) = matrix_blocks(distribute_tensor(weight, mesh, [Replicate()]))
+    try:
+        matrix_blocks(distribute_tensor(weight, mesh, [Shard(1)]))
+    except ValueError as error:
+        return {"replicated": replicated, "message": str(error)}
+
+
+@pytest.mark.slow
+def test_replicated_weights_are_plain_and_column_shards_are_refused():
+    for rank in run_ranks(place_otherwise, 2):
+        assert torch.equal(rank["replicated"], randn(6, 4))
+        assert "allowed are replicated and sharded once, on dimension 0" in rank["message"]

@@ -1,0 +1,66 @@
+"""Faults at every point of a piece of work: out of memory in a torch call, Ctrl-C at a line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_stable
+
+PACKAGE = str(Path(hf_stable.__file__).parent)
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Raise torch's out-of-memory error in place of the n-th torch operation."""
+
+    def __init__(self, point: int) -> None:
+        super().__init__()
+        self.left = point
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise torch.OutOfMemoryError(f"injected at {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def interrupt_at(point: int) -> Iterator[list[int]]:
+    """Raise KeyboardInterrupt at the n-th line of the package that is run; what is left comes."""
+    left = [point]
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt(f"injected at {frame.f_code.co_name}:{frame.f_lineno}")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield left
+    finally:
+        sys.settrace(before)
+
+
+def count_operations(work: Callable[[], Any]) -> int:
+    """The number of torch operations of a piece of work."""
+    with OutOfMemoryAt(0) as counter:
+        work()
+    return -counter.left
+
+
+def count_lines(work: Callable[[], Any]) -> int:
+    """The number of lines of the package that a piece of work runs."""
+    with interrupt_at(0) as left:
+        work()
+    return -left[0]
