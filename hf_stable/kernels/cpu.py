@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_stable.kernels.layouts import Layout, Plan, make_plan
+from hf_stable.kernels import tables as t
+from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
 from hf_stable.kernels.threads import runner
+from hf_stable.kernels.weights import Weight
+from hf_stable.measures.matrices import spectral_dtype
 
-__all__ = [
-    "Ahead",
-    "Options",
-    "RuleColumns",
-    "is_available",
-    "is_plain",
-    "refresh_vectors",
-    "step_under_rule",
-]
+__all__ = ["Workspace", "is_available", "is_plain", "refresh_vectors", "step_weights", "takes"]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 """Dtypes of weights that are compiled for."""
@@ -32,6 +26,8 @@ KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bf
 AHEAD_NUMEL = 1 << 16
 """Entries from which on a weight is iterated on in the pass that moves it, for the next step. A
 smaller one is still in a cache when it is read once more."""
+
+STATE = ("exp_avg", "exp_avg_sq", "step", "exempt", "effective_lr", "weight_v", "update_v")
 
 
 @cache
@@ -46,141 +42,104 @@ def is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and tensor.dtype in KINDS
         and tensor.is_contiguous()
     )
 
 
-class Options(NamedTuple):
-    """Options of a group of weights, as `AdamW2` has them; `sign` is -1 to ascend."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    tau: float
-    sign: float
-    power_iterations: int
-
-
-@dataclass
-class RuleColumns:
-    """Weights of one dtype that step under Rule 1: the n-th of each list belongs to the n-th weight.
-
-    Attributes:
-        params: the weights. These and the next three are contiguous, of one dtype and shape each.
-        grads: their gradients.
-        firsts: first moments.
-        seconds: second moments.
-        steps: steps taken, 0-d float32.
-        exempts: whether a part is exempt, (parts,) bool.
-        rates: the rate of each part, (parts,), written.
-        weight_vs: right vectors of the parts of W, one after the other. Of the dtype in which
-            spectra are computed, as `rates` and `update_vs`.
-        update_vs: the same of U.
-        layouts: where the parts lie.
-        groups: which of the options are theirs.
-    """
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    firsts: list[Tensor]
-    seconds: list[Tensor]
-    steps: list[Tensor]
-    exempts: list[Tensor]
-    rates: list[Tensor]
-    weight_vs: list[Tensor]
-    update_vs: list[Tensor]
-    layouts: list[Layout]
-    groups: list[int]
+def takes(weight: Weight) -> bool:
+    """Say whether `step_weights` can step a weight: none that is new to Rule 1, among others."""
+    param, state, dtype = weight.param, weight.state, weight.param.dtype
+    lr = weight.group["lr"]
+    if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
+        return False
+    like_param = (weight.grad, state["exp_avg"], state["exp_avg_sq"])
+    return (
+        is_plain(param)
+        and all(is_plain(tensor) and tensor.dtype == dtype for tensor in like_param)
+        and all(is_plain(state[key]) for key in STATE[2:])
+        and lay_out(param.shape, weight.parts) is not None
+    )
 
 
-class Ahead:
-    """Iterations on weights that the pass which moved them has made for the next step.
+class Workspace:
+    """What lies ready for the next step of the same weights. It is no state: nothing depends on it.
 
-    They are no state: without them the next step makes the same iterations first, with the same
-    result, bit for bit. So a weight or a vector that something else has changed since, or replaced,
-    simply counts as not iterated on.
+    The pass that moves a weight iterates on what it has become, for the next step, which uses that
+    unless something else has changed the weight or its vector since: then, as without it, it
+    iterates first, with the same result, bit for bit. The scratch is as large as the largest
+    weight; a fresh one for each step would take longer than the step to be mapped.
     """
 
     def __init__(self, plan: Plan, real: torch.dtype) -> None:
-        """Make room for the vectors of the weights of a plan."""
-        self.plan = plan
+        """Make room for weights of a plan whose spectra are of a dtype."""
+        self.plan, self.real = plan, real
         self.vectors = torch.empty(int(plan.vector_starts[-1]), dtype=real)
         self.sigma = np.zeros(len(plan.parts))
         self.norms = np.zeros((len(plan.chunks), 2))
         self.seen: list[tuple[int, ...]] = []
+        updates, sums, products = plan.area
+        self.updates = torch.empty(updates, dtype=real)
+        self.sums = torch.empty(2 * sums, dtype=real)
+        self.products = torch.empty(2 * products, dtype=real)
 
-    def holds(self, columns: RuleColumns) -> np.ndarray:
-        """Say for each weight whether its iteration can be used."""
-        now = _states(columns)
-        return np.array([a == b for a, b in zip(now, self.seen, strict=False)] or False)
-
-    def note(self, columns: RuleColumns) -> None:
-        """Remember what the weights and vectors are that were iterated on."""
-        self.seen = _states(columns)
-
-
-def _states(columns: RuleColumns) -> list[tuple[int, ...]]:
-    pairs = zip(columns.params, columns.weight_vs, strict=True)
-    return [(id(p), p.data_ptr(), p._version, id(v), v.data_ptr(), v._version) for p, v in pairs]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        tensors = (self.vectors, self.updates, self.sums, self.products)
+        return sum(held.nbytes for held in (*tensors, self.sigma, self.norms))
 
 
 @torch.no_grad()
-def step_under_rule(
-    columns: RuleColumns, options: Sequence[Options], ahead: Ahead | None = None
-) -> Ahead:
+def step_weights(weights: Sequence[Weight], workspace: Workspace | None = None) -> Workspace:
     """Take AdamW2's step (Algorithm 1) for weights of one dtype, in place: two passes over each.
 
-    The first moves the moments and writes U to a scratch of the size of the largest weight; the
-    second moves the weight. Each iterates on what it has in hand, for `z = W.T (W v)` needs a row
-    of W but once.
+    The first moves the moments and writes U to the scratch; the second moves the weight. Each
+    iterates on what it has in hand: `z = W.T (W v)` needs a row of W but once, `|z| / |W v|` is
+    sigma, and `z / |z|` the next v. An update whose vector has turned gets one iteration more.
 
     Args:
-        columns: the weights, none of which is new to the rule.
-        options: of each group.
-        ahead: what the last call for these weights has returned; None after any other.
+        weights: those that `takes` says yes to, with their state prepared.
+        workspace: what the last call for these weights has returned; None after any other.
 
     Returns:
         What to hand to the next call.
     """
-    from hf_stable.kernels import loops
+    dtype = weights[0].param.dtype
+    real = spectral_dtype(dtype)
+    layouts = [_layout(weight) for weight in weights]
+    plan = make_plan(tuple(layouts))
+    if workspace is None or workspace.plan is not plan or workspace.real != real:
+        workspace = Workspace(plan, real)
+    groups = {id(weight.group): weight.group for weight in weights}
+    places = {key: place for place, key in enumerate(groups)}
+    goes = np.array([each.numel >= AHEAD_NUMEL and not each.is_vector for each in layouts])
+    seen = [_trace(weight) if ahead else () for weight, ahead in zip(weights, goes, strict=True)]
+    was = workspace.seen or [None] * len(weights)
 
-    dtype = columns.params[0].dtype
-    real = torch.promote_types(dtype, torch.float32)
-    plan = make_plan(tuple(columns.layouts))
-    if ahead is None or ahead.plan is not plan or ahead.vectors.dtype != real:
-        ahead = Ahead(plan, real)
-    weights = _weight_table(loops, plan)
-    for place, tensors in (
-        (loops.PARAM, columns.params), (loops.GRAD, columns.grads),
-        (loops.FIRST, columns.firsts), (loops.SECOND, columns.seconds),
-        (loops.STEP, columns.steps), (loops.EXEMPT, columns.exempts),
-        (loops.RATE, columns.rates), (loops.WEIGHT_V, columns.weight_vs),
-        (loops.UPDATE_V, columns.update_vs),
-    ):  # fmt: skip
-        weights[:, place] = [tensor.data_ptr() for tensor in tensors]
-    weights[:, loops.GROUP] = columns.groups
-    weights[:, loops.AHEAD_V] = (
-        ahead.vectors.data_ptr() + plan.vector_starts[:-1] * ahead.vectors.element_size()
-    )
-    weights[:, loops.IS_VECTOR] = [layout.is_vector for layout in columns.layouts]
-    weights[:, loops.GOES_AHEAD] = [
-        layout.numel >= AHEAD_NUMEL and not layout.is_vector for layout in columns.layouts
+    call = _Call(dtype, plan)
+    table = call.weights
+    table[:, t.PARAM] = [weight.param.data_ptr() for weight in weights]
+    table[:, t.GRAD] = [weight.grad.data_ptr() for weight in weights]
+    columns = (
+        t.FIRST, t.SECOND, t.STEP, t.EXEMPT, t.RATE, t.WEIGHT_V,
+        t.UPDATE_V,
+    )  # fmt: skip
+    for column, key in zip(columns, STATE, strict=True):
+        table[:, column] = [weight.state[key].data_ptr() for weight in weights]
+    table[:, t.GROUP] = [places[id(weight.group)] for weight in weights]
+    table[:, t.AHEAD_V] = workspace.vectors.data_ptr() + plan.vector_starts[:-1] * real.itemsize
+    table[:, t.IS_VECTOR] = [layout.is_vector for layout in layouts]
+    table[:, t.GOES_AHEAD] = goes
+    table[:, t.IS_AHEAD] = goes & [now == old for now, old in zip(seen, was, strict=True)]
+    call.hand(t.OPTIONS, np.array([_options(group) for group in groups.values()]))
+    call.hand(t.AHEAD_SIGMA, workspace.sigma)
+    call.hand(t.NORMS, workspace.norms)
+    call.run(t.STEP_WEIGHTS, workspace.updates, workspace.sums, workspace.products)
+    torch.autograd.graph.increment_version([weight.param for weight in weights])
+    workspace.seen = [
+        _trace(weight) if ahead else () for weight, ahead in zip(weights, goes, strict=True)
     ]
-    weights[:, loops.IS_AHEAD] = weights[:, loops.GOES_AHEAD] * ahead.holds(columns)
-    given = np.array(options, dtype=np.float64)
-    call = _Call(loops, dtype, plan, weights)
-    call.head[loops.TASK] = loops.STEP_WEIGHTS
-    call.give(loops.OPTIONS, given)
-    call.give(loops.AHEAD_SIGMA, ahead.sigma)
-    call.give(loops.NORMS, ahead.norms)
-    call.allocate(real, update=True)
-    call.run()
-    torch.autograd.graph.increment_version(columns.params)
-    ahead.note(columns)
-    return ahead
+    return workspace
 
 
 @torch.no_grad()
@@ -197,88 +156,91 @@ def refresh_vectors(
     As `hf_stable.measures.power_iteration.power_step` does it, in one pass over each weight.
 
     Args:
-        weights: contiguous, of one dtype; the n-th of the other lists belongs to the n-th.
+        weights: plain, of one dtype; the n-th of each other list belongs to the n-th.
         layouts: where their parts lie.
-        sigmas: (parts,) each, of the dtype in which spectra are computed, as the vectors.
-        us: left vectors of the parts, one after the other.
-        vs: right vectors.
+        sigmas: (k,) each, for k parts; of the dtype in which spectra are computed, as the vectors.
+        us: left vectors, (k, m) each.
+        vs: right vectors, (k, n) each.
         iterations: how many.
     """
-    from hf_stable.kernels import loops
-
+    dtype = weights[0].dtype
     plan = make_plan(tuple(layouts))
-    table = _weight_table(loops, plan)
-    for place, tensors in (
-        (loops.PARAM, weights), (loops.RATE, sigmas), (loops.WEIGHT_U, us), (loops.WEIGHT_V, vs)
-    ):  # fmt: skip
-        table[:, place] = [tensor.data_ptr() for tensor in tensors]
-    call = _Call(loops, weights[0].dtype, plan, table)
-    call.head[loops.TASK] = loops.REFRESH_VECTORS
-    call.head[loops.ITERATIONS] = iterations
-    call.give(loops.NORMS, np.zeros((len(plan.chunks), 2)))
-    call.allocate(torch.promote_types(weights[0].dtype, torch.float32), update=False)
-    call.run()
+    call = _Call(dtype, plan)
+    columns = (t.PARAM, t.RATE, t.WEIGHT_U, t.WEIGHT_V)
+    for column, tensors in zip(columns, (weights, sigmas, us, vs), strict=True):
+        call.weights[:, column] = [tensor.data_ptr() for tensor in tensors]
+    call.head[t.ITERATIONS] = iterations
+    _, sums, products = plan.area
+    rooms = [torch.empty(size, dtype=spectral_dtype(dtype)) for size in (0, sums, products)]
+    call.run(t.REFRESH_VECTORS, *rooms)
 
 
-def _weight_table(loops: Any, plan: Plan) -> np.ndarray:
-    table = np.zeros((len(plan.weights), loops.WEIGHT_SIZE), dtype=np.int64)
-    columns = (
-        loops.WIDTH, loops.UPDATE_AT, loops.FIRST_PART, loops.END_PART, loops.FIRST_CHUNK,
-        loops.END_CHUNK,
+def _layout(weight: Weight) -> Layout:
+    layout = lay_out(weight.param.shape, weight.parts)
+    assert layout is not None, "a weight that `takes` refuses"
+    return layout
+
+
+def _trace(weight: Weight) -> tuple[int, ...]:
+    """Return what changes with a weight or its vector, unless it is written through `.data`."""
+    param, v = weight.param, weight.state["weight_v"]
+    return id(param), param.data_ptr(), param._version, id(v), v.data_ptr(), v._version
+
+
+def _options(group: dict[str, Any]) -> tuple[float, ...]:
+    """Return the options of a group in the order of `tables`."""
+    lr = group["lr"]
+    rate = lr.detach().double().numpy().item() if isinstance(lr, Tensor) else lr
+    sign = -1.0 if group["maximize"] else 1.0
+    return (
+        rate, *group["betas"], group["eps"], group["weight_decay"], group["tau"], sign,
+        group["power_iterations"],
     )  # fmt: skip
-    table[:, columns] = plan.weights
-    return table
 
 
-_ROOMS={}
 class _Call:
-    """One call of compiled code: its head, and what that points to."""
+    """One call of compiled code: its head, and the tables that it points to."""
 
-    def __init__(self, loops: Any, dtype: torch.dtype, plan: Plan, weights: np.ndarray) -> None:
+    def __init__(self, dtype: torch.dtype, plan: Plan) -> None:
         from hf_stable.kernels.compiling import compiled  # imports numba: half a second
 
-        self.loops, self.plan = loops, plan
-        self.head = np.zeros(loops.HEAD_SIZE, dtype=np.int64)
-        self.kept: list[Any] = []
-        real = "float64" if dtype == torch.float64 else "float32"
-        self.lead, worker = compiled(f"lead_{real}"), compiled(f"work_{KINDS[dtype]}")
-        self.head[loops.WORKER] = ctypes.cast(worker, ctypes.c_void_p).value
-        self.head[loops.RUNNER] = runner()
-        self.head[loops.SIZE] = dtype.itemsize
-        parts = np.zeros((len(plan.parts), loops.PART_SIZE), dtype=np.int64)
+        self.plan = plan
+        self.kept: list[np.ndarray] = []
+        self.lead = compiled(f"lead_{KINDS[spectral_dtype(dtype)]}")
+        worker = compiled(f"work_{KINDS[dtype]}")
+        self.head = np.zeros(t.HEAD_SIZE, dtype=np.int64)
+        self.head[t.WORKER] = ctypes.cast(worker, ctypes.c_void_p).value
+        self.head[t.RUNNER] = runner()
+        self.head[t.SIZE] = dtype.itemsize
+        self.head[t.REAL_SIZE] = spectral_dtype(dtype).itemsize
+        self.head[t.NUM_BATCHES] = len(plan.batches)
+        self.weights = np.zeros((len(plan.weights), t.WEIGHT_SIZE), dtype=np.int64)
+        self.weights[:, t.WIDTH : t.WIDTH + plan.weights.shape[1]] = plan.weights
+        parts = np.zeros((len(plan.parts), t.PART_SIZE), dtype=np.int64)
         parts[:, : plan.parts.shape[1]] = plan.parts
         batches = plan.batches.copy()
-        batches[:, loops.THREADS] = batches[:, loops.THREADS].clip(max=torch.get_num_threads())
+        batches[:, t.THREADS] = batches[:, t.THREADS].clip(max=torch.get_num_threads())
         for place, table in (
-            (loops.WEIGHTS, weights), (loops.CHUNKS, plan.chunks), (loops.PIECES, plan.pieces),
-            (loops.PARTS, parts), (loops.BATCHES, batches),
+            (t.WEIGHTS, self.weights), (t.CHUNKS, plan.chunks),
+            (t.PIECES, plan.pieces), (t.PARTS, parts), (t.BATCHES, batches),
+            (t.VALUES, np.zeros((len(parts), t.VALUE_SIZE))),
         ):  # fmt: skip
-            self.give(place, table)
-        self.head[loops.NUM_BATCHES] = len(batches)
-        self.give(loops.VALUES, np.zeros((len(parts), loops.VALUE_SIZE)))
+            self.hand(place, table)
 
-    def give(self, place: int, array: np.ndarray) -> None:
+    def hand(self, place: int, array: np.ndarray) -> None:
         """Hand over an array by its address."""
         self.kept.append(array)
         self.head[place] = array.__array_interface__["data"][0]
 
-    def allocate(self, real: torch.dtype, *, update: bool) -> None:
-        """Make room for the updates of a batch, its sums and its products."""
-        loops, (updates, sums, products) = self.loops, self.plan.area
-        self.head[loops.REAL_SIZE] = real.itemsize
-        self.head[loops.AREA_OF_SUMS], self.head[loops.AREA_OF_PRODUCTS] = sums, products
-        matrices = 2 if update else 1
-        for place, size in (
-            (loops.UPDATES, updates * update),
-            (loops.SUMS, sums * matrices),
-            (loops.PRODUCTS, products * matrices),
+    def run(self, task: int, updates: Tensor, sums: Tensor, products: Tensor) -> None:
+        """Do a task in the room that there is."""
+        head = self.head
+        head[t.TASK], head[t.OWN] = task, head.__array_interface__["data"][0]
+        for place, room in (
+            (t.UPDATES, updates),
+            (t.SUMS, sums),
+            (t.PRODUCTS, products),
         ):
-            room = _ROOMS.setdefault((place,size,real), torch.empty(0)) 
-            if room.numel()!=size: room=_ROOMS[(place,size,real)]=torch.empty(size, dtype=real)
-            self.kept.append(room)
-            self.head[place] = room.data_ptr()
-
-    def run(self) -> None:
-        """Run the compiled code."""
-        self.head[self.loops.OWN] = address = self.head.__array_interface__["data"][0]
-        self.lead(address)
+            head[place] = room.data_ptr()
+        head[t.AREA_OF_SUMS], head[t.AREA_OF_PRODUCTS] = self.plan.area[1:]
+        self.lead(int(head[t.OWN]))

@@ -6,12 +6,14 @@ Arithmetic on shapes; what does not depend on the step is made once and kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import cache, lru_cache
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from hf_stable.measures.parts import Parts
 
 __all__ = ["Layout", "Plan", "lay_out", "make_plan"]
 
@@ -33,16 +35,15 @@ THREAD_NUMEL = 1 << 14
 
 
 class Piece(NamedTuple):
-    """A range of columns that belongs to one part; its share of the part's vector starts at `at`."""
+    """A range of columns that belongs to one part."""
 
     part: int
     start: int
     stop: int
-    at: int
 
 
 class Band(NamedTuple):
-    """A range of rows that hold the same pieces; the first is row `part_row` of their parts."""
+    """A range of rows that hold the same pieces; the first of them is row `part_row` of a part."""
 
     start: int
     stop: int
@@ -76,50 +77,49 @@ class Layout:
         """Entries of the weight."""
         return self.height * self.width
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the tallest part: what each part has for its left vector."""
+        return max(rows for rows, _ in self.shapes)
 
-@lru_cache(maxsize=None)
-def lay_out(
-    shape: tuple[int, ...],
-    shares: tuple[int, ...] = (1,),
-    repeats: int = 1,
-    dim: int = 0,
-    stacked: bool = False,
-) -> Layout | None:
+    @property
+    def most_columns(self) -> int:
+        """Columns of the widest part: what each part has for its right vector."""
+        return max(columns for _, columns in self.shapes)
+
+
+@cache
+def lay_out(shape: torch.Size, parts: Parts) -> Layout | None:
     """Return the layout of a contiguous weight, or None for one that the passes cannot follow.
 
+    That is one without entries, or with parts whose columns lie apart.
+
     Args:
-        shape: of the weight. Dimensions after the first are one row each; a vector is a column.
-        shares: relative lengths of its parts along a dimension of the matrix.
-        repeats: how often the row of pieces is repeated there.
-        dim: that dimension.
-        stacked: whether the weight is a stack of such matrices.
+        shape: of the weight. Dimensions of a kernel after the first are one row; a vector is a
+            column.
+        parts: where its matrices lie.
+
+    Raises:
+        ValueError: if it cannot be cut like this.
     """
-    if 0 in shape or (dim == 1 and repeats > 1):
+    if 0 in shape or (parts.dim == 1 and parts.is_interleaved):
         return None
-    shape = shape or (1,)
-    number, *matrix = shape if stacked else (1, *shape)
-    height, width = matrix[0], prod(matrix[1:])
-    length = height if dim == 0 else width
-    unit = length // (repeats * sum(shares))
-    sizes = [share * unit for share in shares]
-    starts = [0, *accumulate(sizes * repeats)]
-    pieces = tuple(
-        (place % len(shares), start, stop)
-        for place, (start, stop) in enumerate(zip(starts, starts[1:], strict=False))
-    )
+    number, height, *rest = shape if parts.stacked else (1, *(shape or (1,)))
+    width, per_matrix = prod(rest), len(parts.shares)
+    shapes = parts.shapes((number, height, width) if parts.stacked else (height, width))
+    runs = parts.runs(height if parts.dim == 0 else width)
     bands: list[Band] = []
     for index in range(number):
-        top, first = index * height, index * len(shares)
-        if dim == 1:
-            own = tuple(Piece(first + part, start, stop, 0) for part, start, stop in pieces)
-            bands.append(Band(top, top + height, 0, own))
+        top, first = index * height, index * per_matrix
+        if parts.dim == 1:
+            pieces = tuple(Piece(first + part, start, stop) for start, stop, part in runs)
+            bands.append(Band(top, top + height, 0, pieces))
             continue
-        for place, (part, start, stop) in enumerate(pieces):
-            whole = (Piece(first + part, 0, width, 0),)
-            row = place // len(shares) * sizes[part]
-            bands.append(Band(top + start, top + stop, row, whole))
-    shapes = [(size * repeats, width) if dim == 0 else (height, size) for size in sizes]
-    return Layout(number * height, width, tuple(bands), tuple(shapes * number))
+        for place, (start, stop, part) in enumerate(runs):
+            whole = (Piece(first + part, 0, width),)
+            part_row = place // per_matrix * (stop - start)
+            bands.append(Band(top + start, top + stop, part_row, whole))
+    return Layout(number * height, width, tuple(bands), tuple(shapes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Plan:
 
     Attributes:
         chunks: OWNER, ROW, END_ROW, PIECE, END_PIECE, SUM_AT, PRODUCT_AT, PART_ROW.
-        pieces: PART, COLUMN, END_COLUMN, VECTOR_AT.
+        pieces: PART, COLUMN, END_COLUMN.
         parts: V_AT, LENGTH, U_AT.
         weights: WIDTH, UPDATE_AT, FIRST_PART, END_PART, FIRST_CHUNK, END_CHUNK.
         batches: FIRST_WEIGHT, END_WEIGHT, and the most threads that share them.
@@ -173,31 +173,30 @@ class _Builder:
         if self.batch[2] and self.batch[2] + layout.numel > BATCH_NUMEL:
             self.end_batch()
         first_part, first_chunk = len(self.parts), len(self.chunks)
-        v_at = u_at = 0
-        for rows, columns in layout.shapes:
-            self.parts.append((v_at, columns, u_at))
-            v_at, u_at = v_at + columns, u_at + rows
+        for index, (_, columns) in enumerate(layout.shapes):
+            starts = index * layout.most_columns, index * layout.most_rows
+            self.parts.append((starts[0], columns, starts[1]))
         for band in layout.bands:
             self.add_band(layout, band, first_part)
-        self.weights.append(
-            (layout.width, self.batch[2], first_part, len(self.parts), first_chunk, len(self.chunks))
-        )
-        self.vector_starts.append(self.vector_starts[-1] + v_at)
+        parts, chunks = (first_part, len(self.parts)), (first_chunk, len(self.chunks))
+        self.weights.append((layout.width, self.batch[2], *parts, *chunks))
+        vectors = len(layout.shapes) * layout.most_columns
+        self.vector_starts.append(self.vector_starts[-1] + vectors)
         self.batch[2] += layout.numel
 
     def add_band(self, layout: Layout, band: Band, first_part: int) -> None:
         """Add the chunks and pieces of a range of rows."""
         piece = len(self.pieces)
-        for part, start, stop, at in band.pieces:
-            v_at = self.parts[first_part + part][0] + at
-            self.pieces.append((first_part + part, start, stop, v_at))
-        rows = band.stop - band.start
-        fitting = max(FEWEST_ROWS, -(-CHUNK_NUMEL // layout.width), -(-layout.height // MOST_CHUNKS))
-        number = max(1, round(rows / fitting))
+        for part, start, stop in band.pieces:
+            self.pieces.append((first_part + part, start, stop))
+        pieces, rows = (piece, len(self.pieces)), band.stop - band.start
+        by_numel, by_number = -(-CHUNK_NUMEL // layout.width), -(-layout.height // MOST_CHUNKS)
+        number = max(1, round(rows / max(FEWEST_ROWS, by_numel, by_number)))
         cuts = [rows * i // number // 4 * 4 for i in range(number)] + [rows]
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            where = (band.start + start, band.start + stop, piece, len(self.pieces))
-            self.chunks.append((len(self.weights), *where, *self.batch[3:], band.part_row + start))
+            own = (band.start + start, band.start + stop)
+            areas = (self.batch[3], self.batch[4])
+            self.chunks.append((len(self.weights), *own, *pieces, *areas, band.part_row + start))
             self.batch[3] += layout.width
             self.batch[4] += (stop - start) * len(band.pieces)
 
