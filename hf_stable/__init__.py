@@ -1,30 +1,44 @@
-"""Train Hugging Face Transformers that would not train."""
+"""Stable training of Hugging Face Transformers: sigmaReparam, AdamW2 and a monitor.
 
-from hf_stable.adamw2.groups import lora_groups, parameter_groups
-from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.architectures import (
-    Architecture,
-    Attention,
-    Block,
-    Member,
-    UnsupportedModelError,
-    register_architecture,
-    supported_architectures,
-)
-from hf_stable.checkpoints.continuing import load
-from hf_stable.checkpoints.exporting import export, push_to_hub
-from hf_stable.commands.preflight.flying import preflight
-from hf_stable.methods.describing import describe
-from hf_stable.methods.layernorms.removal import (
-    RemoveLayerNormConfig,
-    RemovePreLayerNormConfig,
-    restore_layernorms,
-)
-from hf_stable.methods.patching import fold, is_patched, patch
-from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, refresh
-from hf_stable.monitor.callback import StabilityCallback
-from hf_stable.monitor.probing import probe
-from hf_stable.trainer.plugin import register as _register
+Importing this package takes a moment. What it is made of, with torch and transformers, comes when
+the first of its names is used; what it changes in transformers is changed as soon as transformers
+is there (`hf_stable._registering`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_stable._registering import register_in_time
+
+if TYPE_CHECKING:
+    from hf_stable._library import (
+        AdamW2,
+        Architecture,
+        Attention,
+        Block,
+        Member,
+        RemoveLayerNormConfig,
+        RemovePreLayerNormConfig,
+        SigmaReparamConfig,
+        StabilityCallback,
+        UnsupportedModelError,
+        describe,
+        export,
+        fold,
+        is_patched,
+        load,
+        lora_groups,
+        parameter_groups,
+        patch,
+        preflight,
+        probe,
+        push_to_hub,
+        refresh,
+        register_architecture,
+        restore_layernorms,
+        supported_architectures,
+    )
 
 __version__ = "0.1.0"
 
@@ -56,4 +70,18 @@ __all__ = [
     "supported_architectures",
 ]
 
-_register()
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hf_stable import _library
+
+    globals().update({each: getattr(_library, each) for each in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_in_time()

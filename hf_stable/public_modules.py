@@ -91,6 +91,23 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "AlarmRules",
         "Thresholds",
     ),
+    "report": (
+        "FORMATS",
+        "WrittenReport",
+        "write_report",
+    ),
+    "report.reading": (
+        "read_run",
+        "read_runs",
+    ),
+    "report.run_records": (
+        "Probe",
+        "RunRecords",
+    ),
+    "report.verdict": (
+        "Verdict",
+        "judge",
+    ),
     "spectral": (
         "RowShard",
         "SingularTriple",

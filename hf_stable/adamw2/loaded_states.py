@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stable.adamw2.options import check_group
+from hf_stable.adamw2.options import as_numbers, check_group
 from hf_stable.adamw2.rule import LORA_STATE, MOMENTS, RULE_STATE
 from hf_stable.measures.matrices import spectral_dtype
 
@@ -107,6 +107,7 @@ def _merge_options(
     merged = {name: own[name] for name in options if name in own}
     merged |= {name: value for name, value in saved.items() if name not in _ADAMW_ONLY_OPTIONS}
     try:
+        merged["betas"] = as_numbers(merged["betas"])
         check_group(own["params"], merged)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -1,4 +1,4 @@
-"""Rule 1 for the weight that LoRA's factors stand for: the merged one, which is never formed.
+"""Rule 1 for LoRA's merged weight, which is never formed.
 
 Pure functions like those of `rule`, for groups of AdamW2 that set `lora_scale`.
 """

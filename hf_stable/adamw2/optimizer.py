@@ -16,28 +16,28 @@ from torch.optim import Optimizer
 
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
-from hf_stable.adamw2.options import check_group, check_options, refuse_flattened
+from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
 from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
 
 __all__ = ["AdamW2"]
 
 
 class AdamW2(Optimizer):
-    """AdamW whose rate is clipped per weight so that spectra change smoothly: no warmup needed.
+    """AdamW with a rate for each weight, so that no step changes a weight by too much.
 
-    For each weight W with Adam's update U (Qi et al. 2025, Rule 1 and Eq. 6; sigma1 is the largest
-    singular value, the l2 norm of a vector):
+    It takes the place of a warmup. For each weight W with Adam's update U (Qi et al. 2025, Rule 1
+    and Eq. 6), where sigma1 is the largest singular value of a matrix and the l2 norm of a vector:
 
         rate = min(lr, tau * sigma1(W) / sigma1(U))
         W   <- W - rate * U - rate * weight_decay * W
 
-    so one step cannot raise sigma1(W) by more than the factor 1 + tau. sigma1 is tracked by power
-    iteration, warm-started from the vectors of the step before.
+    One step raises sigma1(W) by at most the factor 1 + tau. Power iteration tracks sigma1, and
+    starts from the vectors of the step before.
 
-    A weight that is all zero when it is first stepped (a bias, LoRA's B) would stay zero under
-    this rule for ever. It is exempt, which is decided once and kept in the state. What has left
-    zero before that is a weight like any other: `hf_stable.parameter_groups` knows biases, LoRA's
-    B and embeddings by the model instead, and exempts them as any group can be, with `tau=inf`.
+    A weight that is all zero at its first step (a bias, LoRA's B) would stay zero under this rule.
+    So it is exempt. The optimizer decides this once and keeps it in its state. A bias that has left
+    zero before its first step here is not recognised as one. `hf_stable.parameter_groups` reads
+    the model instead: it exempts biases, LoRA's B and embeddings by `tau=inf` in their group.
 
     Args:
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
@@ -46,21 +46,28 @@ class AdamW2(Optimizer):
             (GPT-2's `c_attn`: `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
             LoRA's factors; see `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
-        betas: decay of the running means of the gradient and of its square.
+        betas: decay of the running means of the gradient and of its square; tensors of one
+            element are read once.
         eps: added to the root of the second moment. Paper: inside the root; here outside, as
             torch does it.
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
         tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
             Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit.
-        power_iterations: power iterations per step on each weight; its update, which nothing
-            keeps from jumping, gets one more.
+        power_iterations: power iterations per step on each weight. Its update gets one more, since
+            it may change direction from one step to the next.
+        amsgrad: False alone; AdamW2 keeps no maximum of the second moments.
         maximize: ascend instead of descend.
+        foreach: taken as torch's AdamW takes it, and of no effect: AdamW2 chooses its kernels
+            itself, by device and by the size of the weights. The same holds for `fused`.
         capturable: tells torch's check that the step may be captured in a CUDA graph. All state
             lives beside the parameters and nothing is read back, so the step is the same.
+        differentiable: False alone; the step runs in kernels that have no derivative.
+        fused: see `foreach`.
 
     Raises:
         ValueError: for an option out of range, no parameters, or parameters flattened by another
             library.
+        RuntimeError: for `fused` and `foreach` together, as torch's AdamW.
         TypeError: for parameters that are not real floating-point tensors.
     """
 
@@ -68,19 +75,23 @@ class AdamW2(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         tau: float = 0.01,
         power_iterations: int = 1,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         """Check the options and create the groups."""
         defaults = dict(
             lr=lr,
-            betas=betas,
+            betas=as_numbers(betas),
             eps=eps,
             weight_decay=weight_decay,
             tau=tau,
@@ -91,6 +102,10 @@ class AdamW2(Optimizer):
             lora_transposed=False,
             maximize=maximize,
             capturable=capturable,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
         )
         check_options(defaults)
         super().__init__(params, defaults)
@@ -106,6 +121,8 @@ class AdamW2(Optimizer):
         if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
             param_group["params"] = list(param_group["params"])
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            if "betas" in param_group:
+                param_group["betas"] = as_numbers(param_group["betas"])
             check_group(params, self.defaults | param_group)
         super().add_param_group(param_group)
         self._shapes = _shapes(self.param_groups)
@@ -176,8 +193,8 @@ class AdamW2(Optimizer):
     def effective_lr(self) -> dict[Any, float | list[float]]:
         """Return the rate that each weight really got in its last step (Figure 15 of the paper).
 
-        Reads values back to the host: call it when you log, not in each step. A scheduler that has
-        moved on since the step changes nothing here.
+        It reads values back to the host, so call it when you log and not in each step. A scheduler
+        may have moved on since: the rates are those of the last step.
 
         Returns:
             Parameter name (or the parameter, where none were given) -> rate; a list of rates,
@@ -199,11 +216,11 @@ class AdamW2(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of AdamW2, or of torch's AdamW.
 
-        Power vectors stay float32 (float64 for float64 weights) whatever the weights are. From
-        torch's AdamW the moments and options are taken, `tau` and the like stay as they are here,
-        and the spectra start anew at the next step, as they do where only `lora_scale` differs.
-        What started at zero is not known then: a weight that one step at `lr` would outweigh is
-        exempt as well. Nothing has changed where this raises.
+        Power vectors are float32, and float64 for float64 weights. A state of torch's AdamW gives
+        its moments and options; `tau` and the other options of AdamW2 stay as they are here. The
+        spectra start anew at the next step then, and also where `lora_scale` differs. Such a state
+        does not tell what started at zero, so a weight is exempt as well if one step at `lr` would
+        be larger than it. Where this raises, nothing has changed.
 
         Raises:
             ValueError: if shapes or groups do not fit, for options out of range, and for a state

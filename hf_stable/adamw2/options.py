@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 
-__all__ = ["check_group", "check_options", "parse_options", "refuse_flattened"]
+__all__ = ["as_numbers", "check_group", "check_options", "parse_options", "refuse_flattened"]
 
 _PARSERS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
 _TRAINER_FIELDS = {
@@ -31,12 +31,12 @@ def _is_rate(value: Any) -> bool:
     return (isinstance(value, Tensor) or _is_number(value)) and bool(0 <= value < math.inf)
 
 
+def _is_beta(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
 def _are_betas(value: Any) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and len(value) == 2
-        and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
-    )
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(_is_beta, value))
 
 
 def _is_finite(value: Any) -> bool:
@@ -64,17 +64,74 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+_TORCH_WORDING = {
+    "lr": "Invalid learning rate: {}",
+    "eps": "Invalid epsilon value: {}",
+    "weight_decay": "Invalid weight_decay value: {}",
+}
+
+
 def check_options(options: dict[str, Any]) -> None:
-    """Raise ValueError, naming the option, for one that no group can have.
+    """Raise, naming the option, for one that no group can have.
+
+    Errors that torch's AdamW has too begin with its words.
 
     Args:
         options: a value for every option.
+
+    Raises:
+        ValueError: for an option out of range, and for `amsgrad` and `differentiable`.
+        RuntimeError: for `fused` and `foreach` together, as torch does.
     """
-    if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-        raise ValueError(f"a tensor lr needs one element, got shape {tuple(options['lr'].shape)}")
+    _check_implementation(options)
     for name, (allowed, holds) in _ALLOWED.items():
-        if not holds(options[name]):
-            raise ValueError(f"AdamW2 cannot use {name}={options[name]!r}: give {allowed}")
+        value = options[name]
+        if not holds(value):
+            wording = _TORCH_WORDING.get(name, f"AdamW2 cannot use {name}={{!r}}").format(value)
+            if name == "betas" and isinstance(value, Sequence) and len(value) == 2:
+                index = next(i for i, beta in enumerate(value) if not _is_beta(beta))
+                wording = f"Invalid beta parameter at index {index}: {value[index]}"
+            raise ValueError(f"{wording}: give {allowed}")
+
+
+def as_numbers(betas: Any) -> Any:
+    """Return betas as numbers where both are tensors of one element, else as they are.
+
+    Raises:
+        ValueError: if one is a tensor and the other is none, or a tensor has several elements.
+    """
+    if not isinstance(betas, Sequence) or not any(isinstance(beta, Tensor) for beta in betas):
+        return betas
+    for index, beta in enumerate(betas):
+        if not isinstance(beta, Tensor):
+            raise ValueError(f"betas must be either both floats or both Tensors, got {betas}")
+        if beta.numel() != 1:
+            raise ValueError(f"Tensor betas[{index}] must be 1-element, got {tuple(beta.shape)}")
+    return tuple(beta.item() for beta in betas)
+
+
+def _check_implementation(options: dict[str, Any]) -> None:
+    """Check what torch's AdamW has beside the arithmetic: how it is computed."""
+    if options["amsgrad"]:
+        raise ValueError(
+            "AdamW2 has no amsgrad=True: it keeps no maximum of the second moments. Leave it out"
+        )
+    if options["differentiable"]:
+        raise ValueError(
+            "AdamW2 has no differentiable=True: its step runs in fused kernels, which have no "
+            "derivative. Leave it out"
+        )
+    if options["fused"] and options["foreach"]:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if options["foreach"] and not options["capturable"]:
+            raise ValueError(
+                "lr as a Tensor is not supported for capturable=False and foreach=True: leave "
+                "foreach out, AdamW2 chooses its kernels itself"
+            )
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
 
 
 def check_group(params: Sequence[Any], options: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modelcard import METRIC_TAGS, make_markdown_table
 
 from hf_stable.checkpoints.provenance import TrainingRecord, base_model_of
+from hf_stable.methods.config import folded_methods
 from hf_stable.methods.layernorms.removal import needs_standalone_form
 from hf_stable.methods.layernorms.standalone import AUTO_CLASSES, is_standalone, removed_by_class
 from hf_stable.methods.patching import patch_configs
@@ -109,7 +110,7 @@ def amend_card(
 
 def _amend_header(data: Any, model: Any, training: TrainingRecord) -> None:
     methods = [config.method for config in patch_configs(model)]
-    data.tags = _joined(data.tags, ["hf_stable", *methods])
+    data.tags = _joined(data.tags, ["hf_stable", *methods, *folded_methods(model)])
     if metrics := [tag for tag in METRIC_TAGS if tag in training.metrics]:
         data.metrics = _joined(data.metrics, metrics)
     data.library_name = data.library_name or "transformers"
@@ -172,6 +173,11 @@ def _changes(model: Any) -> str:
         )
     if configs := patch_configs(model):
         lines.append(f"Patched with {', '.join(f'`{config}`' for config in configs)}.")
+    if folded := folded_methods(model):
+        lines.append(
+            f"Trained with {', '.join(f'`{config}`' for config in folded.values())} and folded: "
+            "what sigmaReparam scales is multiplied out, so the layers are plain ones."
+        )
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from hf_stable._ranks import whole_tensor
 from hf_stable.methods.sigma_reparam.function import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.triples import check_present
+from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
 __all__ = ["fold_state_dict"]
 
@@ -29,7 +29,8 @@ def fold_state_dict(
     Args:
         model: a patched model.
         state_dict: its state dict, or one of the same names (gathered from shards, averaged).
-            sigma, u and v that it lacks are taken from the model.
+            sigma, u and v that it lacks are taken from the model, and made those of the weights
+            that it has where they do not fit.
 
     Returns:
         `(plain, raw)`: the state dict of the plain model, and the tensors of a sidecar, which is
@@ -61,6 +62,8 @@ def fold_state_dict(
         for part, tensor in parts.items():
             if tensor is None:
                 parts[part] = whole_tensor(getattr(layer, part)).detach().to(weight.device)
+        # Averages of weights come with no sigma of theirs, or with the average of sigmas.
+        parts |= settle_given(layer, {"weight": weight, **parts})
         raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
         scale = parts["gamma"] / parts["sigma"]
         plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)

@@ -37,7 +37,8 @@ def report(
         list[Path], typer.Argument(metavar="RUN...", help="The Trainer's output folders.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; a folder for png. By default here.")
+        Path | None,
+        typer.Option(help="File to write; a folder for png. By default beside the run."),
     ] = None,
     format: Annotated[
         str, typer.Option(help="html, one page that opens offline; png, json or csv.")

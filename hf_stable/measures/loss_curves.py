@@ -1,8 +1,8 @@
 """Levels and noise of a loss from step to step, and where it was lost; on plain numbers.
 
-Everything is robust: medians for levels, median absolute deviations for noise, so that single
-batches decide nothing. Losses are skewed to the right (a hard batch is further from the median than
-an easy one), so noise is taken from what lies above it: the half that a rise is to be told from.
+Levels are medians and noise is a median absolute deviation, so that single batches decide nothing.
+Losses are skewed to the right: a hard batch is further from the median than an easy one. So noise
+is taken from the losses above the median, since a rise has to be told from these.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROBUST_SIGMA = 1.4826
 
 
 def noise(losses: Sequence[float]) -> float:
-    """Return the standard deviation of losses around their course, as the half above it shows it.
+    """Return the standard deviation of losses around their course, from those above it.
 
     The course is a centred running median of eleven; 1.4826 times the median of what lies above it
     is the standard deviation where the noise is normal.
@@ -66,12 +66,12 @@ def smooth(losses: Sequence[float], *, centred: bool = False) -> list[float]:
 
 
 def lost_step(losses: Sequence[float]) -> int | None:
-    """Return the step from which the loss never again comes near its best before.
+    """Return the step after which a loss never again comes near its best.
 
-    Near is within 10 % of the best, or within three times the noise of the losses until then where
-    that is more: batches alone lift a small loss by more than 10 %. Losses are smoothed around each
-    step, so that a wild batch or two do not count, and fewer than five at the end are not enough to
-    say "never again", unless they are not finite.
+    Near means within 10 % of the best, or within three times the noise of the losses until then if
+    that is more: a single batch can lift a small loss by more than 10 %. Losses are smoothed around
+    each step, so that one or two wild batches do not count. Fewer than five losses at the end are
+    not enough to say "never again", unless they are not finite.
 
     Args:
         losses: of steps 1, 2, ...; may hold NaN.

@@ -98,8 +98,8 @@ def measure_sharpness(
     Args:
         loss_fn: evaluates the model and returns a scalar loss; called once, so that dropout is the
             same for every product.
-        params: what the Hessian is taken with respect to; those that need no gradient are an
-            error, as they would have to be left out of P too.
+        params: what the Hessian is taken with respect to. One that needs no gradient is an error,
+            since it would have to be left out of P too.
         preconditioner: the positive diagonal P, such as `adam_preconditioner` returns.
         max_products: bound on Hessian-vector products.
         tolerance: stop when the eigenvalue is certain to this share of itself.

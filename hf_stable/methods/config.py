@@ -23,10 +23,20 @@ from torch import nn
 from hf_stable._wording import nearest
 from hf_stable.methods.undoing import Undo, keep_attributes
 
-__all__ = ["CONFIGS_ATTRIBUTE", "MethodConfig", "method_options", "take_out_configs"]
+__all__ = [
+    "CONFIGS_ATTRIBUTE",
+    "MethodConfig",
+    "folded_methods",
+    "method_options",
+    "remember_folded",
+    "take_out_configs",
+]
 
 CONFIGS_ATTRIBUTE = "hf_stable_configs"
 """The attribute of a patched model that holds its configs."""
+
+FOLDED_ATTRIBUTE = "hf_stable_folded"
+"""The attribute of a folded model that says what it was trained with, for its card."""
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -88,6 +98,31 @@ def method_options(cls: type[Config]) -> type[Config]:
 
     made.__init__ = init
     return made
+
+
+def remember_folded(model: nn.Module, kind: type | UnionType, undo: Undo) -> None:
+    """Note on a model, and on parts of it, the configs of a kind that are about to be taken out.
+
+    As texts: a folded model is a plain one, which has to unpickle without this package.
+
+    Args:
+        model: patched, or not.
+        kind: class of the configs.
+        undo: what to call if something fails later.
+    """
+    for module in model.modules():
+        every: tuple[MethodConfig, ...] = vars(module).get(CONFIGS_ATTRIBUTE, ())
+        if configs := [config for config in every if isinstance(config, kind)]:
+            undo.append(keep_attributes(module))
+            setattr(module, FOLDED_ATTRIBUTE, {config.method: str(config) for config in configs})
+
+
+def folded_methods(model: nn.Module) -> dict[str, str]:
+    """Return the methods that a plain model was folded from, and the text of their configs.
+
+    Only of the model itself: an adapter on a folded one was trained without them.
+    """
+    return dict(vars(model).get(FOLDED_ATTRIBUTE, {}))
 
 
 def take_out_configs(model: nn.Module, kind: type | UnionType, undo: Undo) -> None:

@@ -18,7 +18,12 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE, MethodConfig, take_out_configs
+from hf_stable.methods.config import (
+    CONFIGS_ATTRIBUTE,
+    MethodConfig,
+    remember_folded,
+    take_out_configs,
+)
 from hf_stable.methods.layernorms.removal import (
     RemovalConfig,
     RemoveLayerNormConfig,
@@ -33,7 +38,7 @@ from hf_stable.methods.sigma_reparam.method import (
     sigma_layers,
 )
 from hf_stable.methods.sigma_reparam.swapping import fold_layer
-from hf_stable.methods.sigma_reparam.triples import check_present, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
@@ -107,11 +112,12 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 def fold(model: nn.Module) -> nn.Module:
     """Turn every sigma layer of a model into the plain layer that computes the same, in place.
 
-    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters keep
-    their identity; gamma and the singular vectors go. A plain model comes back unchanged. Works
-    inside wrappers (PEFT, DDP, FSDP2): it is the layers that are looked for. DDP and FSDP2 keep
-    lists of gammas and buffers of their own, so wrap the model anew before it runs again. Removed
-    norms stay removed, with a warning that says so: they are no weights that could be folded.
+    `weight <- gamma / sigma * W`, rounded once to the weight's dtype. The weight parameters stay
+    the same objects; gamma and the singular vectors go. A plain model comes back unchanged.
+
+    It works inside wrappers (PEFT, DDP, FSDP2). DDP and FSDP2 keep lists of gammas and buffers of
+    their own, so wrap the model anew before it runs again. Removed norms stay removed, and a
+    warning says so: a norm is no weight that could be folded.
 
     A layer is folded whole or not at all. Where Ctrl-C or a lack of memory comes between two of
     them, the model computes the same as before, and another call folds the rest.
@@ -124,11 +130,11 @@ def fold(model: nn.Module) -> nn.Module:
     """
     layers = [layer for _, layer in sigma_layers(model)]
     for layer in layers:
-        check_present(layer)
-        settle_if_moved(layer)
+        settle(layer)
     for layer in layers:
         fold_layer(layer)
     with undoing() as undo:
+        remember_folded(model, SigmaReparamConfig, undo)
         take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(

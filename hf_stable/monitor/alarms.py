@@ -1,23 +1,25 @@
 """When a run is in trouble: rules on losses and attention's indices, on plain numbers.
 
-No single index decides. A run can train well with one head at low entropy and SEC .998, and a
-healthy one can have SEC 1 under a small initialisation; so the rule reads level, trend, and what
-the loss does after a sign appears:
+No single number decides. A run can train well with one head at low entropy and SEC .998, and a
+healthy one can have SEC 1 under a small initialisation. So an alarm needs two things: signs on
+heads, and a loss that is in trouble.
 
-1. A *sign* is seen on a head at a probe: `malignant` (low entropy and low rank), `drop` (its
-   entropy fell by a large share of log T within the last probes), `growth` (sigma_1(Wq^T Wk) grew
-   by a large factor within them) or `concentration` (SEC above 99 % and some growth). What was
-   there at the first probe is none: a pretrained model's sinks are no collapse.
-2. Collapse: signs on enough heads while the smoothed loss rises, or on most heads while the last
-   loss is high. A sign is acquitted of this once the loss improves on its level at the onset.
-3. Collapse too: `malignant` signs on enough heads for a long stretch in which the loss came down
-   by nothing, in a run that has learnt little since it began. What the loss did before does not
-   acquit: that a model learns how frequent its labels are needs no attention.
-4. Spike: a loss far beyond those of the window before (median and median absolute deviation).
-5. Nonfinite: a NaN or infinite loss or gradient.
+1. A *sign* is seen on a head at a probe. There are four kinds: `malignant` (low entropy and low
+   rank), `drop` (the entropy fell by a large share of log T within the last probes), `growth`
+   (sigma_1(Wq^T Wk) grew by a large factor within them) and `concentration` (SEC above 99 % and
+   some growth). What a head shows at the first probe is no sign: a pretrained model has sinks.
+2. A *collapse* is raised where enough heads have signs and the smoothed loss rises. It is also
+   raised where most heads have signs and the last loss is high. Signs no longer count once the
+   loss gets better than it was when they began.
+3. A *collapse* is also raised where the loss stands still: enough heads are `malignant` for a long
+   stretch without progress, in a run that has learnt little since its start. Progress before that
+   stretch does not count, since a model learns the frequencies of its labels without attention.
+4. A *spike* is a loss far beyond those of the window before (median and median absolute
+   deviation).
+5. *Nonfinite* is a NaN or infinite loss or gradient.
 
-How often it is right, `recipes/evidence/alarms.py` measures. A run is *lost* as
-`hf_stable.measures.loss_curves.lost_step` says.
+`recipes/evidence/alarms.py` measures how often this is right. When a loss counts as lost is said in
+`hf_stable.measures.loss_curves.lost_step`.
 """
 
 from __future__ import annotations
@@ -30,67 +32,11 @@ from typing import Any
 
 from hf_stable._json import as_json_value
 from hf_stable.measures.loss_curves import FEWEST, SMOOTHING, WINDOW, noise
+from hf_stable.monitor.advice import Remedy, advise
+from hf_stable.monitor.signs import QUANTITY_OF_SIGN, SignWindow, Values, excess
+from hf_stable.monitor.thresholds import Thresholds
 
 __all__ = ["Alarm", "AlarmRules", "Thresholds"]
-
-PROBE_WINDOW = 8
-"""Probes over which drop and growth are taken."""
-
-Values = Mapping[str, Sequence[float | None]]
-"""Per layer one value per head; None where it is not defined."""
-
-ADVICE = {
-    "collapse": "lower the learning rate, warm it up, or use optim='adamw2'; "
-    "hf_stable.patch(model, 'sigma_reparam') bounds what grows here",
-    "spike": "look at the batches of these steps; lower the learning rate or clip gradients "
-    "(max_grad_norm)",
-    "nonfinite": "resume from an earlier checkpoint with a lower learning rate; in half precision "
-    "try bf16, and look for the first layer with a count in stability.jsonl",
-}
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What counts as a sign, and as a rise of the loss.
-
-    Attributes:
-        entropy_share: entropy / log(visible keys) below which a head is sparse.
-        rank_share: rank of the map below which a sparse head is malignant.
-        entropy_drop: fall of the entropy share within the window.
-        sigma_growth: factor of sigma_1(Wq^T Wk) within the window.
-        sec: spectral energy concentration that counts, together with half that growth.
-        heads: share of all heads that must show a sign (one head at least).
-        most_heads: share of all heads whose signs make one bad loss enough.
-        rise: share of the best smoothed loss by which it has to rise.
-        rise_score: the same in units of the noise of the losses before.
-        quick_rise: rise of the last loss, not smoothed, where most heads show a sign.
-        quick_score: the same in units of the noise.
-        spike: rise over the window's median that is an alarm without any sign.
-        spike_score: the same in units of the noise. At 10, losses that go nowhere raise none in
-            50,000 steps where they are lognormal with sigma 1, three where sigma is 1.5.
-        improvement: share by which the loss has to come down: its smoothed level to acquit a sign,
-            the median of half a window to be no stall.
-        stall_steps: fewest steps with signs and without improvement that convict; half as many as
-            the run had when they began if that is more.
-        learnt: a run is past stalling once its loss is below this share of its first level.
-    """
-
-    entropy_share: float = 0.35
-    rank_share: float = 0.3
-    entropy_drop: float = 0.15
-    sigma_growth: float = 4.0
-    sec: float = 0.99
-    heads: float = 0.1
-    most_heads: float = 0.5
-    rise: float = 0.1
-    rise_score: float = 5.0
-    quick_rise: float = 0.05
-    quick_score: float = 3.0
-    spike: float = 0.5
-    spike_score: float = 10.0
-    improvement: float = 0.01
-    stall_steps: int = 50
-    learnt: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -106,6 +52,7 @@ class Alarm:
         reason: one sentence.
         layer: the layer that shows it most, or None.
         head: the head in it, or None.
+        in_place: remedies that the run has already, which the advice leaves out.
     """
 
     kind: str
@@ -116,15 +63,18 @@ class Alarm:
     reason: str
     layer: str | None = None
     head: int | None = None
+    in_place: tuple[Remedy, ...] = ()
 
     @property
     def advice(self) -> str:
         """What to try."""
-        return ADVICE[self.kind]
+        return advise(self.kind, self.in_place)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the advice, for JSON; None for infinite and NaN numbers."""
-        return as_json_value(asdict(self) | {"advice": self.advice})
+        fields = asdict(self) | {"advice": self.advice}
+        del fields["in_place"]  # it is in the advice
+        return as_json_value(fields)
 
     def __str__(self) -> str:
         """Name layer, head, value, threshold and what to try."""
@@ -146,15 +96,19 @@ class _Sign:
 
 
 class AlarmRules:
-    """The rule of this module, fed step by step; deterministic, so a replay alarms alike.
+    """The rule of this module, fed step by step. The same losses and probes give the same alarms.
 
     Args:
         thresholds: other than the defaults.
+
+    Attributes:
+        in_place: remedies that the run has, which alarms do not advise.
     """
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         """Start with nothing seen."""
         self.thresholds = thresholds or Thresholds()
+        self.in_place: tuple[Remedy, ...] = ()
         self._losses: list[float] = []
         self._noise = 0.0
         self._first = math.nan
@@ -162,7 +116,7 @@ class AlarmRules:
         self._lowest, self._improved_at = math.inf, 0
         self._signs: dict[str, _Sign] = {}
         self._initial: set[str] = set()
-        self._history: dict[str, list[Values]] = {"sigma_qk": [], "entropy_normalised": []}
+        self._window = SignWindow()
         self._num_heads = 0
         self._strongest: dict[str, tuple[float, float]] = {}
         self._open: set[str] = set()
@@ -200,7 +154,7 @@ class AlarmRules:
         """
         is_first = not self._num_heads
         self._num_heads = sum(map(len, quantities.get("entropy_normalised", {}).values()))
-        found = self._find_signs(quantities)
+        found = self._window.find(quantities, self.thresholds)
         if is_first:
             self._initial = set(found)
         self._signs = {
@@ -209,9 +163,6 @@ class AlarmRules:
             if key not in self._initial
         }
         self._strongest = found
-        for name, history in self._history.items():
-            history.append(dict(quantities.get(name, {})))
-            del history[:-PROBE_WINDOW]
         return self._judge(step)
 
     @property
@@ -226,7 +177,7 @@ class AlarmRules:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether a checkpoint of this moment should not be gone back to."""
+        """Whether a checkpoint of this moment is unfit to go back to."""
         return bool(self._open) or self.is_rising
 
     def state(self) -> dict[str, Any]:
@@ -239,7 +190,7 @@ class AlarmRules:
             "improved_at": self._improved_at,
             "signs": {key: asdict(sign) for key, sign in self._signs.items()},
             "initial": sorted(self._initial),
-            "history": self._history,
+            "history": self._window.state(),
             "num_heads": self._num_heads,
             "strongest": {key: list(pair) for key, pair in self._strongest.items()},
             "open": sorted(self._open),
@@ -258,7 +209,7 @@ class AlarmRules:
             key: _Sign(sign["step"], _number(sign["level"], math.inf), sign["acquitted"])
             for key, sign in state["signs"].items()
         }
-        self._history = {name: list(probes) for name, probes in state["history"].items()}
+        self._window.load_state(state["history"])
         self._num_heads = state["num_heads"]
         self._strongest = {key: (pair[0], pair[1]) for key, pair in state["strongest"].items()}
         self._open = set(state["open"])
@@ -319,20 +270,10 @@ class AlarmRules:
         return found if len(found) >= limits.heads * self._num_heads else []
 
     def _collapse(self, step: int, keys: Sequence[str], reason: str) -> list[Alarm]:
-        def excess(key: str) -> float:
-            value, threshold = self._strongest[key]
-            above = value / threshold if threshold else 1.0
-            return 1 / max(above, 1e-9) if key.endswith("|malignant") else above
-
-        worst = max(keys, key=excess)
+        worst = max(keys, key=lambda key: excess(key, *self._strongest[key]))
         layer, head, sign = worst.split("|")
         value, threshold = self._strongest[worst]
-        quantity = {
-            "malignant": "entropy_normalised",
-            "drop": "fall of entropy_normalised",
-            "growth": "growth of sigma_qk",
-            "concentration": "sec",
-        }[sign]
+        quantity = QUANTITY_OF_SIGN[sign]
         heads = len({key.rpartition("|")[0] for key in keys})
         reason += f"; {heads} of {self._num_heads} heads"
         return self._raise("collapse", step, quantity, value, threshold, reason, layer, int(head))
@@ -351,42 +292,7 @@ class AlarmRules:
         if kind in self._open:
             return []
         self._open.add(kind)
-        return [Alarm(kind, step, quantity, value, threshold, reason, layer, head)]
-
-    def _find_signs(self, quantities: Mapping[str, Values]) -> dict[str, tuple[float, float]]:
-        """Return value and threshold of each sign, by "layer|head|sign"."""
-        limits = self.thresholds
-        found: dict[str, tuple[float, float]] = {}
-        for layer, shares in quantities.get("entropy_normalised", {}).items():
-            ranks = quantities.get("rank", {}).get(layer, [None] * len(shares))
-            before = self._past("entropy_normalised", layer, len(shares), max)
-            for head, (share, rank) in enumerate(zip(shares, ranks, strict=True)):
-                if share is None:
-                    continue
-                if rank is not None and share < limits.entropy_share and rank < limits.rank_share:
-                    found[f"{layer}|{head}|malignant"] = share, limits.entropy_share
-                if before[head] - share > limits.entropy_drop:
-                    drop = before[head] - share
-                    found[f"{layer}|{head}|drop"] = drop, limits.entropy_drop
-        for layer, sigmas in quantities.get("sigma_qk", {}).items():
-            before = self._past("sigma_qk", layer, len(sigmas), min)
-            secs = quantities.get("sec", {}).get(layer, [None] * len(sigmas))
-            for head, (sigma, sec) in enumerate(zip(sigmas, secs, strict=True)):
-                growth = sigma / before[head] if sigma is not None and before[head] > 0 else 0.0
-                if growth > limits.sigma_growth:
-                    found[f"{layer}|{head}|growth"] = growth, limits.sigma_growth
-                if sec is not None and sec > limits.sec and growth > limits.sigma_growth / 2:
-                    found[f"{layer}|{head}|concentration"] = sec, limits.sec
-        return found
-
-    def _past(self, name: str, layer: str, count: int, extreme: Any) -> list[float]:
-        """Return each head's extreme value within the window; a value that hides where none is."""
-        rows = [probe[layer] for probe in self._history[name] if layer in probe]
-        none = -math.inf if extreme is max else math.inf
-        return [
-            extreme((row[h] for row in rows if row[h] is not None), default=none)
-            for h in range(count)
-        ]
+        return [Alarm(kind, step, quantity, value, threshold, reason, layer, head, self.in_place)]
 
 
 def _number(written: float | str | None, missing: float) -> float:

@@ -1,4 +1,4 @@
-"""The weights' share of what to watch in a transformer block: spectra and norms of Eq. 1.
+"""The terms of a transformer block that its weights give: spectra and norms of Eq. 1.
 
 Where a block keeps its weights is the registry's knowledge; what is measured is the effective
 weight, so patched and plain blocks compare.

@@ -1,10 +1,12 @@
-"""StabilityCallback: when to probe, what to log, what to do at a collapse."""
+"""StabilityCallback: when to probe, what to log, what to do at a collapse.
+
+Longer than others: half of it is the class's own documentation, and what the Trainer's events need.
+"""
 
 from __future__ import annotations
 
-import os
+import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,38 +17,46 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_stable._ranks import inner_optimizer, mean_over_ranks, value_of_first_rank
+from hf_stable._ranks import inner_optimizer, mean_over_ranks
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.monitor.alarms import Alarm, AlarmRules, Thresholds
+from hf_stable.monitor.acting import Acting
+from hf_stable.monitor.alarms import Alarm, AlarmRules
 from hf_stable.monitor.combining import gather_records
-from hf_stable.monitor.log_file import StabilityLog
+from hf_stable.monitor.console import shorten, summarise
+from hf_stable.monitor.journal import Journal
 from hf_stable.monitor.log_keys import aggregate
-from hf_stable.monitor.options import action_name, as_thresholds, check_options
+from hf_stable.monitor.missing import Missing
+from hf_stable.monitor.options import (
+    Console,
+    action_name,
+    as_thresholds,
+    check_options,
+    check_training,
+)
 from hf_stable.monitor.probing import Records, probe
+from hf_stable.monitor.progress import Progress
 from hf_stable.monitor.readings import (
-    check_sharpness_can_be_measured,
     effective_rates,
     gammas,
     gradients_are_finite,
     measure_loss_sharpness,
-    scale_rates,
+    remedies_in_place,
 )
-from hf_stable.monitor.rollbacks import Rollbacks, check_can_roll_back, checkpoint
+from hf_stable.monitor.rollbacks import Rollbacks
+from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.monitor.trackers import alert_trackers
 
 __all__ = ["StabilityCallback"]
-
-SCALER_PATIENCE = 10
-"""Steps in a row with infinite gradients that a GradScaler looking for its scale may take."""
 
 
 class StabilityCallback(TrainerCallback, ExportableState):
     """Shows, while a Trainer trains, whether attention collapses, where, how, and acts on it.
 
-    It probes inside training steps that run anyway (`hf_stable.probe`): every `every` steps, at
-    steps 1, 2, 4, ... before the first of them, and while the loss is rising, at most every
-    `every // 10` steps. Weights, losses and random numbers are those of a run without it; but under
-    torch.compile a probed step runs uncompiled, and draws dropout masks as uncompiled code does.
+    It probes inside training steps that run anyway (`hf_stable.probe`). Three kinds of steps are
+    probed: every `every`-th; before the first of these, steps 1, 2, 4, ...; and while the loss
+    rises, one in `every // 10`. Weights, losses and random numbers are those of a run without it.
+    Under torch.compile a probed step runs uncompiled, and draws the dropout masks of uncompiled
+    code.
 
     Values go to `trainer.state.log_history` and every tracker at the step that they belong to
     (under the keys of `hf_stable.monitor.terms`), and in full to `stability.jsonl` in the output
@@ -54,10 +64,13 @@ class StabilityCallback(TrainerCallback, ExportableState):
     steps (not with logging_strategy="no"): the Trainer then averages the logged loss from record
     to record, over a shorter stretch. With `every` a multiple of logging_steps nothing changes.
 
-    The rule of alarms is stated in `hf_stable.monitor.alarms`. Each alarm is a warning and a line
-    in `stability.jsonl`, once per event, and beyond that what `on_collapse` says. On several
+    The rule of alarms is stated in `hf_stable.monitor.alarms`. Each alarm is a line on stderr and
+    one in `stability.jsonl`, once per event, and beyond that what `on_collapse` says. On several
     processes all act on the mean loss and on what their batches show together, which is what one
     process with the same global batch sees (`hf_stable.monitor.combining`).
+
+    It ends no training: what cannot be measured or written is missing, and warned of once. One
+    training at a time writes into an output folder; a second one is refused when it begins.
 
     Args:
         every: steps from probe to probe.
@@ -67,13 +80,16 @@ class StabilityCallback(TrainerCallback, ExportableState):
         sharpness_every: steps from one measurement of sharpness to the next, on the loss that the
             Trainer computes for the first micro-batch; it costs as much as some sixty backward
             passes, and two copies of a step's memory without checkpointing. None: never.
-        on_collapse: at an alarm: "warn" only; "stop" ends training cleanly; "checkpoint" saves at
-            once; "rollback" resumes from the last healthy checkpoint at a lower rate. Or a
+        on_collapse: at an alarm: "warn" says so only; "stop" ends training cleanly; "checkpoint"
+            saves at once; "rollback" resumes from the last healthy checkpoint at a lower rate. Or a
             function, called with the `Alarm` and the TrainerControl. Before "stop" and "rollback"
             a step whose gradients are not finite leaves the weights alone.
         max_rollbacks: after so many, an alarm stops the run.
         rollback_lr_factor: each rollback multiplies all rates by this.
         log_layers: log the worst head of every layer too, not aggregates only.
+        console: what the Trainer prints of a record: "short" has one part with the lowest entropy
+            and the largest sigma(Wq^T Wk), where they are, and alarms so far, in place of some
+            thirty keys; "full" has all keys, "off" none. Alarms are said in any case.
         thresholds: of the alarms, other than the defaults; also by name, as a mapping.
 
     Raises:
@@ -92,39 +108,42 @@ class StabilityCallback(TrainerCallback, ExportableState):
         max_rollbacks: int = 3,
         rollback_lr_factor: float = 0.5,
         log_layers: bool = False,
+        console: Console = "short",
         thresholds: Thresholds | Mapping[str, float] | None = None,
     ) -> None:
         """Check the options; nothing is touched before training begins."""
         check_options(
             every=every, queries=queries, terms=terms, maps=maps, sharpness_every=sharpness_every,
             on_collapse=on_collapse, max_rollbacks=max_rollbacks,
-            rollback_lr_factor=rollback_lr_factor,
+            rollback_lr_factor=rollback_lr_factor, console=console,
         )  # fmt: skip
         self.every = every
         self.queries = queries
         self.terms = terms
         self.maps: Any = maps if maps is not True else "all"
         self.sharpness_every = sharpness_every
-        self.on_collapse = on_collapse
         self.log_layers = log_layers
+        self.console = console
         self.thresholds = as_thresholds(thresholds)
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}  # the Trainer may set it; a run's own is in its state
+        self._run = Progress(Rollbacks(max_rollbacks, rollback_lr_factor), self.thresholds)
+        self._journal = Journal()
+        self._acting = Acting(on_collapse, self._run.rollbacks, self._journal)
         self._stack = ExitStack()
-        self.rollbacks = Rollbacks(max_rollbacks, rollback_lr_factor)
-        self._folder = ""
-        self._alarm_step = 0
+        self._missing = Missing()
+        self._expected_folder: str | None = None
         self._started = 0.0
-        self._begin()
-
-    def _begin(self) -> None:
-        """Forget everything about a run."""
-        self.rules = AlarmRules(self.thresholds)
-        self.nonfinite_steps = 0
-        self.num_alarms = 0
-        self.rollbacks.begin()
-        self._last_probe = 0
-        self._nonfinite_streak = 0
         self._reset_step()
+
+    @property
+    def rules(self) -> AlarmRules:
+        """The rules of alarms, with what they have seen."""
+        return self._run.rules
+
+    @property
+    def rollbacks(self) -> Rollbacks:
+        """The ways back, taken and planned."""
+        return self._run.rollbacks
 
     def _reset_step(self) -> None:
         self._loss: Tensor | None = None
@@ -134,6 +153,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._values: dict[str, Any] = {}
         self._alarms: list[Alarm] = []
         self._pending: dict[str, float] = {}
+        self._short: str | None = None
+        self._missing.clear()
 
     # What the Trainer calls
 
@@ -141,39 +162,28 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, now and not at the first probe; take up a resumed run."""
-        self._stack.close()
+        self.abandon_step()
         self._started = time.perf_counter()
-        model = kwargs["model"]
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
         # The Trainer fails to save where a checkpoint of a run without it left no entry for it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
-        if isinstance(saved, list):
-            raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
-        if callable(self.on_collapse) and args.restore_callback_states_from_checkpoint:
-            raise ValueError(
-                "a checkpoint cannot hold on_collapse as a function: leave "
-                "restore_callback_states_from_checkpoint out (progress is taken up without it)"
-            )
-        if self.on_collapse == "rollback":
-            check_can_roll_back(args)
-        if self.sharpness_every:
-            check_sharpness_can_be_measured(args, model)
+        check_training(
+            args, model, saved, on_collapse=self._acting.on_collapse,
+            sharpness_every=self.sharpness_every,
+        )  # fmt: skip
         with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
             pass  # raises for a model that cannot be probed
-        self._writes = state.is_world_process_zero
-        self._folder = args.output_dir or "."
-        self._log = StabilityLog(self._folder) if self._writes else None
-        going_back, rollbacks = self.rollbacks.planned is not None, self.rollbacks.count
-        self._begin()
-        if state.global_step:
-            self._restore(saved["attributes"]["progress"] if saved else {}, state.global_step)
-        if going_back:
-            factor = self.rollbacks.take(rollbacks)
-            scale_rates(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
-        elif self._log is not None:
-            if state.global_step:
-                self._log.resume(self.rollbacks.count, state.global_step)
-            else:
-                self._log.start()
+        self._acting.folder = self._expected_folder or args.output_dir or "."
+        self._acting.saves = args.should_save
+        self._journal.open(self._acting.folder, writes=state.is_world_process_zero)
+        self._run.begin(self.thresholds)
+        self.rules.in_place = remedies_in_place(model, optimizer)
+        if not state.global_step:
+            self.rollbacks.due = None  # of a run that never came to resume
+        elif saved:
+            self._run.load_state(saved["attributes"]["progress"], state.global_step)
+        self._acting.resume(state.global_step, optimizer, kwargs.get("lr_scheduler"))
+        self._journal.begin(self.rollbacks.count, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,16 +192,17 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._reset_step()
         step = state.global_step + 1
         self._wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
-        if self._is_due(step):
-            self._last_probe = step
+        if self._run.is_due(step, self.every):
             # The rows depend on the step alone: a resumed run samples what an unbroken one does.
             generator = torch.Generator().manual_seed(step)
-            self._records = self._stack.enter_context(
-                probe(
-                    kwargs["model"], queries=self.queries, terms=self.terms,
-                    maps=self.maps or (), generator=generator,
-                )
-            )  # fmt: skip
+            self._records = Records()  # even where the probe fails: all processes have to meet
+            with self._missing.bearing("attention"):
+                self._records = self._stack.enter_context(
+                    probe(
+                        kwargs["model"], queries=self.queries, terms=self.terms,
+                        maps=self.maps or (), generator=generator,
+                    )
+                )  # fmt: skip
 
     def observe_loss(self, loss: Tensor, loss_again: Callable[[], Tensor] | None = None) -> None:
         """Take the loss of one micro-batch, as the Trainer adds them up.
@@ -199,7 +210,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         Args:
             loss: ().
             loss_again: computes it once more; `sharpness_every` needs it.
+
+        Raises:
+            RuntimeError: if `sharpness_every` is set and `loss_again` is missing.
         """
+        if self.sharpness_every and loss_again is None:
+            raise RuntimeError(
+                "sharpness_every needs a loss that can be computed again: pass loss_again to "
+                "observe_loss, or leave sharpness_every out"
+            )
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
         if self._wants_sharpness and self._loss_again is None:
@@ -210,24 +229,17 @@ class StabilityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Read the step's loss and gradients and what the probe saw; judge them."""
         self._stack.close()
-        model, step = kwargs["model"], state.global_step + 1
+        model, optimizer, step = kwargs["model"], kwargs["optimizer"], state.global_step + 1
         if self._loss is None:
             raise RuntimeError(
                 "StabilityCallback saw no loss: a Trainer whose training_step does not call the "
                 "Trainer's own has to call observe_loss(loss) of the callback"
             )
-        loss, share = mean_over_ranks(self._loss, gradients_are_finite(model))
-        self._judge(step, loss, share == 1, scaled=_has_scaler(kwargs["optimizer"]))
-        if self._wants_sharpness:
-            if self._loss_again is None:
-                raise RuntimeError(
-                    "sharpness_every needs a loss that can be computed again: pass loss_again to "
-                    "observe_loss, or leave sharpness_every out"
-                )
-            self._values |= measure_loss_sharpness(self._loss_again, model, kwargs["optimizer"])
-        if self.on_collapse in ("stop", "rollback") and any(
-            alarm.kind == "nonfinite" for alarm in self._alarms
-        ):
+        self._judge(step, self._loss, model, has_scaler=_has_scaler(optimizer))
+        if self._loss_again is not None:
+            with self._missing.bearing("sharpness"):
+                self._values |= measure_loss_sharpness(self._loss_again, model, optimizer)
+        if self._acting.spares_weights and any(a.kind == "nonfinite" for a in self._alarms):
             for parameter in model.parameters():
                 parameter.grad = None
 
@@ -237,25 +249,26 @@ class StabilityCallback(TrainerCallback, ExportableState):
         """Read the rates of AdamW2 while the groups still have those of this step."""
         optimizer = inner_optimizer(kwargs["optimizer"])
         if isinstance(optimizer, AdamW2) and (self._values or self._records is not None):
-            rates, clipped = effective_rates(optimizer, kwargs["model"])
-            self._values["effective_lr"] = rates
-            self._pending["stability/clipped_share"] = clipped
+            with self._missing.bearing("effective_lr"):
+                rates, clipped = effective_rates(optimizer, kwargs["model"])
+                self._values["effective_lr"] = rates
+                self._pending["stability/clipped_share"] = clipped
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write down and log what was seen, and act on alarms."""
         step = state.global_step
-        if self._values or self._records is not None:
+        if self._values or self._records is not None or self._wants_sharpness:
             self._publish(step, kwargs["model"])
         regular = step % self.every == 0 or bool(self._alarms)
         if regular and args.logging_strategy != "no":
             control.should_log = True
-        if self.on_collapse == "rollback" and step == 1:
+        if self._acting.needs_first_checkpoint and step == 1:
             control.should_save = True  # there is always something to go back to
         for alarm in self._alarms:
-            self._act(alarm, control)
-            if self._writes:
+            self._acting.act(alarm, control)
+            if state.is_world_process_zero:
                 alert_trackers(args.report_to, f"{alarm.kind} at step {alarm.step}", str(alarm))
 
     def on_save(
@@ -269,32 +282,34 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was found; write down how long it took."""
-        self.abandon_step()
         seconds = round(time.perf_counter() - self._started, 1)
-        self._write("end", state.global_step, {"seconds": seconds})
+        self._journal.write("end", self.rollbacks.count, state.global_step, {"seconds": seconds})
+        self.abandon_step()
+
+    # What the Trainer's wrappers call
 
     def abandon_step(self) -> None:
-        """Undo what was done to the model for a step that will not be finished."""
+        """Undo what was done to the model and to the folder for a training that ends here."""
         self._stack.close()
         self._reset_step()
+        self._journal.close()
+
+    def expect_checkpoints_in(self, folder: str) -> None:
+        """Take the folder into which the Trainer will write its checkpoints: a search has many."""
+        self._expected_folder = folder
 
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""
         pending, self._pending = self._pending, {}
         return pending
 
+    def shorten_record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return what of a record is printed on the console."""
+        return shorten(record, self.console, self._short)
+
     def take_rollback(self) -> str | None:
         """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
-        planned = self.rollbacks.planned
-        if planned is None:
-            return None
-        folder = checkpoint(self._folder, planned.step)
-        # The Trainer, or anyone else, may have deleted it while training came to its end.
-        if value_of_first_rank(os.path.isdir(folder)):
-            return folder
-        self.rollbacks.planned = None
-        self._give_up(f"{folder} was deleted before training could resume from it")
-        return None
+        return self._acting.take_rollback(type(self).__name__)
 
     def state(self) -> dict[str, Any]:
         """Return options and progress for `trainer_state.json`."""
@@ -305,114 +320,50 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "terms": self.terms if isinstance(self.terms, str) else list(self.terms),
                 "maps": self.maps if isinstance(self.maps, bool | str) else list(self.maps),
                 "sharpness_every": self.sharpness_every,
-                "on_collapse": action_name(self.on_collapse),
+                "on_collapse": action_name(self._acting.on_collapse),
                 "max_rollbacks": self.rollbacks.most,
                 "rollback_lr_factor": self.rollbacks.factor,
                 "log_layers": self.log_layers,
+                "console": self.console,
                 "thresholds": None if self.thresholds is None else asdict(self.thresholds),
             },
-            "attributes": {
-                "progress": {
-                    "rules": self.rules.state(),
-                    "nonfinite_steps": self.nonfinite_steps,
-                    "nonfinite_streak": self._nonfinite_streak,
-                    "num_alarms": self.num_alarms,
-                    "rollbacks": self.rollbacks.state(),
-                    "last_probe": self._last_probe,
-                }
-            },
+            "attributes": {"progress": self._run.state()},
         }
 
     # What happens within
 
-    def _restore(self, progress: dict[str, Any], step: int) -> None:
-        if not progress:
-            return  # the checkpoint is of a run without this callback
-        self.rules.load_state(progress["rules"])
-        self.nonfinite_steps = progress["nonfinite_steps"]
-        self._nonfinite_streak = progress["nonfinite_streak"]
-        self.num_alarms = progress["num_alarms"]
-        self.rollbacks.load_state(progress["rollbacks"])
-        self._last_probe = progress["last_probe"]
-        if not self.rules.is_suspicious:
-            self.rollbacks.note(step)  # it was written after its own state
-
-    def _is_due(self, step: int) -> bool:
-        is_early = step < self.every and step & (step - 1) == 0  # 1, 2, 4, ...
-        waited = step - self._last_probe >= max(1, self.every // 10)
-        return is_early or step % self.every == 0 or (self.rules.is_rising and waited)
-
-    def _judge(self, step: int, loss: float, finite: bool, *, scaled: bool) -> None:
-        self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
-        loss_is_finite = loss - loss == 0
-        self.nonfinite_steps += not (finite and loss_is_finite)
-        bearable = scaled and self._nonfinite_streak <= SCALER_PATIENCE
-        self._alarms = self.rules.observe_loss(step, loss, finite or bearable)
-        if self._records is not None:
-            quantities = gather_records(self._records)
-            self._values = {"loss": loss if loss_is_finite else None, "quantities": quantities}
-            self._alarms += self.rules.observe_probe(step, quantities)
+    def _judge(self, step: int, loss: Tensor, model: nn.Module, *, has_scaler: bool) -> None:
+        are_finite = torch.ones(())
+        with self._missing.bearing("gradients"):
+            are_finite = gradients_are_finite(model)
+        value, share = mean_over_ranks(loss, are_finite)
+        self._alarms = self._run.judge_loss(step, value, share == 1, has_scaler=has_scaler)
+        if self._records is None:
+            return
+        quantities = gather_records(self._records)
+        self._values = {"loss": value if math.isfinite(value) else None, "quantities": quantities}
+        with self._missing.bearing("signs of collapse"):
+            self._alarms += self._run.judge_probe(step, quantities)
 
     def _publish(self, step: int, model: nn.Module) -> None:
         quantities = self._values.setdefault("quantities", {})
-        found = gammas(model)
-        if found:
-            quantities["gamma"] = found
+        with self._missing.bearing("gamma"):
+            if found := gammas(model):
+                quantities["gamma"] = found
         self._pending |= aggregate(quantities, layers=self.log_layers)
         if "effective_lr" in self._values:
             self._pending |= aggregate({"effective_lr": self._values["effective_lr"]})
         for name in ("sharpness", "sharpness_threshold", "sharpness_preconditioned"):
             if self._values.get(name) is not None:
                 self._pending[f"stability/{name}"] = float(self._values[name])
-        self._pending["stability/nonfinite_steps"] = float(self.nonfinite_steps)
-        self._pending["stability/alarms"] = float(self.num_alarms + len(self._alarms))
+        self._pending["stability/nonfinite_steps"] = float(self._run.nonfinite_steps)
+        self._pending["stability/alarms"] = float(self._run.num_alarms)
         self._pending["stability/rollbacks"] = float(self.rollbacks.count)
-        self._write("probe", step, self._values | {"nonfinite_steps": self.nonfinite_steps})
-
-    def _act(self, alarm: Alarm, control: TrainerControl) -> None:
-        self.num_alarms += 1
-        self._write("alarm", alarm.step, alarm.to_dict())
-        self._say(f"StabilityCallback: {alarm}")
-        if callable(self.on_collapse):
-            self.on_collapse(alarm, control)
-        elif self.on_collapse == "checkpoint":
-            control.should_save = True
-        elif self.on_collapse == "stop":
-            self._alarm_step = alarm.step
-            if not control.should_training_stop:
-                self._write("stop", alarm.step, {"reason": f"on_collapse='stop', {alarm.kind}"})
-            control.should_training_stop = True
-        elif self.on_collapse == "rollback" and self.rollbacks.planned is None:
-            control.should_training_stop, control.should_save = True, False
-            self._plan_rollback(alarm)
-
-    def _plan_rollback(self, alarm: Alarm) -> None:
-        self._alarm_step = alarm.step
-        why = self.rollbacks.plan(self._folder)
-        # One decision for all: the disk that each process sees need not be the same.
-        why, self.rollbacks.planned = value_of_first_rank((why, self.rollbacks.planned))
-        planned = self.rollbacks.planned
-        if planned is None:
-            return self._give_up(why)
-        scale = self.rollbacks.next_scale
-        self._write("rollback", alarm.step, {"to_step": planned.step, "lr_scale": scale})
-        self._say(
-            f"StabilityCallback: rollback {self.rollbacks.count + 1} of at most "
-            f"{self.rollbacks.most}: resuming from step {planned.step} with {scale:g} times the "
-            "learning rate"
-        )
-
-    def _give_up(self, why: str) -> None:
-        self._write("stop", self._alarm_step, {"reason": why})
-        self._say(f"StabilityCallback: training stops at step {self._alarm_step}: {why}")
-
-    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
-        if self._log is not None:
-            self._log.write(event, self.rollbacks.count, step, values)
-
-    def _say(self, message: str) -> None:
-        if self._writes:
-            warnings.warn(message, UserWarning, stacklevel=2)
+        self._short = summarise(quantities, self._run.num_alarms)
+        line = self._values | {"nonfinite_steps": self._run.nonfinite_steps}
+        if self._missing.reasons:
+            line["missing"] = self._missing.reasons
+        self._journal.write("probe", self.rollbacks.count, step, line)
 
 
 def _has_scaler(optimizer: Any) -> bool:

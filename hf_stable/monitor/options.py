@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args
+
+from torch import nn
+from transformers import TrainingArguments
 
 from hf_stable.measures.entropy import sample_queries
-from hf_stable.monitor.alarms import Thresholds
+from hf_stable.monitor.readings import check_sharpness_can_be_measured
 from hf_stable.monitor.records import check_maps, resolve_terms
+from hf_stable.monitor.rollbacks import check_can_roll_back
+from hf_stable.monitor.thresholds import Thresholds
 
-__all__ = ["ACTIONS", "action_name", "as_thresholds", "check_options"]
+__all__ = ["ACTIONS", "Console", "action_name", "as_thresholds", "check_options", "check_training"]
 
 ACTIONS = ("warn", "stop", "checkpoint", "rollback")
+
+Console = Literal["short", "full", "off"]
+"""How much of a record is printed: one short part, all keys, or none of the monitor's."""
 
 _FUNCTION = "function "
 
@@ -27,6 +35,7 @@ def check_options(
     on_collapse: Any,
     max_rollbacks: Any,
     rollback_lr_factor: Any,
+    console: Any,
 ) -> None:
     """Raise ValueError for an option out of range, saying what is allowed."""
     _check_count("every", every, 1, "steps")
@@ -48,6 +57,33 @@ def check_options(
     is_number = isinstance(rollback_lr_factor, int | float)
     if not is_number or not 0 < rollback_lr_factor < 1:
         raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {rollback_lr_factor!r}")
+    if console not in get_args(Console):
+        raise ValueError(f"console is one of {', '.join(get_args(Console))}, got {console!r}")
+
+
+def check_training(
+    args: TrainingArguments, model: nn.Module, saved: Any, *, on_collapse: Any, sharpness_every: Any
+) -> None:
+    """Raise ValueError for what these options cannot do in this training.
+
+    Args:
+        args: of the Trainer.
+        model: that it trains.
+        saved: the callback's entry in the Trainer's state.
+        on_collapse: option of the callback.
+        sharpness_every: option of the callback.
+    """
+    if isinstance(saved, list):
+        raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
+    if callable(on_collapse) and args.restore_callback_states_from_checkpoint:
+        raise ValueError(
+            "a checkpoint cannot hold on_collapse as a function: leave "
+            "restore_callback_states_from_checkpoint out (progress is taken up without it)"
+        )
+    if on_collapse == "rollback":
+        check_can_roll_back(args)
+    if sharpness_every:
+        check_sharpness_can_be_measured(args, model)
 
 
 def as_thresholds(thresholds: Any) -> Thresholds | None:

@@ -50,13 +50,15 @@ def probe(
 ) -> Iterator[Records]:
     """Record the forward passes, and their backward passes, that run inside the block.
 
-    Outputs, gradients and random numbers stay as they are, bit for bit. Several forwards
-    (gradient accumulation) are averaged, non-finite counts are summed. Recomputation under
-    gradient checkpointing is not recorded again, nor are the one-token steps of `generate`.
-    Within the block `model.config` is a private copy, which names the probing attention function;
-    a model that shares the config is not affected, and the original is back afterwards, whatever
-    happens. A compiled model runs uncompiled within the block and takes up its graph after it; its
-    outputs then differ from the compiled ones by rounding, and by other dropout masks.
+    Outputs, gradients and random numbers stay as they are, bit for bit. Values of several forwards
+    (gradient accumulation) are averaged, and counts of non-finite entries are summed. Recomputation
+    under gradient checkpointing is not recorded again, and neither are the one-token steps of
+    `generate`.
+
+    Within the block, `model.config` is a private copy that names the probing attention function.
+    So another model that shares the config is not affected. The original is back after the block,
+    also after an error. A compiled model runs uncompiled within the block, and its outputs differ
+    by rounding and by other dropout masks. After the block it takes up its graph again.
 
     Args:
         model: a transformers model, also inside DDP, FSDP2, `torch.compile` or PEFT wrappers.

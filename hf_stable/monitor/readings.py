@@ -17,6 +17,7 @@ from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.architectures.paths import state_dict_name
 from hf_stable.measures.sharpness import adam_preconditioner, measure_sharpness, sharpness_threshold
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.monitor.advice import Remedy
 
 __all__ = [
     "check_sharpness_can_be_measured",
@@ -24,6 +25,7 @@ __all__ = [
     "gammas",
     "gradients_are_finite",
     "measure_loss_sharpness",
+    "remedies_in_place",
     "scale_rates",
 ]
 
@@ -87,6 +89,16 @@ def effective_rates(
 
 def _as_list(value: float | list[float]) -> list[float]:
     return value if isinstance(value, list) else [value]
+
+
+def remedies_in_place(model: nn.Module, optimizer: Any) -> tuple[Remedy, ...]:
+    """Return which of the package's own remedies a run has, by its model and optimizer."""
+    found: list[Remedy] = []
+    if sigma_layers(model):
+        found.append("sigma_reparam")
+    if isinstance(inner_optimizer(optimizer), AdamW2):
+        found.append("adamw2")
+    return tuple(found)
 
 
 def scale_rates(optimizer: Any, scheduler: Any, factor: float) -> None:

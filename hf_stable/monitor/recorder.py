@@ -1,7 +1,6 @@
 """The recorder that fills a probe's records from what it is shown.
 
-Measures come from `entropy` and `block_terms`; how the model is made to show anything is
-`probes`' matter.
+Measures come from `entropy` and `block_terms`. `probing` makes the model show what is recorded.
 """
 
 from __future__ import annotations

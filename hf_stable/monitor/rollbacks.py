@@ -8,13 +8,20 @@ from typing import Any, NamedTuple
 
 from transformers import TrainingArguments
 
-__all__ = ["Healthy", "Rollbacks", "check_can_roll_back"]
+__all__ = ["Due", "Healthy", "Rollbacks", "check_can_roll_back", "checkpoint"]
 
 
 class Healthy(NamedTuple):
     """A checkpoint that can be gone back to, and by what its rates are scaled already."""
 
     step: int
+    lr_scale: float
+
+
+class Due(NamedTuple):
+    """What a run that resumes from a checkpoint has to become: its rollbacks, and its rates."""
+
+    rollbacks: int
     lr_scale: float
 
 
@@ -29,6 +36,7 @@ class Rollbacks:
         count: rollbacks taken so far.
         lr_scale: what the rates of this run are multiplied by.
         planned: the checkpoint to resume from, once training has stopped for it.
+        due: what is to be done when training resumes, until it has been.
     """
 
     def __init__(self, most: int, factor: float) -> None:
@@ -36,18 +44,19 @@ class Rollbacks:
         self.most = most
         self.factor = factor
         self.planned: Healthy | None = None
+        self.due: Due | None = None
         self.begin()
 
     def begin(self) -> None:
-        """Forget everything about a run but where it is to be resumed from."""
+        """Forget everything about a run but what is due when it resumes."""
         self.count = 0
         self.lr_scale = 1.0
         self._healthy: list[Healthy] = []
 
     @property
-    def next_scale(self) -> float:
-        """The rates' scale after one more rollback."""
-        return self.factor ** (self.count + 1)
+    def next(self) -> Due:
+        """What one more rollback makes of a run."""
+        return Due(self.count + 1, self.factor ** (self.count + 1))
 
     def note(self, step: int) -> None:
         """Remember a checkpoint that was written, or resumed from, while nothing was wrong."""
@@ -60,17 +69,17 @@ class Rollbacks:
         if not kept:
             return "there is no healthy checkpoint on disk (raise save_total_limit)"
         if self.count >= self.most:
-            return f"{self.count} rollbacks did not help"
+            times = "1 rollback" if self.count == 1 else f"{self.count} rollbacks"
+            return f"{times} did not help"
         self.planned = kept[-1]
         return None
 
-    def take(self, count: int) -> float:
-        """Count one more rollback after `count`; return the factor for the rates as they are."""
-        self.planned = None
-        self.count = count
-        wanted = self.next_scale
-        self.count += 1
-        factor, self.lr_scale = wanted / self.lr_scale, wanted
+    def take(self) -> float | None:
+        """Take what is due; return the factor for the rates as they are, None if nothing is."""
+        if self.due is None:
+            return None
+        factor = self.due.lr_scale / self.lr_scale
+        (self.count, self.lr_scale), self.due = self.due, None
         return factor
 
     def state(self) -> dict[str, Any]:
@@ -82,9 +91,11 @@ class Rollbacks:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state()`."""
+        """Continue from a `state()`, to which `due` may have been added."""
         self.count, self.lr_scale = state["count"], state["lr_scale"]
         self._healthy = [Healthy(*entry) for entry in state["healthy"]]
+        if self.due is None and state.get("due"):
+            self.due = Due(*state["due"])
 
 
 def checkpoint(folder: str, step: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from hf_stable.monitor.terms import find_term, names_of
 from hf_stable.report.charts import Curve, Section, make_chart, not_recorded
 from hf_stable.report.curves import compare_runs, layer_curves, title_of
-from hf_stable.report.run_records import RunRecords, short_names
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.values import to_number
 
 __all__ = ["entropy_section", "spectra_section"]
@@ -99,7 +99,7 @@ def _ceilings(run: RunRecords, number: int) -> list[Curve]:
         value = values[-1]
         points = [(min(steps), value), (max(steps), value)]
         return [Curve(f"ceiling, log T = {value:.3g}", points, number, style="dashed")]
-    names = short_names(run.layers)
+    names = run.short_names
     return [
         Curve(
             f"layer {names[layer]}: ceiling, log T = {value:.3g}",

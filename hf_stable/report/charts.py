@@ -276,14 +276,13 @@ def _gap_marks(curves: Iterable[Curve]) -> tuple[Mark, ...]:
 def marks_of(run: RunRecords, number: int) -> Iterable[Mark]:
     """Yield the alarms, rollbacks and stops of a run."""
     for event in run.events:
-        found = event.values
         if event.name == "alarm":
-            where = f" in {found['layer']}" if found.get("layer") else ""
-            where += f", head {found['head']}" if found.get("head") is not None else ""
-            kind = str(found.get("kind", "alarm"))
-            yield Mark(kind, event.step, number, f"{kind}{where}: {found.get('reason', '')}")
+            where = f" in {event.layer}" if event.layer else ""
+            where += f", head {event.head}" if event.head is not None else ""
+            text = f"{event.kind}{where}: {event.reason}"
+            yield Mark(event.kind, event.step, number, text)
         elif event.name == "rollback":
-            text = f"rollback to step {found.get('to_step', '?')}"
+            text = f"rollback to step {event.to_step}"
             yield Mark("rollback", event.step, number, text)
         else:
-            yield Mark("stop", event.step, number, f"stopped: {found.get('reason', '')}")
+            yield Mark("stop", event.step, number, f"stopped: {event.reason}")

@@ -17,7 +17,7 @@ from hf_stable.report.charts import (
     make_chart,
     not_recorded,
 )
-from hf_stable.report.run_records import Probe, RunRecords, short_names
+from hf_stable.report.run_records import Probe, RunRecords
 from hf_stable.report.values import curve_points
 
 __all__ = ["concentration_section"]
@@ -78,7 +78,7 @@ def _compared(runs: Sequence[RunRecords], watched: Sequence[Sequence[Probe]]) ->
 
 
 def _of_layers(run: RunRecords, number: int, probe: Probe) -> Chart:
-    names = short_names(run.layers)
+    names = run.short_names
     found = _curves(probe)
     curves = [
         Curve(f"layer {names[layer]}", points, number, run.layers.index(layer))

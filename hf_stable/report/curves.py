@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from hf_stable.report.charts import Chart, Curve, make_chart
-from hf_stable.report.run_records import RunRecords, short_names
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.values import worst_head
 
 __all__ = ["compare_runs", "layer_curves", "segments", "title_of"]
@@ -19,7 +19,7 @@ def title_of(title: str, run: RunRecords, runs: Sequence[RunRecords]) -> str:
 
 def layer_curves(run: RunRecords, number: int, quantity: str) -> list[Curve]:
     """Return one curve per layer: its worst head."""
-    names = short_names(run.layers)
+    names = run.short_names
     curves = [
         Curve(f"layer {names[layer]}", segments(run.probed(quantity, layer)), number, position)
         for position, layer in enumerate(run.layers)

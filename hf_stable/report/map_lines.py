@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_stable.report.run_records import AttentionMap
-from hf_stable.report.values import to_number
+from hf_stable.report.values import to_number, to_text
 
-__all__ = ["cut_maps", "parse_map", "read_maps"]
+__all__ = ["CUT", "cut_maps", "parse_map", "read_maps"]
+
+CUT = "cut"
+"""What stands in a line in place of its maps."""
+
+TINY = 1e-300
 
 # Layers' names and lists of numbers have no braces, so the first one closed is the maps' own. In a
 # text the quotes would have backslashes.
@@ -39,7 +44,7 @@ def read_maps(log: Path, offset: int) -> dict[str, list[Any]]:
         found = _MAPS.search(line)
         content = json.loads(found[1] if found else line)
         by_layer = content if found else content["quantities"]["maps"]
-        return {layer: maps for layer, maps in by_layer.items() if isinstance(maps, list)}
+        return {to_text(layer): maps for layer, maps in by_layer.items() if isinstance(maps, list)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -52,6 +57,7 @@ def parse_map(rows: Any) -> AttentionMap | None:
     if len(entries) != len(rows) ** 2 or not entries or not all(map(math.isfinite, entries)):
         return None
     largest = max(entries)
-    scale = 255 / largest if largest > 0 else 0.0
+    # Of a tiny entry the scale would be infinite; such a map is nothing everywhere.
+    scale = 255 / largest if largest > TINY else 0.0
     levels = bytes(max(0, round(entry * scale)) for entry in entries)
     return AttentionMap(len(rows), levels, largest)

@@ -9,8 +9,8 @@ from typing import Any
 
 from hf_stable.report.charts import choose_steps
 from hf_stable.report.map_lines import parse_map, read_maps
-from hf_stable.report.run_records import AttentionMap, Probe, RunRecords, short_names
-from hf_stable.report.values import to_number
+from hf_stable.report.run_records import AttentionMap, Probe, RunRecords
+from hf_stable.report.values import to_number, to_step
 
 __all__ = ["MapFrame", "MapSeries", "choose_maps"]
 
@@ -96,17 +96,15 @@ def _read(run: RunRecords, probe: Probe) -> dict[tuple[str, int], Any]:
 def head_numbers(run: RunRecords, count: int) -> list[int]:
     """Return the numbers of the heads whose maps were kept."""
     chosen = run.monitor.get("maps")
-    if (
-        isinstance(chosen, list)
-        and len(chosen) == count
-        and all(isinstance(i, int) for i in chosen)
-    ):
-        return chosen
+    if isinstance(chosen, list) and len(chosen) == count:
+        numbers = [to_step(head) for head in chosen]
+        if None not in numbers:
+            return [head for head in numbers if head is not None]
     return list(range(count))
 
 
 def _label(run: RunRecords, layer: str, head: int) -> str:
-    return f"layer {short_names(run.layers).get(layer, layer)}, head {head}"
+    return f"layer {run.short_names.get(layer, layer)}, head {head}"
 
 
 def _by_need(

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Section
+from hf_stable.report.events import describe_event
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.payload import chart_payload, map_payload
 from hf_stable.report.preface import Preface
-from hf_stable.report.run_records import Event, RunRecords
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.summary import TABLE_COLUMNS, RunSummary, table_cells
-from hf_stable.report.values import to_number
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,6 +36,7 @@ STATES = {
     "failed": ("\u2715", "Failed"),
     "warned": ("!", "Look"),
     "trained": ("\u2713", "Trained"),
+    "unfinished": ("\u2026", "Unfinished"),
     "unknown": ("?", "Unknown"),
 }
 """Sign and word on the badge of a verdict, so that its colour is not needed."""
@@ -127,22 +128,3 @@ def require_page_packages() -> str:
     except ModuleNotFoundError as error:
         raise extra_needed(WHAT, "report", error) from error
     return get_plotlyjs()
-
-
-def describe_event(event: Event) -> str:
-    """Say in one sentence what an alarm found and advises, or what was done."""
-    found = event.values
-    if event.name == "rollback":
-        return f"went back to step {found.get('to_step')}, rates times {_number(found, 'lr_scale')}"
-    if event.name == "stop":
-        return str(found.get("reason", ""))
-    where = f"{found['layer']}, " if found.get("layer") else ""
-    where += f"head {found['head']}: " if found.get("head") is not None else ""
-    value, threshold = _number(found, "value"), _number(found, "threshold")
-    numbers = f" ({found.get('quantity')} {value}, threshold {threshold})"
-    return f"{where}{found.get('reason', '')}{numbers}. To try: {found.get('advice', '')}"
-
-
-def _number(found: Mapping[str, Any], key: str) -> str:
-    """Return four significant digits of a number that may be written as text."""
-    return f"{to_number(found.get(key)):.4g}"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_stable.monitor.terms import find_term
-from hf_stable.report.run_records import Event, Probe, RunRecords
+from hf_stable.report.events import Event
+from hf_stable.report.run_records import Probe, RunRecords
 from hf_stable.report.values import curve_points, to_number
 
 __all__ = ["TIDY_COLUMNS", "tidy_rows"]
@@ -61,8 +62,7 @@ def _of_probe(probe: Probe) -> Iterator[Cells]:
 
 
 def _of_event(event: Event) -> Cells:
-    found = event.values
-    name = f"{event.name}_{found.get('kind', '')}".rstrip("_")
-    value = to_number(found.get("value", found.get("to_step")))
-    where = found.get("layer"), found.get("head")
-    return event.attempt, event.step, name, *where, value, found.get("reason")
+    name = f"{event.name}_{event.kind}".rstrip("_")
+    value = event.value if event.to_step is None else float(event.to_step)
+    where = event.layer or None, event.head
+    return event.attempt, event.step, name, *where, value, event.reason or None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_stable._wording import short_names
 from hf_stable.monitor.terms import find_term
-from hf_stable.report.values import to_number, to_step, worst_head
+from hf_stable.report.events import Event
+from hf_stable.report.values import to_number, worst_head
 
-__all__ = ["AttentionMap", "Event", "Probe", "RunRecords", "short_names"]
+__all__ = ["AttentionMap", "Probe", "RunRecords"]
 
 
 class AttentionMap(NamedTuple):
@@ -55,16 +56,6 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Event:
-    """An `alarm`, `rollback` or `stop` line of `stability.jsonl`."""
-
-    name: str
-    attempt: int
-    step: int
-    values: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class RunRecords:
     """A run, as far as it can be read.
 
@@ -76,7 +67,9 @@ class RunRecords:
         events: likewise.
         num_steps: optimizer steps done, as far as known.
         max_steps: optimizer steps planned, or None.
+        has_ended: whether training came to its end; one that was interrupted or goes on did not.
         seconds: of training, over all legs that came to their end under a monitor, or None.
+        guessing: cross-entropy of guessing among all labels, in nats, or None if it is not known.
         monitor: options of the StabilityCallback, empty if there is no trace of one.
         log: the file with the probes, for what is not kept of them.
         notes: what is missing or damaged, in sentences.
@@ -89,7 +82,9 @@ class RunRecords:
     events: tuple[Event, ...] = ()
     num_steps: int = 0
     max_steps: int | None = None
+    has_ended: bool = True
     seconds: float | None = None
+    guessing: float | None = None
     monitor: dict[str, Any] = field(default_factory=dict)
     log: Path = Path()
     notes: tuple[str, ...] = ()
@@ -105,6 +100,37 @@ class RunRecords:
         return list(seen)
 
     @cached_property
+    def short_names(self) -> dict[str, str]:
+        """Return for each layer what tells it from the others."""
+        return short_names(self.layers)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Return whether the run was interrupted, goes on, or is a checkpoint on the way."""
+        return not self.has_ended and self.max_steps is not None and self.num_steps < self.max_steps
+
+    @cached_property
+    def attempt(self) -> int:
+        """Return the number of the last attempt: how often training went back."""
+        went = [event.attempt + 1 for event in self.events if event.name == "rollback"]
+        return max([0, *went, *(probe.attempt for probe in self.probes)])
+
+    @cached_property
+    def alarms(self) -> list[Event]:
+        """Return the alarms on the way to the end: not those that a rollback has answered."""
+
+        def was_left(event: Event) -> bool:
+            return any(
+                back.to_step is not None
+                and back.attempt >= event.attempt
+                and back.to_step < event.step
+                for back in self.events
+                if back.name == "rollback"
+            )
+
+        return [event for event in self.events if event.name == "alarm" and not was_left(event)]
+
+    @cached_property
     def last_way(self) -> list[Probe]:
         """Return the probes on the way to the end: of each attempt those before it went back."""
         kept: list[Probe] = []
@@ -113,11 +139,12 @@ class RunRecords:
             own = [p for p in self.probes if p.attempt == attempt and p.step <= limit]
             kept = own + kept
             targets = [
-                step
+                event.to_step
                 for event in self.events
-                if event.name == "rollback" and event.attempt == attempt - 1
-                and (step := to_step(event.values.get("to_step"))) is not None
-            ]  # fmt: skip
+                if event.name == "rollback"
+                and event.attempt == attempt - 1
+                and event.to_step is not None
+            ]
             limit = min([limit, *targets, *(probe.step - 1 for probe in own)])
         return kept
 
@@ -169,7 +196,7 @@ class RunRecords:
         alarms = [
             event.step
             for event in self.events
-            if event.name == "alarm" and event.values.get("kind") == "nonfinite"
+            if event.name == "alarm" and event.kind == "nonfinite"
         ]
         found: list[range] = []
         before, count = 0, 0.0
@@ -185,17 +212,3 @@ class RunRecords:
         found += [range(p.step, p.step + 1) for p in self.last_way if p.loss is not None
                   and not math.isfinite(p.loss)]  # fmt: skip
         return {step for stretch in found for step in stretch}
-
-
-def short_names(layers: Sequence[str]) -> dict[str, str]:
-    """Return for each layer what tells it from the others: `vit.layers.3` -> `3`."""
-    parts = [layer.split(".") for layer in layers]
-    if len(parts) < 2:
-        return {layer: layer.rpartition(".")[2] for layer in layers}
-    shortest = min(map(len, parts))
-    start = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest - 1)
-    stop = next((i for i in range(shortest - start) if len({p[-1 - i] for p in parts}) > 1), 0)
-    return {
-        layer: ".".join(part[start : len(part) - stop])
-        for layer, part in zip(layers, parts, strict=True)
-    }

@@ -12,6 +12,10 @@ from hf_stable.report.verdict import Verdict, judge
 
 __all__ = ["TABLE_COLUMNS", "RunSummary", "summarise", "table_cells"]
 
+ACCURACIES = ("eval_accuracy", "eval_overall_accuracy", "test_accuracy", "predict_accuracy")
+"""Names under which an accuracy is logged, the first that is there counts: run_ner.py has its own.
+"""
+
 TABLE_COLUMNS = (
     "run",
     "verdict",
@@ -39,7 +43,7 @@ class RunSummary:
         max_steps: planned, or None.
         last_loss: the last training loss; NaN if it was not finite, None if there is none.
         best_loss: the lowest finite one.
-        accuracy: the last evaluation's, or None.
+        accuracy: the last evaluation's, or that of a test or prediction; None if none was logged.
         smallest_entropy: in nats, of any head at any probe.
         largest_sigma_qk: sigma_1(Wq^T Wk), of any head at any probe.
         alarms: how many.
@@ -65,12 +69,6 @@ class RunSummary:
 def summarise(run: RunRecords) -> RunSummary:
     """Return a run's row."""
     losses = [value for _, value in run.losses]
-    accuracies = [
-        value
-        for key in ("eval_accuracy", "test_accuracy")
-        for _, value in run.logged(key)
-        if math.isfinite(value)
-    ]
     times = [value for _, value in run.logged("train_runtime")]
     events = [event.name for event in run.events]
     return RunSummary(
@@ -80,7 +78,7 @@ def summarise(run: RunRecords) -> RunSummary:
         max_steps=run.max_steps,
         last_loss=losses[-1] if losses else None,
         best_loss=min(filter(math.isfinite, losses), default=None),
-        accuracy=accuracies[-1] if accuracies else None,
+        accuracy=_accuracy(run),
         smallest_entropy=min(_worst(run, "entropy"), default=None),
         largest_sigma_qk=max(_worst(run, "sigma_qk"), default=None),
         alarms=events.count("alarm"),
@@ -107,6 +105,14 @@ def table_cells(summary: RunSummary) -> tuple[str, ...]:
         str(summary.rollbacks),
         "-" if summary.seconds is None else _duration(summary.seconds),
     )
+
+
+def _accuracy(run: RunRecords) -> float | None:
+    for key in ACCURACIES:
+        found = [value for _, value in run.logged(key) if math.isfinite(value)]
+        if found:
+            return found[-1]
+    return None
 
 
 def _worst(run: RunRecords, quantity: str) -> Sequence[float]:

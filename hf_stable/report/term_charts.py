@@ -8,7 +8,7 @@ from dataclasses import replace
 from hf_stable.monitor.terms import Term, find_term, names_of
 from hf_stable.report.charts import ALL_RUNS, Chart, Curve, Section, make_chart, not_recorded
 from hf_stable.report.curves import compare_runs, layer_curves, segments
-from hf_stable.report.run_records import RunRecords, short_names
+from hf_stable.report.run_records import RunRecords
 from hf_stable.report.values import worst_head
 
 __all__ = ["rates_section", "terms_section"]
@@ -68,7 +68,7 @@ def rates_section(runs: Sequence[RunRecords]) -> Section:
 
 def _rate_charts(run: RunRecords, number: int) -> list[Chart]:
     panels: dict[str, list[Curve]] = {}
-    names = short_names(run.layers)
+    names = run.short_names
     positions = {layer: position for position, layer in enumerate(run.layers)}
     for name in dict.fromkeys(name for probe in run.probes for name in probe.rates):
         if name.endswith(".weight"):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 
 from hf_stable.monitor.terms import find_term
 
-__all__ = ["curve_points", "to_number", "to_step", "worst_head"]
+__all__ = ["curve_points", "to_number", "to_step", "to_text", "worst_head"]
 
 MOST_SIZES = 32
 """Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
+
+MOST_CHARACTERS = 1000
+"""Characters of a text; a longer one is cut, since it says nothing more and may be of any size."""
+
+NOT_SHOWN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Kinds of characters that move a cursor, turn text around, or are none."""
 
 
 def worst_head(quantity: str, value: Any) -> tuple[float, int | None]:
@@ -52,3 +59,20 @@ def to_step(value: Any) -> int | None:
     number = math.nan if isinstance(value, str) else to_number(value)
     # Beyond 2**53 a float is no longer exact: no run is as long.
     return int(number) if 0 <= number <= 2**53 else None
+
+
+def to_text(value: Any) -> str:
+    """Return a text that any file, page and terminal can take; "" for what is none.
+
+    What moves a terminal's cursor, turns text around or stands for half a character is replaced by
+    U+FFFD, the sign for what cannot be shown.
+    """
+    if not isinstance(value, str):
+        return ""
+    if value.isascii() and value.isprintable() and len(value) <= MOST_CHARACTERS:
+        return value
+    cut = value if len(value) <= MOST_CHARACTERS else f"{value[:MOST_CHARACTERS]}\u2026"
+    return "".join(
+        " " if c in "\t\n\r" else "\ufffd" if unicodedata.category(c) in NOT_SHOWN else c
+        for c in cut
+    )

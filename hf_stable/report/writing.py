@@ -20,6 +20,7 @@ from hf_stable.report.reading import read_runs
 from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.sections import build_sections
+from hf_stable.report.states import checkpoint_step
 from hf_stable.report.summary import RunSummary, summarise
 
 __all__ = ["FORMATS", "WrittenReport", "write_report"]
@@ -30,7 +31,7 @@ FORMATS = {
     "json": "report.json",
     "csv": "report.csv",
 }
-"""Formats, and what is written if no name is given."""
+"""Formats, and what is written if no name is given; beside the run."""
 
 REQUIRED = {"html": require_page_packages, "png": require_matplotlib}
 """What raises ModuleNotFoundError, before anything is read, if a format cannot be written."""
@@ -63,7 +64,8 @@ def write_report(
 
     Args:
         paths: output folders of the Trainer, or checkpoints in them; they are compared.
-        output: file to write, or folder for "png"; by default as `FORMATS` says, here.
+        output: file to write, or folder for "png"; by default as `FORMATS` says, beside the run:
+            in its folder, or in the one that holds all of several runs.
         format: "html", one page that opens offline; "png", the main figures; "json" or "csv", the
             values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
             verdicts and notes too.
@@ -84,8 +86,8 @@ def write_report(
         )
     if format in REQUIRED:
         REQUIRED[format]()
-    target = Path(FORMATS[format] if output is None else output)
     runs = read_runs(paths, on_run=on_run)
+    target = _beside(paths, FORMATS[format]) if output is None else Path(output)
     summaries = tuple(map(summarise, runs))
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))
@@ -95,6 +97,20 @@ def write_report(
             _write_file(file, format, runs, summaries, preface)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
     return WrittenReport(files, summaries, notes)
+
+
+def _beside(paths: Sequence[str | os.PathLike[str]], name: str) -> Path:
+    """Return where a report goes that nobody named: beside its runs, and never in a checkpoint."""
+    folders = [
+        folder.parent if checkpoint_step(folder.name) is not None else folder
+        for folder in (Path(path).resolve() for path in paths)
+    ]
+    place = Path(os.path.commonpath(folders))
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} cannot be written to: say where to with --output")
+    given = Path(paths[0])
+    # Said as the user said it, where it is the folder that was given.
+    return (given if given.resolve() == place else place) / name
 
 
 def _write_file(

@@ -18,6 +18,7 @@ from hf_stable.checkpoints.completeness import mark_incomplete
 from hf_stable.checkpoints.model_cards import amend_card
 from hf_stable.checkpoints.saving import save
 from hf_stable.checkpoints.sidecar import remove_state
+from hf_stable.methods.config import folded_methods
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.patching import patch_configs
 from hf_stable.monitor.rollbacks import checkpoint
@@ -87,12 +88,13 @@ def _push_from_checkpoint(original: Any, trainer: Any, checkpoint_folder: str) -
 
 @wrapping(
     "transformers.trainer:Trainer.create_model_card",
-    reason="the card of a patched model says what was patched and how to load it",
+    reason="the card of a patched or folded model says what was patched and how to load it",
 )
 def _create_model_card(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     original(trainer, *args, **kwargs)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_world_process_zero() and (patch_configs(model) or is_standalone(model)):
+    ours = patch_configs(model) or folded_methods(model) or is_standalone(model)
+    if trainer.is_world_process_zero() and ours:
         path = os.path.join(trainer.args.output_dir, "README.md")
         name = trainer.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
         picture = draw_curves(trainer.state.log_history, trainer.args.output_dir)

@@ -10,7 +10,12 @@ from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.training_record import keeping_record
-from hf_stable.trainer.watching import log_with_pending, observing_step, train_with_rollbacks
+from hf_stable.trainer.watching import (
+    log_with_pending,
+    observing_step,
+    printing,
+    train_with_rollbacks,
+)
 
 __all__: list[str] = []
 
@@ -30,6 +35,13 @@ wrapping(
     "transformers.trainer:Trainer.log", "logs",
     reason="values that a callback holds ready (take_pending_logs) join the record of the step",
 )(log_with_pending)  # fmt: skip
+
+
+for _printer in ("PrinterCallback", "ProgressCallback"):
+    wrapping(
+        f"transformers.trainer_callback:{_printer}.on_log", "logs",
+        reason="prints one short part in place of a monitor's thirty keys (shorten_record)",
+    )(printing)  # fmt: skip
 
 
 @wrapping(

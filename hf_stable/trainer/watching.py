@@ -1,23 +1,30 @@
 """How a Trainer serves callbacks that watch it: losses, values for its records, going back.
 
 A callback takes part by having one of the methods `observe_loss(loss, loss_again)`,
-`take_pending_logs() -> dict`, `take_rollback() -> checkpoint folder or None` and `abandon_step()`.
-The Trainer's methods that call these functions are wrapped in `trainer_plugin`.
+`take_pending_logs() -> dict`, `shorten_record(record) -> what is printed of it`,
+`expect_checkpoints_in(folder)`, `take_rollback() -> checkpoint folder or None` and
+`abandon_step()`. The Trainer's methods that call these functions are wrapped in `training`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 from transformers import TrainerCallback
 
-__all__ = ["log_with_pending", "observing_step", "train_with_rollbacks"]
+__all__ = ["log_with_pending", "observing_step", "printing", "train_with_rollbacks"]
 
 _TRACKERS = "transformers.integrations"
+
+_shortening: ContextVar[Sequence[Callable[[Any], dict[str, Any]]]] = ContextVar(
+    "hf_stable_shortening", default=()
+)
+"""What shortens the record that is being logged, for those who print it."""
 
 
 def observing_step(
@@ -55,17 +62,41 @@ def log_with_pending(
         pending |= callback.take_pending_logs()
     # The caller keeps using its dict, as metrics: it gets what the Trainer adds, not ours.
     record = {**logs, **pending}
+    token = _shortening.set([c.shorten_record for c in watching if hasattr(c, "shorten_record")])
     try:
         original(trainer, record, *args, **kwargs)
     except Exception as error:
         _go_on_without_trackers(trainer, record, error)
+    finally:
+        _shortening.reset(token)
     logs.update({key: value for key, value in record.items() if key not in pending})
+
+
+def printing(
+    original: Callable[..., None],
+    printer: TrainerCallback,
+    args: Any,
+    state: Any,
+    control: Any,
+    logs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Run `on_log` of a callback that prints records, with what is to be printed of this one."""
+    shown = logs
+    for shorten in _shortening.get() if logs is not None else []:
+        shown = shorten(shown)
+    before = set(shown or ())
+    original(printer, args, state, control, logs=shown, **kwargs)
+    if logs is not None and shown is not logs:
+        for key in before - set(shown or ()):  # the printer takes a key out for those after it
+            logs.pop(key, None)
 
 
 def train_with_rollbacks(
     original: Callable[..., Any],
     trainer: Any,
     resume_from_checkpoint: str | bool | None = None,
+    trial: Any = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -73,10 +104,14 @@ def train_with_rollbacks(
 
     Whatever ends it, Ctrl-C included, callbacks undo what they have done to the model for a step.
     """
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "expect_checkpoints_in"):
+            # Each trial of a search for hyperparameters has a folder of its own.
+            callback.expect_checkpoints_in(trainer._get_output_dir(trial))
     try:
-        result = original(trainer, resume_from_checkpoint, *args, **kwargs)
+        result = original(trainer, resume_from_checkpoint, trial, *args, **kwargs)
         while (folder := _rollback(trainer)) is not None:
-            result = original(trainer, folder, *args, **kwargs)
+            result = original(trainer, folder, trial, *args, **kwargs)
     except BaseException:
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "abandon_step"):

@@ -181,17 +181,30 @@ def test_a_checkpoint_that_is_pushed_to_be_continued_can_be(hub, tmp_path):
     assert hf_stable.is_patched(loaded)
 
 
-def test_create_model_card_amends_the_card_of_a_patched_model_only(tmp_path):
-    for kind, model in {"plain": tiny_model("vit"), "patched": tiny_model("vit")}.items():
-        if kind == "patched":
-            hf_stable.patch(model, "sigma_reparam")
+def test_create_model_card_amends_the_card_of_a_patched_or_folded_model_only(tmp_path):
+    for kind in ("plain", "patched", "folded"):
+        model = tiny_model("vit")
+        if kind != "plain":
+            hf_stable.patch(model, "sigma_reparam", init="one")
         trainer = make_trainer(model, tmp_path / kind, max_steps=1, save_strategy="no")
         trainer.train()
+        if kind == "folded":
+            hf_stable.fold(model)
+            assert not hf_stable.is_patched(model)
         trainer.create_model_card(model_name="digits", tags=["mine"])
         card = ModelCard.load(tmp_path / kind / "README.md")
-        assert ("hf_stable" in card.data.tags) == (kind == "patched")
-        assert (START in card.text) == (kind == "patched")
+        assert ({"hf_stable", "sigma_reparam"} <= set(card.data.tags)) == (kind != "plain")
+        assert (START in card.text) == (kind != "plain")
         assert "mine" in card.data.tags and "# digits" in card.text
+        if kind != "plain":
+            config = "`SigmaReparamConfig(init='one'"
+            assert f"{'Patched' if kind == 'patched' else 'Trained'} with {config}" in card.text
+            assert "### How to load it" in card.text and "ViTForImageClassification" in card.text
+    # What is exported from the folded model says it too, and it is a plain model for pickle.
+    hf_stable.export(model, tmp_path / "out")
+    assert "Trained with `SigmaReparamConfig(" in (tmp_path / "out" / "README.md").read_text()
+    assert b"SigmaReparamConfig" in (dumped := pickle.dumps(model))
+    assert b"hf_stable.methods" not in dumped
 
 
 @pytest.mark.slow

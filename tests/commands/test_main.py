@@ -16,6 +16,7 @@ import transformers
 from report_runs import calm, collapsing, write_run
 from safetensors.torch import save_file
 from tiny_models import sgd_steps, tiny_model
+from transformers import trainer_optimizer
 from typer.main import get_command
 
 import hf_stable
@@ -37,6 +38,7 @@ COMMANDS = (
     "bench monitor",
     "bench scale",
     "run",
+    "preflight",
 )
 
 
@@ -331,7 +333,7 @@ def test_doctor_sees_what_is_in_place_and_what_is_not(monkeypatch):
     assert rows()[saving] and rows()[handlers] and rows()[hook]
     original = transformers.PreTrainedModel.save_pretrained.__wrapped__
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", original)
-    monkeypatch.delitem(transformers.trainer_optimizer._OPTIMIZER_HANDLERS, "adamw2")
+    monkeypatch.delitem(trainer_optimizer._OPTIMIZER_HANDLERS, "adamw2")
     assert not rows()[saving] and not rows()[handlers] and rows()[hook]
 
 

@@ -28,7 +28,10 @@ FOLDERS = (
 """From the ground up: a folder imports from itself and from those before it."""
 
 GROUND = ("_file_names", "_json", "_ranks", "_whole_files", "_wording", "modeling_hf_stable")
-FACES = ("", "entropy", "public_modules", "run", "spectral", "stability_log", "trainer_plugin")
+FACES = (
+    "", "_library", "_registering", "entropy", "public_modules", "run", "spectral",
+    "stability_log", "trainer_plugin",
+)  # fmt: skip
 """Modules of the package's top level; "" is the package itself."""
 
 PRIVATE_FOLDER = "trainer"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from hf_stable.measures.loss_curves import lost_step, noise
-from hf_stable.monitor.alarms import ADVICE, Alarm, AlarmRules, Thresholds
+from hf_stable.monitor.advice import advise
+from hf_stable.monitor.alarms import Alarm, AlarmRules, Thresholds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -220,9 +221,38 @@ def test_an_alarm_names_place_value_threshold_and_what_to_try():
     alarm = Alarm("collapse", 7, "sec", 0.995, 0.99, "because", "h.0", 3)
     for part in ("collapse", "step 7", "h.0, head 3", "sec", "0.995", "0.99", "because"):
         assert part in str(alarm)
-    assert all(Alarm(kind, 1, "x", 1.0, 1.0, "r").advice == text for kind, text in ADVICE.items())
     content = Alarm("nonfinite", 1, "loss", math.nan, math.inf, "r").to_dict()
     assert json.loads(json.dumps(content, allow_nan=False))["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("in_place", "advised"),
+    [
+        ((), ("optim='adamw2'", "hf_stable.patch")),
+        (("sigma_reparam",), ("optim='adamw2'",)),
+        (("adamw2",), ("AdamW2's tau", "hf_stable.patch")),
+        (("adamw2", "sigma_reparam"), ("AdamW2's tau",)),
+    ],
+)
+def test_what_a_run_has_already_is_not_advised(in_place, advised):
+    advice = Alarm("collapse", 1, "sec", 1.0, 1.0, "r", in_place=in_place).advice
+    every = ("optim='adamw2'", "AdamW2's tau", "hf_stable.patch")
+    assert [part for part in every if part in advice] == list(advised)
+    assert "lower the learning rate" in advice
+    for kind in ("spike", "nonfinite"):
+        assert advise(kind, in_place) == advise(kind)
+    with pytest.raises(ValueError, match="remedies are sigma_reparam, adamw2"):
+        advise("collapse", ["warmup"])
+    with pytest.raises(ValueError, match="collapse, spike and nonfinite, got 'stall'"):
+        advise("stall")
+
+
+def test_a_probe_that_measured_less_than_the_last_raises_nothing():
+    rules = AlarmRules()
+    rules.observe_probe(1, {"entropy_normalised": {"h": [0.9, 0.9]}, "rank": {"h": [0.9, 0.9]}})
+    for step, values in enumerate(({"h": [None]}, {"h": [0.2, 0.2, 0.2]}, {"g": [0.1]}, {}), 2):
+        rules.observe_loss(step, 1.0)
+        assert rules.observe_probe(step, {"entropy_normalised": values, "rank": {"h": []}}) == []
 
 
 def test_the_rates_are_those_of_enough_runs_of_all_architectures():

@@ -19,7 +19,16 @@ from hf_stable import StabilityCallback
 from hf_stable.monitor.alarms import Thresholds
 from hf_stable.monitor.log_file import FILE_NAME, read_log
 
-pytestmark = pytest.mark.filterwarnings("ignore:StabilityCallback")  # looked for where it matters
+
+@pytest.fixture
+def said(capsys):
+    """What the monitor has said since it was last asked, line by line."""
+    return lambda: [line for line in capsys.readouterr().err.splitlines() if "hf-stable:" in line]
+
+
+def test_nothing_is_said_of_a_run_in_which_nothing_happens(said, tmp_path):
+    trained(tiny_model("vit"), tmp_path)
+    assert said() == []
 
 
 def events(folder, event):
@@ -325,16 +334,15 @@ def _failing_on_log(self, args, state, control, logs=None, **kwargs):
 # Resuming
 
 
-def test_a_resumed_run_writes_and_alarms_like_one_that_never_stopped(tmp_path):
+def test_a_resumed_run_writes_and_alarms_like_one_that_never_stopped(said, tmp_path):
     # Whatever the loss does is a spike here once there is a window to tell it from.
     touchy = Thresholds(spike=-1.0, spike_score=-1e9, rise=0.0, rise_score=0.0)
     options = dict(monitor_thresholds=touchy, every=2, save_steps=10, max_steps=30,
                    learning_rate=0.5)  # fmt: skip
     model = dropout_model("gpt2")
-    with pytest.warns(UserWarning, match="spike at step"):
-        _, whole = trained(model, tmp_path / "whole", **options)
-    with pytest.warns(UserWarning):
-        trained(dropout_model("gpt2"), tmp_path / "parts", callbacks=[Interrupt(23)], **options)
+    _, whole = trained(model, tmp_path / "whole", **options)
+    assert any("spike at step" in line for line in said())
+    trained(dropout_model("gpt2"), tmp_path / "parts", callbacks=[Interrupt(23)], **options)
     before = len(read_log(tmp_path / "parts"))
     resumed, monitor = monitored(dropout_model("gpt2"), tmp_path / "parts", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-20"))
@@ -361,11 +369,13 @@ def test_a_new_run_keeps_what_the_last_one_wrote(tmp_path):
 # Alarms and what is done about them
 
 
-def test_steps_that_are_not_finite_are_counted_though_the_trainer_hides_them(tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_are_counted_though_the_trainer_hides_them(
+    said, tmp_path, monkeypatch
+):
     trainer = diverging(tiny_model("vit"), tmp_path, StabilityCallback(every=1), monkeypatch)
-    with pytest.warns(UserWarning, match="nonfinite at step 5") as seen:
-        trainer.train()
-    assert sum("nonfinite" in str(w.message) for w in seen) == 1  # once per event
+    trainer.train()
+    (line,) = said()  # once per event, as a line and no more
+    assert line.startswith("hf-stable: nonfinite at step 5: the loss is not finite (loss nan")
     logged = [r["loss"] for r in trainer.state.log_history if "loss" in r]
     assert all(map(math.isfinite, logged))  # logging_nan_inf_filter
     counts = [line["nonfinite_steps"] for line in events(tmp_path, "probe")]
@@ -374,23 +384,22 @@ def test_steps_that_are_not_finite_are_counted_though_the_trainer_hides_them(tmp
     assert alarm["kind"] == "nonfinite" and "resume" in alarm["advice"]
 
 
-def test_stop_ends_training_before_the_weights_are_spoilt(tmp_path, monkeypatch):
+def test_stop_ends_training_before_the_weights_are_spoilt(said, tmp_path, monkeypatch):
     monitor = StabilityCallback(every=50, on_collapse="stop")
     trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch)
-    with pytest.warns(UserWarning, match="nonfinite at step 5"):
-        trainer.train()
+    trainer.train()
+    assert "nonfinite at step 5" in said()[0]
     assert trainer.state.global_step == 5
     (stop,) = events(tmp_path, "stop")
     assert stop["step"] == 5 and stop["reason"] == "on_collapse='stop', nonfinite"
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     warned = diverging(tiny_model("vit"), tmp_path / "w", StabilityCallback(every=50), monkeypatch)
-    with pytest.warns(UserWarning):
-        warned.train()
+    warned.train()
     assert not all(p.isfinite().all() for p in warned.model.parameters())
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
-def test_one_infinite_gradient_is_seen_in_its_step(max_grad_norm, tmp_path):
+def test_one_infinite_gradient_is_seen_in_its_step(max_grad_norm, said, tmp_path):
     def trained_with_overflow(on_collapse):
         model = tiny_model("vit")
         trainer, _ = monitored(
@@ -405,8 +414,8 @@ def test_one_infinite_gradient_is_seen_in_its_step(max_grad_norm, tmp_path):
             return gradient
 
         model.vit.layers[0].mlp.fc1.weight.register_hook(overflow)
-        with pytest.warns(UserWarning, match="nonfinite at step 5"):
-            trainer.train()
+        trainer.train()
+        assert "nonfinite at step 5: the gradient is not finite" in said()[0]
         return trainer
 
     stopped = trained_with_overflow("stop")
@@ -458,8 +467,7 @@ def compiles():
 def test_checkpoint_saves_at_once(tmp_path, monkeypatch):
     monitor = StabilityCallback(on_collapse="checkpoint")
     trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch, save_steps=100)
-    with pytest.warns(UserWarning):
-        trainer.train()
+    trainer.train()
     assert (tmp_path / "checkpoint-5" / "trainer_state.json").exists()
 
 
@@ -473,20 +481,19 @@ def test_a_function_is_called_with_alarm_and_control(tmp_path, monkeypatch):
     trainer = diverging(
         tiny_model("vit"), tmp_path, StabilityCallback(on_collapse=act), monkeypatch
     )
-    with pytest.warns(UserWarning):
-        trainer.train()
+    trainer.train()
     assert [(a.kind, a.step) for a in calls] == [("nonfinite", 5)]
     assert trainer.state.global_step == 5
 
 
-def test_rollback_resumes_twice_with_lower_rates_and_the_same_data(tmp_path, monkeypatch):
+def test_rollback_resumes_twice_with_lower_rates_and_the_same_data(said, tmp_path, monkeypatch):
     monkeypatch.setattr(Diverges, "bearable_rate", 0.3e-2)
     monitor = StabilityCallback(every=1, on_collapse="rollback")
     trainer = diverging(
         dropout_model("vit"), tmp_path, monitor, monkeypatch, save_steps=2, learning_rate=1e-2
     )
-    with pytest.warns(UserWarning, match="rollback 2 of at most 3: resuming from step 4 with 0.25"):
-        trainer.train()
+    trainer.train()
+    assert any("rollback 2 of at most 3: resuming from step 4 with 0.25" in x for x in said())
     assert trainer.state.global_step == 8
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     # Step 5 is taken three times, on the same data; 1e-2, then half, then a quarter of it.
@@ -516,31 +523,43 @@ def test_rollback_resumes_twice_with_lower_rates_and_the_same_data(tmp_path, mon
                 group["lr"] *= 0.25
 
     again.add_callback(Quarter())
+    drop_due(tmp_path / "checkpoint-4")  # by hand here, what it asks for
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same_state(again.model, trainer.model)
 
 
-def test_rollbacks_end(tmp_path, monkeypatch):
+def drop_due(checkpoint):
+    """Take from a checkpoint what a rollback to it asks for."""
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    progress = state["stateful_callbacks"]["StabilityCallback"]["attributes"]["progress"]
+    assert progress["rollbacks"].pop("due") == [2, 0.25]
+    path.write_text(json.dumps(state))
+
+
+def test_rollbacks_end(said, tmp_path, monkeypatch):
     monitor = StabilityCallback(every=1, on_collapse="rollback", max_rollbacks=1)
     trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch, save_steps=2)
-    with pytest.warns(UserWarning, match="training stops at step 5: 1 rollbacks did not help"):
-        trainer.train()
+    trainer.train()
+    assert said()[-1].endswith("training stops at step 5: 1 rollback did not help")
     assert trainer.state.global_step == 5
     (end,) = events(tmp_path, "stop")
     assert end["step"] == 5 and "did not help" in end["reason"]
 
 
-def test_a_checkpoint_written_while_something_was_wrong_is_not_gone_back_to(tmp_path, monkeypatch):
+def test_a_checkpoint_written_while_something_was_wrong_is_not_gone_back_to(
+    said, tmp_path, monkeypatch
+):
     monkeypatch.setattr(Diverges, "first_bad_step", 1)
     monitor = StabilityCallback(every=1, on_collapse="rollback")
     trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch, save_steps=1)
-    with pytest.warns(UserWarning, match="there is no healthy checkpoint on disk"):
-        trainer.train()
+    trainer.train()
+    assert "there is no healthy checkpoint on disk" in said()[-1]
     assert trainer.state.global_step == 1
 
 
 def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from(
-    tmp_path, monkeypatch
+    said, tmp_path, monkeypatch
 ):
     class Cleaner(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
@@ -550,8 +569,8 @@ def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from
     monitor = StabilityCallback(every=1, on_collapse="rollback")
     trainer = diverging(tiny_model("vit"), tmp_path, monitor, monkeypatch, save_steps=2)
     trainer.add_callback(Cleaner())
-    with pytest.warns(UserWarning, match="checkpoint-4 was deleted before training could resume"):
-        trainer.train()
+    trainer.train()
+    assert "checkpoint-4 was deleted before training could resume" in said()[-1]
     assert trainer.state.global_step == 5
     assert [e["step"] for e in events(tmp_path, "rollback")] == [5]
     (end,) = events(tmp_path, "stop")
@@ -584,6 +603,7 @@ def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from
         (dict(max_rollbacks=-1), "max_rollbacks is a number of rollbacks, 0 or more, got -1"),
         (dict(thresholds={"spikes": 1}), "names among entropy_share, .*got {'spikes': 1}"),
         (dict(thresholds=0.5), "thresholds is a .*got 0.5"),
+        (dict(console="loud"), "console is one of short, full, off, got 'loud'"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, message):

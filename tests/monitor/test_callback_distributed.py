@@ -13,7 +13,7 @@ import pytest
 from hf_stable.monitor.log_file import read_log
 
 RANK = """
-import json, math, os, sys, warnings
+import contextlib, io, json, math, os, sys
 sys.path.insert(0, sys.argv[1])
 folder, rank = sys.argv[2], int(os.environ["RANK"])
 import torch
@@ -39,13 +39,12 @@ trainer = tiny_training.make_trainer(
     os.path.join(folder, "out"), callbacks=[monitor], max_steps=8, save_steps=2,
     per_device_train_batch_size=4, lr_scheduler_type="constant", logging_steps=100,
 )
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
+with contextlib.redirect_stderr(io.StringIO()) as said:
     trainer.train()
 state = trainer.model.state_dict()
 result = {
     "seen": trainer.seen,
-    "said": [str(w.message) for w in caught if "StabilityCallback" in str(w.message)],
+    "said": [line for line in said.getvalue().splitlines() if "hf-stable:" in line],
     "rollbacks": monitor.rollbacks.count, "step": trainer.state.global_step,
     "rate": trainer.optimizer.param_groups[0]["lr"],
     "weights": [value.double().sum().item() for value in state.values()],

@@ -91,6 +91,16 @@ def test_every_number_of_the_guide_was_measured_by_the_claim_behind_it():
     assert unmeasured(said) == []
 
 
+def test_every_number_of_readmes_table_was_measured_by_the_claim_behind_it():
+    readme = (RECIPES.parent / "README.md").read_text()
+    table = readme.partition("## What to try\n\n")[2].partition("\n\n")[0]
+    rates = re.compile(r"\bat 0\.\d+|[Aa] rate of 0\.\d+")
+    text = rates.sub("", table)
+    found = list(numbers_by_source(text))
+    assert len(found) >= 15 and all(source for _, source in found)
+    assert unmeasured(text) == []
+
+
 def test_a_number_is_looked_up_in_the_claim_that_stands_next_behind_it():
     text = (
         "ViT 1.94 to 0.2 (warmup: 0.3) (1). 2.1 (6), 0.9 (`lora.py`)\n"

@@ -35,13 +35,17 @@ def calm(step: int, num_layers: int = 2, num_heads: int = 2, **head):
     return quantities | {"mode": modes}
 
 
-def write_run(folder, losses, probes=None, events=(), *, every=1, **options):
+def write_run(
+    folder, losses, probes=None, events=(), *, every=1, interrupted_at=None, **options
+):  # fmt: skip
     """Write trainer_state.json and stability.jsonl.
 
     Args:
         losses: by step from 1 on; NaN is written as the Trainer writes it.
         probes: quantities by step.
         events: (event, step, values).
+        every: steps between two records of the Trainer.
+        interrupted_at: number of the steps that were planned, if the run did not come to them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     history = [
@@ -50,10 +54,12 @@ def write_run(folder, losses, probes=None, events=(), *, every=1, **options):
         if s % every == 0
     ]
     history.append({"step": len(losses), "eval_loss": 1.0, "eval_accuracy": 0.5})
-    history.append({"step": len(losses), "train_runtime": 83.0})
+    if interrupted_at is None:
+        history.append({"step": len(losses), "train_runtime": 83.0})
     monitor = {"StabilityCallback": {"args": options, "attributes": {}}}
+    planned = interrupted_at or len(losses)
     state = {
-        "global_step": len(losses), "max_steps": len(losses), "log_history": history,
+        "global_step": len(losses), "max_steps": planned, "log_history": history,
         "stateful_callbacks": monitor,
     }  # fmt: skip
     (folder / "trainer_state.json").write_text(json.dumps(state))

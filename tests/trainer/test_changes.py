@@ -36,6 +36,8 @@ TARGETS = {
     "transformers.trainer:Trainer.train",
     "transformers.trainer:Trainer.training_step",
     "transformers.trainer:get_last_checkpoint",
+    "transformers.trainer_callback:PrinterCallback.on_log",
+    "transformers.trainer_callback:ProgressCallback.on_log",
     "transformers.trainer:_parse_optim_args",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
     "peft.peft_model:PeftModel.__init__",
@@ -50,6 +52,7 @@ ADDED_TO = {
 }
 
 LAUNCHER_TARGETS = {
+    "torch.optim.optimizer:register_optimizer_step_pre_hook",
     "transformers.trainer:Trainer.__init__",
     "transformers.trainer:Trainer.train",
 }

@@ -1,7 +1,7 @@
 """What a training step costs on many processes: flops, bytes of memory, collectives. Counts only.
 
-All follows from the shapes of a model's weights (`shapes`). Seconds need the rates of a machine,
-which is `machines`' matter.
+All counts follow from the shapes of a model's weights (`shapes`). Seconds need the rates of a
+machine, which `machines` has.
 """
 
 from __future__ import annotations

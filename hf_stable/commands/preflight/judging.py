@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, read_ending
 from hf_stable.measures.loss_curves import smooth
-from hf_stable.monitor.alarms import Thresholds
-from hf_stable.report.findings import find_collapse, find_trouble, hardly_moved
+from hf_stable.monitor.thresholds import Thresholds
+from hf_stable.report.collapses import find_collapse
 from hf_stable.report.reading import read_run
 from hf_stable.report.run_records import RunRecords
+from hf_stable.report.troubles import fault_of, find_trouble
 
 __all__ = ["Kind", "Outcome", "judge_leg", "judge_records"]
 
@@ -98,8 +99,10 @@ def judge_leg(leg: Leg, folder: Path, settings: Settings) -> Outcome:
     alarm = next((e for e in run.events if e.name == "alarm"), None)
     found = None
     if alarm is not None:
-        names = ("kind", "layer", "head", "reason")
-        found = {"step": alarm.step} | {name: alarm.values.get(name) for name in names}
+        found = {
+            "step": alarm.step, "kind": alarm.kind, "layer": alarm.layer or None,
+            "head": alarm.head, "reason": alarm.reason,
+        }  # fmt: skip
     kind = judge_records(run)
     return Outcome(leg, kind, loss=_last_level(run), alarm=found, folder=folder, ending=ending)
 
@@ -111,9 +114,9 @@ def judge_records(run: RunRecords, thresholds: Thresholds | None = None) -> Kind
     if trouble is not None:
         words: dict[str, Kind] = {"nonfinite": "nan", "lost": "diverges", "stalled": "stalls"}
         return words[trouble.kind]
-    if hardly_moved([value for _, value in run.losses], limits):
+    if fault_of(run):
         return "stalls"
-    spiked = any(e.name == "alarm" and e.values.get("kind") == "spike" for e in run.events)
+    spiked = any(alarm.kind == "spike" for alarm in run.alarms)
     return "spikes" if spiked else "trains"
 
 

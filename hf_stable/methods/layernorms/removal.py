@@ -141,9 +141,9 @@ def needs_standalone_form(model: nn.Module) -> bool:
 def restore_layernorms(model: nn.Module) -> nn.Module:
     """Put every norm that was removed in this process back, the same object, in place.
 
-    An optimizer that was built meanwhile does not know their parameters. A model with all its
-    norms comes back unchanged; one that was loaded without some gets those back that were removed
-    since.
+    An optimizer that was built meanwhile does not hold their parameters. A model that has all its
+    norms comes back unchanged. A model that was loaded without some norms gets back only those
+    that were removed since.
 
     Returns:
         The same model.

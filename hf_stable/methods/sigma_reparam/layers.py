@@ -49,6 +49,7 @@ class SigmaLayer(nn.Module):
         layer_name: qualified name in the model, for messages.
         serial_number: which of the process's sigma layers it is, oldest first.
         settled_for: identity and version of the weight that the triple was last known to fit.
+        seen_entries: some entries of that weight; None since a step has moved it.
     """
 
     weight: Tensor
@@ -61,6 +62,7 @@ class SigmaLayer(nn.Module):
     layer_name: str
     serial_number: int
     settled_for: tuple[int, int]
+    seen_entries: Tensor | None
 
     SIGMA_TENSORS = SIGMA_TENSORS
 
@@ -71,7 +73,7 @@ class SigmaLayer(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
-        settle_if_moved(self)
+        settle_if_moved(self, look=True)
         return effective_weight(
             self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.block_dim
         )
@@ -81,13 +83,14 @@ class SigmaLayer(nn.Module):
         weight, gamma = self.weight, self.gamma
         if not scales_in_product(x, weight, gamma):
             return None
-        settle_if_moved(self)
+        settle_if_moved(self, look=True)
         sigma, u, v = self.sigma, self.sigma_u, self.sigma_v
         return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.block_dim)
 
     def output_scale(self) -> Tensor:
         """Return gamma / sigma over the output features: (1,) or (out_features,)."""
-        settle_if_moved(self)
+        # To look would wait for another device than the CPU, and few tokens leave no time for it.
+        settle_if_moved(self, look=self.weight.is_cpu)
         return spread_over_blocks(self.gamma / self.sigma, self.weight, self.block_dim).flatten()
 
     def scales_activations(self, num_tokens: int, in_features: int) -> bool:
@@ -128,7 +131,7 @@ class SigmaLayer(nn.Module):
         settle_loaded(self, {name for name in names if prefix + name in state_dict})
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        settle_if_moved(self)
+        settle_if_moved(self, look=True)
         super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaLayer:

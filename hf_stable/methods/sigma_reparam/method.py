@@ -33,10 +33,10 @@ class SigmaReparamConfig(MethodConfig):
     """sigmaReparam (Zhai et al. 2023): `W_hat = gamma / sigma(W) * W` in every linear layer.
 
     Attributes:
-        init: `"spectral"` starts gamma at sigma(W), so that patching changes no output (for
-            pretrained weights): bit for bit in float32 on a CPU, elsewhere up to one more rounding
-            per layer where few tokens are evaluated. `"one"` starts it at 1, as the paper's text
-            does.
+        init: `"spectral"` starts gamma at sigma(W), so that patching changes no output. This is
+            for pretrained weights. It holds bit for bit in float32 on a CPU; elsewhere there is one
+            more rounding per layer where few tokens are evaluated. `"one"` starts gamma at 1, as
+            the paper's text does.
         fused_qkv: `"split"` gives each part of a fused projection a sigma and a gamma of its own;
             `"joint"` one for the whole matrix, as the authors' vision code does.
         heads: `"include"` also reparametrises untied heads.
@@ -119,12 +119,12 @@ def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Make sigma of every sigma layer that of its weight as it is now, in place.
+    """Bring sigma of every sigma layer up to date with its weight, in place.
 
-    Optimizer steps, averaging in place, loading, copying and switching between `train` and `eval`
-    are followed without this. Call it after anything else has written to the weights: through
-    `.data`, or, in a model under `torch.compile`, at all. Where nothing has changed, nothing does.
-    Every rank of a sharded model has to call it.
+    Most changes are noticed without it: optimizer steps, averaging in place, loading, copying, and
+    switching between `train` and `eval`. Call it after weights were changed through `.data`, and
+    after any change by hand to a model under `torch.compile`. Where no weight has changed, sigma
+    stays as it is. Every rank of a sharded model has to call it.
 
     Returns:
         The same model.

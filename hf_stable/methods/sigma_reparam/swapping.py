@@ -23,7 +23,7 @@ from hf_stable.measures.matrices import RowShard, matrix_blocks
 from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, spread_over_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
 from hf_stable.methods.sigma_reparam.steps import follow, forget
-from hf_stable.methods.sigma_reparam.triples import check_present, mark_settled, settle_if_moved
+from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
-_OWN_ATTRIBUTES = ("block_dim", "layer_name", "serial_number", "settled_for")
+_OWN_ATTRIBUTES = ("block_dim", "layer_name", "serial_number", "settled_for", "seen_entries")
 # accelerate calls the second from the first; its removal leaves the first behind.
 _FORWARDS = ("forward", "_old_forward")
 
@@ -170,7 +170,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     Raises:
         UnsupportedModelError: if the weight is offloaded.
     """
-    settle_if_moved(layer)
+    settle(layer)
     weight = local_tensor(layer.weight)
     folded = _local_effective_weight(layer)
     raw = weight.clone()
@@ -186,7 +186,6 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:
     """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
-    check_present(layer)
     weight, gamma = layer.weight, whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
     scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)

@@ -1,4 +1,4 @@
-"""Whether the singular triple of a sigma layer belongs to its weight, and making it so.
+"""Keep the singular triple of a sigma layer in step with its weight, however that changes.
 
 Optimizer steps are followed by `steps`. This is about every other way to change a weight: an
 average of weights, a state dict of a plain model, an assignment.
@@ -6,6 +6,7 @@ average of weights, a state dict of a plain model, an assignment.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
+from hf_stable.measures.matrices import as_matrix, spectral_dtype
 from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, sigma_of
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "mark_moved",
     "mark_settled",
     "settle",
+    "settle_given",
     "settle_if_moved",
     "settle_loaded",
 ]
@@ -36,6 +39,10 @@ TOLERANCE = 1e-5
 
 MOVED = -1
 
+NUM_ENTRIES = 64
+"""Entries of a weight that are compared where nobody says that it has moved: some of every band of
+rows and of columns."""
+
 
 class LayerWithTriple(Protocol):
     """What a sigma layer has to have here and in `steps`; see `layers.SigmaLayer`."""
@@ -44,6 +51,8 @@ class LayerWithTriple(Protocol):
     block_dim: int
     serial_number: int
     settled_for: tuple[int, int]
+    seen_entries: Tensor | None
+    training: bool
 
     @property
     def num_blocks(self) -> int:
@@ -74,6 +83,7 @@ def mark_settled(layer: LayerWithTriple) -> None:
     """Note that the triple belongs to the weight as it is now."""
     weight = layer.weight
     layer.settled_for = (id(weight), _version(weight))
+    layer.seen_entries = None  # it has been written by a step: nobody needs to look now
 
 
 def mark_moved(layer: LayerWithTriple) -> None:
@@ -91,19 +101,44 @@ def check_present(layer: LayerWithTriple) -> None:
         )
 
 
-def settle_if_moved(layer: LayerWithTriple) -> None:
+def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
     """Settle a layer whose weight was changed in place by anything but an optimizer step.
 
-    Two integers are compared; only where they differ are values looked at. Nothing is done for a
-    weight that is not the layer's own (`functional_call`, what FSDP2 gathers for a forward), nor
-    in compiled code.
+    Two integers are compared. Writes through `.data` leave no trace in them: averages of weights
+    that are put in the place of others, teachers that follow a student. Where no step moves the
+    weight, some of its entries are compared too, if asked for. Nothing is done for a weight that is
+    not the layer's own (`functional_call`, what FSDP2 gathers for a forward), nor in compiled code.
+
+    Args:
+        layer: a sigma layer.
+        look: compare entries. Host synchronisation: yes, then.
     """
     if torch.compiler.is_compiling():
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity == id(weight) and version != _version(weight):
+    if identity != id(weight):
+        return
+    if version != _version(weight) or (look and _has_moved_unseen(layer)):
         settle(layer)
+
+
+def _has_moved_unseen(layer: LayerWithTriple) -> bool:
+    weight = layer.weight
+    if (layer.training and weight.requires_grad) or isinstance(weight, DTensor):
+        return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    seen, entries = layer.seen_entries, _some_entries(weight)
+    if seen is None or seen.device != entries.device or seen.dtype != entries.dtype:
+        return True  # not looked at since it was trained, or elsewhere: all of it is, once
+    return not torch.equal(seen, entries)
+
+
+def _some_entries(weight: Tensor) -> Tensor:
+    """View entries of a weight along the diagonal of its matrix."""
+    diagonal = as_matrix(weight.detach()).diagonal()
+    return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
 
 
 @torch.no_grad()
@@ -129,6 +164,33 @@ def settle(layer: LayerWithTriple) -> None:
             else:  # the vectors stay, as in `steps`
                 layer.sigma[row] = now[row]
     mark_settled(layer)
+    if not isinstance(weight, DTensor):
+        layer.seen_entries = _some_entries(weight).clone()
+
+
+def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the triple that belongs to a weight of a state dict, as `settle` finds it.
+
+    Args:
+        layer: whose weight it is; it stays as it is.
+        given: "weight", "sigma", "sigma_u" and "sigma_v", whole and on one device.
+
+    Returns:
+        "sigma", "sigma_u" and "sigma_v": those that were given, where they fit, else new ones.
+    """
+    weight = given["weight"]
+    names = ("sigma", "sigma_u", "sigma_v")
+    triple = {name: given[name].to(spectral_dtype(weight.dtype), copy=True) for name in names}
+    stand_in: Any = SimpleNamespace(
+        layer_name=layer.layer_name,
+        num_blocks=layer.num_blocks,
+        block_dim=layer.block_dim,
+        weight=weight,
+        gamma=layer.gamma,
+        **triple,
+    )
+    settle(stand_in)
+    return triple
 
 
 @torch.no_grad()
