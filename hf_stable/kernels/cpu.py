@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from hf_stable.kernels import tables as t
 from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
-from hf_stable.kernels.threads import runner
-from hf_stable.kernels.weights import Weight
+from hf_stable.kernels.threads import address_of, runner
+from hf_stable.kernels.weights import RuledWeight
 from hf_stable.measures.matrices import spectral_dtype
 
 __all__ = ["Workspace", "is_available", "is_plain", "refresh_vectors", "step_weights", "takes"]
@@ -46,7 +45,7 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def takes(weight: Weight) -> bool:
+def takes(weight: RuledWeight) -> bool:
     """Say whether `step_weights` can step a weight: none that is new to Rule 1, among others."""
     param, state, dtype = weight.param, weight.state, weight.param.dtype
     lr = weight.group["lr"]
@@ -90,7 +89,7 @@ class Workspace:
 
 
 @torch.no_grad()
-def step_weights(weights: Sequence[Weight], workspace: Workspace | None = None) -> Workspace:
+def step_weights(weights: Sequence[RuledWeight], workspace: Workspace | None = None) -> Workspace:
     """Take AdamW2's step (Algorithm 1) for weights of one dtype, in place: two passes over each.
 
     The first moves the moments and writes U to the scratch; the second moves the weight. Each
@@ -114,7 +113,7 @@ def step_weights(weights: Sequence[Weight], workspace: Workspace | None = None) 
     places = {key: place for place, key in enumerate(groups)}
     goes = np.array([each.numel >= AHEAD_NUMEL and not each.is_vector for each in layouts])
     seen = [_trace(weight) if ahead else () for weight, ahead in zip(weights, goes, strict=True)]
-    was = workspace.seen or [None] * len(weights)
+    was = workspace.seen or [(-1,)] * len(weights)
 
     call = _Call(dtype, plan)
     table = call.weights
@@ -175,13 +174,13 @@ def refresh_vectors(
     call.run(t.REFRESH_VECTORS, *rooms)
 
 
-def _layout(weight: Weight) -> Layout:
+def _layout(weight: RuledWeight) -> Layout:
     layout = lay_out(weight.param.shape, weight.parts)
     assert layout is not None, "a weight that `takes` refuses"
     return layout
 
 
-def _trace(weight: Weight) -> tuple[int, ...]:
+def _trace(weight: RuledWeight) -> tuple[int, ...]:
     """Return what changes with a weight or its vector, unless it is written through `.data`."""
     param, v = weight.param, weight.state["weight_v"]
     return id(param), param.data_ptr(), param._version, id(v), v.data_ptr(), v._version
@@ -209,7 +208,7 @@ class _Call:
         self.lead = compiled(f"lead_{KINDS[spectral_dtype(dtype)]}")
         worker = compiled(f"work_{KINDS[dtype]}")
         self.head = np.zeros(t.HEAD_SIZE, dtype=np.int64)
-        self.head[t.WORKER] = ctypes.cast(worker, ctypes.c_void_p).value
+        self.head[t.WORKER] = address_of(worker)
         self.head[t.RUNNER] = runner()
         self.head[t.SIZE] = dtype.itemsize
         self.head[t.REAL_SIZE] = spectral_dtype(dtype).itemsize

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stable.kernels.layouts import Layout, lay_out
-from hf_stable.kernels.weights import Weight
+from hf_stable.kernels.weights import RuledWeight
 
 __all__ = ["Workspace", "is_available", "is_plain", "refresh_vectors", "step_weights", "takes"]
 
@@ -43,7 +43,6 @@ FEWEST_ROWS = 16
 STATE = ("exp_avg", "exp_avg_sq", "exempt", "effective_lr", "weight_v", "update_v")
 
 
-@cache
 def is_available() -> bool:
     """Say whether triton is installed, with something to run on."""
     return find_spec("triton") is not None and (torch.cuda.is_available() or _is_interpreted())
@@ -63,7 +62,7 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def takes(weight: Weight) -> bool:
+def takes(weight: RuledWeight) -> bool:
     """Say whether `step_weights` can step a weight: none that is new to Rule 1, among others."""
     param, state, dtype = weight.param, weight.state, weight.param.dtype
     if dtype not in DTYPES or "exempt" not in state:
@@ -131,18 +130,18 @@ def make_plan(layouts: tuple[Layout, ...]) -> Plan:
     sums = products = 0
     for (block, aligned), members in own.items():
         first_chunk, first_part = len(chunks), len(parts)
-        for part, ranges in members:
+        for known, ranges in members:
             begin = len(chunks)
             for row, end_row, column, end_column, part_row in ranges:
                 where = [row, end_row, column, end_column, sums, products, part_row]
                 chunks.append([len(parts), *where])
                 sums, products = sums + end_column - column, products + end_row - row
-            parts.append((*part, begin, len(chunks)))
+            parts.append((*known, begin, len(chunks)))
         counts = (first_chunk, len(chunks) - first_chunk, first_part, len(parts) - first_part)
         buckets.append(Bucket(block, aligned, *counts))
     shapes = [(each.height if each.is_vector else each.width, each.is_vector) for each in layouts]
-    tables = (np.array(table, dtype=np.int64) for table in (chunks, parts, shapes))
-    return Plan(*tables, tuple(buckets), (sums, products))
+    made = [np.array(table, dtype=np.int64) for table in (chunks, parts, shapes)]
+    return Plan(made[0], made[1], made[2], tuple(buckets), (sums, products))
 
 
 def _ranges(layout: Layout) -> list[tuple[int, list[list[int]]]]:
@@ -205,7 +204,7 @@ class Workspace:
 
 
 @torch.no_grad()
-def step_weights(weights: Sequence[Weight], workspace: Workspace | None = None) -> Workspace:
+def step_weights(weights: Sequence[RuledWeight], workspace: Workspace | None = None) -> Workspace:
     """Take AdamW2's step (Algorithm 1) for weights of one dtype and device, in place.
 
     Two passes over each: the first moves the moments and iterates on U and W, the second moves the
@@ -296,8 +295,8 @@ def refresh_vectors(
     plan, device = make_plan(tuple(layouts)), weights[0].device
     if workspace is None or workspace.plan is not plan or workspace.device != device:
         workspace = Workspace(plan, device)
-    blank = [None] * len(weights)
-    columns = [list(weights), *[blank] * 4, list(sigmas), list(vs), blank]
+    blank: list[Tensor | None] = [None] * len(weights)
+    columns: list[list[Any]] = [list(weights), *[blank] * 4, list(sigmas), list(vs), blank]
     shared = _tables(workspace, columns, list(us))
     keep = workspace.never if keep is None else keep.detach().reshape(1).to(device, torch.float32)
     aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
@@ -335,7 +334,7 @@ def _tables(
     return dict(weights=weights, chunks=workspace.chunks, parts=workspace.parts)
 
 
-def _factors(workspace: Workspace, weights: Sequence[Weight]) -> Tensor:
+def _factors(workspace: Workspace, weights: Sequence[RuledWeight]) -> Tensor:
     """Return what each weight's step multiplies with, (n, 10) float32 on the device."""
     groups = {id(weight.group): weight.group for weight in weights}
     rows = [

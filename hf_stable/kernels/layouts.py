@@ -213,8 +213,7 @@ class _Builder:
         self.end_batch()
         tables = (self.chunks, self.pieces, self.parts, self.weights, self.batches)
         updates, sums, products = (max(sizes) for sizes in zip(*self.areas, strict=True))
-        return Plan(
-            *(np.array(table, dtype=np.int64) for table in tables),
-            np.array(self.vector_starts, dtype=np.int64),
-            (updates, sums, products),
+        chunks, pieces, parts, weights, batches, starts = (
+            np.array(table, dtype=np.int64) for table in (*tables, self.vector_starts)
         )
+        return Plan(chunks, pieces, parts, weights, batches, starts, (updates, sums, products))

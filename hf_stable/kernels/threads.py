@@ -10,10 +10,11 @@ import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 
-__all__ = ["THREADS_OF_PYTHON", "runner", "threads_are_torchs"]
+__all__ = ["THREADS_OF_PYTHON", "address_of", "runner", "threads_are_torchs"]
 
 _Runner = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 _Worker = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -27,18 +28,22 @@ def runner() -> int:
     This is GCC's OpenMP, of the very library that torch has loaded; where torch has none that
     offers it, threads of Python do the same, more slowly.
     """
+    function: Any
     try:
         function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
         function = THREADS_OF_PYTHON
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
+    return address_of(function)
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a foreign function."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def threads_are_torchs() -> bool:
     """Say whether the threads are torch's own."""
-    return runner() != ctypes.cast(THREADS_OF_PYTHON, ctypes.c_void_p).value
+    return runner() != address_of(THREADS_OF_PYTHON)
 
 
 @cache

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 
 from hf_stable.kernels.layouts import lay_out
-from hf_stable.kernels.weights import Weight
 from hf_stable.measures.parts import Parts
+
+
+@dataclass
+class Weight:
+    param: torch.Tensor
+    grad: torch.Tensor
+    state: dict[str, torch.Tensor]
+    group: dict[str, Any]
+
+    @property
+    def parts(self):
+        return Parts.of(self.group["parts"])
+
 
 CASES = {
     "tall": ((300, 257), Parts()),
