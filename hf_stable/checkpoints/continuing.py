@@ -128,9 +128,9 @@ def _taking_raw(saved: SavedState, saved_name: str, name: str, loaded: set[str])
     def hook(layer: SigmaLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and f"{prefix}gamma" not in state_dict:
-            saved.check_folds_to(weight, saved_name, layer.block_dim)
+            saved.check_folds_to(weight, saved_name)
             _put(state_dict, prefix, saved, saved_name)
-        parts = ("weight", *layer.SIGMA_TENSORS)
+        parts = ("weight", *layer.sigma_tensors)
         loaded.update(f"{name}.{part}" for part in parts if f"{prefix}{part}" in state_dict)
 
     return hook
@@ -150,7 +150,7 @@ def _taking_what_fits(states: list[SavedState], name: str, plain: list[str]) -> 
         if weight is None or f"{prefix}gamma" in state_dict:
             return
         for saved, key in candidates:
-            if saved.folds_to(weight, key, layer.block_dim):
+            if saved.folds_to(weight, key):
                 return _put(state_dict, prefix, saved, key)
         plain.append(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,13 +116,13 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
             placing.left_out.append(key)
             continue
         check_plain(module, name)
-        block_dim = 1 if isinstance(module, Conv1D) else 0
-        saved.check_folds_to(module.weight, key, block_dim)
+        saved.check_folds_to(module.weight, key)
         # Copies, for what safetensors hands out lies unaligned in the memory of the file.
         device = module.weight.device
         own = {part: tensor.to(device, copy=True) for part, tensor in parts.items()}
         gamma, sigma, u, v = (own[part] for part in SIGMA_TENSORS)
-        placing.states.append((module, SigmaState(gamma, sigma, u, v, block_dim, name)))
+        own_parts = replace(saved.parts_of(key), dim=1 if isinstance(module, Conv1D) else 0)
+        placing.states.append((module, SigmaState(gamma, sigma, u, v, own_parts, name)))
         module.weight.copy_(own["weight"])
     if saved.layers and not placing.states:
         raise UnsupportedModelError(

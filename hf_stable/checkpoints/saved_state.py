@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stable.measures.matrices import as_matrix
+from hf_stable.measures.matrices import shapes_of
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import MethodConfig
-from hf_stable.methods.sigma_reparam.block_arithmetic import scale_blocks
+from hf_stable.methods.sigma_reparam.part_arithmetic import scale_parts
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
 from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS
 
 __all__ = ["WAY_OUT", "Configs", "SavedState", "check_layers"]
@@ -59,16 +61,21 @@ class SavedState:
 
     def layer(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one layer by their own names."""
-        return {part: self.tensors[f"{name}.{part}"] for part in LAYER_TENSORS}
+        keys = {part: f"{name}.{part}" for part in (*LAYER_TENSORS, PARTS_TENSOR)}
+        return {part: self.tensors[key] for part, key in keys.items() if key in self.tensors}
 
-    def folds_to(self, weight: Tensor, name: str, block_dim: int) -> bool:
+    def parts_of(self, name: str) -> Parts:
+        """Return where the parts of a layer's weight lie."""
+        return _parts_of(self.layer(name))
+
+    def folds_to(self, weight: Tensor, name: str) -> bool:
         """Say whether a layer folds to this plain weight, bit for bit."""
-        folded, given = self._folded(name, block_dim), weight.detach().cpu()
+        folded, given = self._folded(name), weight.detach().cpu()
         return given.shape == folded.shape and torch.allclose(
             given, folded.to(given.dtype), rtol=0, atol=0, equal_nan=True
         )
 
-    def check_folds_to(self, weight: Tensor, name: str, block_dim: int) -> None:
+    def check_folds_to(self, weight: Tensor, name: str) -> None:
         """Raise ValueError unless a layer folds to this plain weight, bit for bit.
 
         It is how a sidecar of another save than the weights beside it is told apart.
@@ -80,15 +87,20 @@ class SavedState:
                 f"have {tuple(weight.shape)}: num_labels, or another size in the config, is not "
                 f"what it was at the save. {WAY_OUT}"
             )
-        if not self.folds_to(weight, name, block_dim):
+        if not self.folds_to(weight, name):
             raise ValueError(
                 f"{self.path} belongs to another save than the weights beside it: its {name!r} "
                 f"does not fold to theirs. {WAY_OUT}"
             )
 
-    def _folded(self, name: str, block_dim: int) -> Tensor:
-        parts = self.layer(name)
-        return scale_blocks(parts["weight"], parts["gamma"] / parts["sigma"], block_dim)
+    def _folded(self, name: str) -> Tensor:
+        own = self.layer(name)
+        return scale_parts(own["weight"], own["gamma"] / own["sigma"], _parts_of(own))
+
+
+def _parts_of(layer: Mapping[str, Tensor]) -> Parts:
+    stored = layer.get(PARTS_TENSOR)
+    return parts_of_stored(layer["weight"].shape, layer["sigma_u"].shape, stored)
 
 
 def check_layers(tensors: Mapping[str, Tensor]) -> None:
@@ -96,7 +108,7 @@ def check_layers(tensors: Mapping[str, Tensor]) -> None:
     layers: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
-        if part not in LAYER_TENSORS or not name:
+        if part not in (*LAYER_TENSORS, PARTS_TENSOR) or not name:
             raise ValueError(f"{key!r} is no tensor of a patched layer")
         layers[name][part] = tensor
     for name, parts in layers.items():
@@ -108,7 +120,7 @@ def check_layers(tensors: Mapping[str, Tensor]) -> None:
 
 def _problem_with(parts: Mapping[str, Tensor]) -> str | None:
     for part, tensor in parts.items():
-        if not tensor.is_floating_point():
+        if tensor.is_floating_point() == (part == PARTS_TENSOR):
             return f"a {part} of {tensor.dtype}"
     weight, gamma, sigma, u, v = (parts[part] for part in LAYER_TENSORS)
     shapes = f"weight {tuple(weight.shape)}, " + ", ".join(
@@ -116,9 +128,12 @@ def _problem_with(parts: Mapping[str, Tensor]) -> str | None:
     )
     if weight.ndim < 2 or gamma.ndim != 1 or u.ndim != 2 or v.ndim != 2:
         return f"shapes that do not fit together: {shapes}"
-    num_blocks, (rows, columns) = len(gamma), as_matrix(weight).shape
-    fits = len(sigma) == len(u) == len(v) == num_blocks and sigma.ndim == 1
-    whole = u.shape[1] * v.shape[1] * num_blocks == rows * columns
-    if not (fits and whole and (u.shape[1] == rows or v.shape[1] == columns)):
+    try:
+        heights, widths = zip(*shapes_of(weight, _parts_of(parts)), strict=True)
+    except ValueError:
+        return f"shapes that do not fit together: {shapes}"
+    count = (len(heights),)
+    vectors = (*count, max(heights)), (*count, max(widths))
+    if not (gamma.shape == sigma.shape == count and (u.shape, v.shape) == vectors):
         return f"shapes that do not fit together: {shapes}"
     return None

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.paths import plain_name
-from hf_stable.methods.sigma_reparam.block_arithmetic import scale_blocks
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS, check_present, settle_given
+from hf_stable.methods.sigma_reparam.part_arithmetic import scale_parts
+from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
 __all__ = ["fold_state_dict", "raw_layers"]
 
@@ -48,14 +48,14 @@ def fold_state_dict(
     layers = {plain_name(name): layer for name, layer in sigma_layers(model)}
     is_whole = True
     for name, layer in layers.items():
-        parts = {part: plain.pop(f"{name}.{part}", None) for part in SIGMA_TENSORS}
+        parts = {part: plain.pop(f"{name}.{part}", None) for part in layer.sigma_tensors}
         weight = plain.get(f"{name}.weight")
         if weight is None:
             is_whole = False
             continue
         complete = _completed(name, layer, weight, parts)
         scale = complete["gamma"] / complete["sigma"]
-        plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
+        plain[f"{name}.weight"] = scale_parts(weight, scale, layer.parts)
         raw |= {f"{name}.{part}": tensor for part, tensor in complete.items()}
     if left := raw_layers(plain):
         raise ValueError(
@@ -74,7 +74,7 @@ def raw_layers(names: Iterable[str]) -> list[str]:
 def _completed(
     name: str, layer: SigmaLayer, weight: Tensor, parts: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Return the five tensors of a layer, those that are not given from the model."""
+    """Return the tensors of a layer, those that are not given from the model."""
     if parts["gamma"] is None:
         raise ValueError(
             f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "
@@ -83,11 +83,11 @@ def _completed(
         )
     if weight.is_meta:
         check_present(layer)
-    own = {part: whole_tensor(getattr(layer, part)).detach() for part in SIGMA_TENSORS}
+    own = {part: whole_tensor(getattr(layer, part)).detach() for part in layer.sigma_tensors}
     given = {part: tensor for part, tensor in parts.items() if tensor is not None}
     complete = {
         "weight": weight,
-        **{part: given.get(part, own[part].to(weight.device)) for part in SIGMA_TENSORS},
+        **{part: given.get(part, own[part].to(weight.device)) for part in layer.sigma_tensors},
     }
     # Averages of weights come with no sigma of theirs, or with the average of sigmas.
     return complete | settle_given(layer, complete)

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.measures.matrices import RowShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
@@ -89,10 +89,11 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
     us: list[Tensor] = []
     vs: list[Tensor] = []
     for layer in layers:
-        matrices += matrix_blocks(layer.weight, layer.num_blocks, layer.block_dim)
+        matrices += matrices_of(layer.weight, layer.parts)
         sigmas += layer.sigma.unbind()
-        us += layer.sigma_u.unbind()
-        vs += layer.sigma_v.unbind()
+        shapes = shapes_of(layer.weight, layer.parts)
+        us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
+        vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
     near_us, near_vs = us, vs
     if any(layer.weight.device != layer.sigma.device for layer in layers):
         # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.

@@ -37,12 +37,12 @@ def patched(model_type="vit", head=None, **overrides):
     generator = torch.Generator().manual_seed(7)
     for layer in layers_of(model):
         v = torch.randn(layer.sigma_v.shape, generator=generator)
-        blocks = reference.blocks_of(layer.weight.detach(), layer.num_blocks, layer.block_dim)
+        blocks = reference.blocks_of(layer.weight.detach(), layer.num_parts, layer.parts.dim)
         u = torch.stack([block @ each for block, each in zip(blocks, v, strict=True)])
         layer.sigma_u.copy_(u / u.norm(dim=1, keepdim=True))
         layer.sigma_v.copy_(v / v.norm(dim=1, keepdim=True))
         layer.sigma.copy_(
-            reference.sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.block_dim)
+            reference.sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.parts.dim)
         )
     return model
 
@@ -64,7 +64,7 @@ def same(triples, others):
 def num_refreshes(layer, old_triple, weight=None):
     """How many power iterations on the present weight lead from the old triple to the present."""
     weight = layer.weight.detach() if weight is None else weight
-    blocks = reference.blocks_of(weight.double(), layer.num_blocks, layer.block_dim)
+    blocks = reference.blocks_of(weight.double(), layer.num_parts, layer.parts.dim)
     v = old_triple[2].double()
     matches = [0] if all(
         torch.equal(old, getattr(layer, name))
