@@ -16,7 +16,7 @@ from hf_stable.report import write_report
 
 PICTURE = Path(__file__).resolve().parent / "images" / "report.png"
 
-WIDTH, HEIGHT = 1180, 1150
+WIDTH, HEIGHT = 1180, 1560
 """Of the window in pixels: the verdicts, the table of runs and the first charts."""
 
 

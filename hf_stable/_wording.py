@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["extra_needed", "nearest", "short_names"]
+__all__ = ["extra_needed", "nearest", "printable", "short_names", "shortened"]
 
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
@@ -43,3 +44,23 @@ def short_names(layers: Sequence[str]) -> dict[str, str]:
         layer: ".".join(part[start : len(part) - stop])
         for layer, part in zip(layers, parts, strict=True)
     }
+
+
+_shortener = reprlib.Repr()
+_shortener.maxlevel, _shortener.maxdict, _shortener.maxlist, _shortener.maxtuple = 3, 4, 6, 6
+_shortener.maxstring = _shortener.maxother = _shortener.maxlong = 80
+
+
+def shortened(value: object) -> str:
+    """Return a value as an error quotes it, however long or deeply nested it is."""
+    return _shortener.repr(value)
+
+
+def printable(text: str) -> str:
+    """Return text with what a terminal would obey spelled out: escapes, controls, directions.
+
+    Names of tensors and layers, folders and alarms come from other people's files. Line ends stay.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )

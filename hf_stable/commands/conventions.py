@@ -1,10 +1,13 @@
-"""What all commands share: exit codes, the options --json and --debug, examples in their help."""
+"""What all commands share: exit codes, --json and --debug, how errors and examples look."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
+
+from hf_stable._wording import printable
 
 __all__ = [
     "BAD_INPUT",
@@ -15,6 +18,7 @@ __all__ = [
     "SUCCESS",
     "Debug",
     "Json",
+    "complain",
     "examples",
 ]
 
@@ -28,3 +32,8 @@ def examples(*lines: str) -> str:
     """Return the end of a command's help: command lines that can be copied."""
     title = "Example:" if len(lines) == 1 else "Examples:"
     return "\b\n" + "\n  ".join((title, *lines))  # \b keeps click from joining the lines
+
+
+def complain(message: str) -> None:
+    """Print an error as one line on stderr, with what a terminal would obey spelled out."""
+    print(f"hf-stable: error: {printable(' '.join(message.split()))}", file=sys.stderr)

@@ -26,6 +26,7 @@ from hf_stable.commands.conventions import (
     INTERRUPTED,
     SUCCESS,
     Debug,
+    complain,
 )
 from hf_stable.commands.demo import command as demo
 from hf_stable.commands.doctor import command as doctor
@@ -103,11 +104,14 @@ def _answer(argv: list[str]) -> int | launch.Launch:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", INTERRUPTED)
+        complain("interrupted")
+        return INTERRUPTED
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        return _complain(*_explain(error))
+        message, code = _explain(error)
+        complain(message)
+        return code
 
 
 @contextlib.contextmanager
@@ -134,11 +138,6 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError | ValueError | TypeError | ImportError):
         return str(error) or type(error).__name__, BAD_INPUT
     return f"{type(error).__name__}: {error} (--debug shows the trace)", CRASH
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"hf-stable: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 @app.callback(invoke_without_command=True)

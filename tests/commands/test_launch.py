@@ -211,24 +211,31 @@ assert gammas(model) == before
     launch("--patch", "sigma_reparam", script)
 
 
-def test_an_optimizer_of_the_script_is_refused(launch):
+def test_an_optimizer_of_the_script_is_refused(launch, capsys):
     script = tiny_script("""
 model = tiny()
 Trainer(model, arguments(), optimizers=(torch.optim.SGD(model.parameters()), None))
 """)
-    with pytest.raises(RuntimeError, match="optimizer exists already"):
+    with pytest.raises(SystemExit) as end:
         launch("--patch", "sigma_reparam", script)
+    assert end.value.code == BAD_INPUT
+    assert "optimizer exists already" in capsys.readouterr().err
     launch(script)
 
 
-def test_an_unsupported_model_is_refused_by_name(launch):
+def test_an_unsupported_model_is_refused_in_one_line(launch, capsys):
     script = tiny_script("""
 from transformers import T5Config, T5ForConditionalGeneration
 Trainer(T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1,
                                             d_kv=8, vocab_size=9)), arguments())
 """)
-    with pytest.raises(ValueError, match="t5"):
+    with pytest.raises(SystemExit) as end:
         launch("--patch", "sigma_reparam", script)
+    assert end.value.code == BAD_INPUT
+    said = [line for line in capsys.readouterr().err.splitlines() if "t5" in line]
+    assert len(said) == 1 and said[0].startswith("hf-stable: error: ")
+    with pytest.raises(ValueError, match="t5"):
+        launch("--debug", "--patch", "sigma_reparam", script)
 
 
 def test_fold_at_end_leaves_a_plain_model_that_cannot_be_trained_on(launch):
@@ -275,8 +282,8 @@ assert not gammas(trainer.model)
 
 def test_no_trainer_in_the_script_is_said(launch):
     script = write("loop.py", "print('no trainer here')\n")
-    assert "nothing was patched or watched: loop.py built no" in launch(
-        "--patch", "sigma_reparam", script
+    assert "nothing is patched or watched: loop.py built no" in launch(
+        "--patch", "sigma_reparam", script, "--lr", "1"
     )
     assert "nothing" not in launch(script)
 
@@ -285,7 +292,67 @@ def test_no_trainer_is_said_also_where_the_script_exits_cleanly(launch, capsys):
     script = write("loop.py", "raise SystemExit(0)\n")
     with pytest.raises(SystemExit):
         launch("--patch", "sigma_reparam", script)
-    assert "nothing was patched" in capsys.readouterr().err
+    assert "nothing is patched" in capsys.readouterr().err
+
+
+def test_no_trainer_is_said_once_and_before_the_first_step(launch):
+    write(
+        "loop.py",
+        "import sys, torch\n"
+        "weight = torch.ones(2, requires_grad=True)\n"
+        "optimizer = torch.optim.SGD([weight])\n"
+        "for step in range(2):\n"
+        "    weight.grad = torch.ones(2)\n"
+        "    optimizer.step()\n"
+        "    print('stepped', file=sys.stderr)\n",
+    )
+    lines = launch("--monitor", "5", "-m", "loop", "--lr", "1").splitlines()
+    assert "-m loop built no transformers Trainer" in lines[0]
+    assert lines[1:] == ["stepped", "stepped"]
+
+
+def test_a_tau_that_leaves_no_room_to_grow_is_said(launch):
+    arguments = [*ARGS, "--optim", "adamw2", "--optim_args"]
+    said = launch(LANGUAGE, "--output_dir", "slow", *arguments, "tau=0.01")
+    assert "tau=0.01 over 4 steps lets no weight grow beyond 1 times its size" in said
+    said = launch(LANGUAGE, "--output_dir", "fast", *arguments, "tau=1.0")
+    assert "lets no weight grow" not in said
+
+
+OWN_ENTRY = """
+import hf_stable
+from hf_stable import Architecture, Attention, Block
+hf_stable.register_architecture(hf_stable.Architecture(
+    "made-up", Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v"),)),
+))
+"""
+
+
+def test_an_own_architecture_is_registered_before_the_script_runs(launch, own_registry):
+    entry = write("entry.py", OWN_ENTRY)
+    script = write(
+        "lists.py",
+        "import hf_stable\nassert 'made-up' in hf_stable.supported_architectures()\n",
+    )
+    launch("--register", entry, script)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("print(1)", "it registers nothing"),
+        ("import hf_stable\nhf_stable.register_architecture(5)", "failed: TypeError"),
+        ("register_architecture(", "failed: SyntaxError"),
+    ],
+)
+def test_a_file_that_does_not_register_is_refused(tmp_path, capsys, text, message):
+    entry = tmp_path / "entry.py"
+    if text is not None:
+        entry.write_text(text)
+    assert main(["run", "--register", str(entry), __file__]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--register {entry}" in line and message in line
 
 
 # What the script sees of its surroundings
@@ -396,6 +463,13 @@ def test_interrupting_ends_the_process_as_python_does(tmp_path):
 # Options
 
 
+def parse_options(*options: object) -> RunOptions:
+    """What a command line asks for, whose files of architectures need not be there."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hf_stable.commands.launch.registering.register_from", lambda file: None)
+        return parse(*options)
+
+
 def parse(*options: object) -> RunOptions:
     """What a command line asks for."""
     command = [*map(str, options), __file__]
@@ -412,14 +486,65 @@ def test_options_from_a_file_give_way_to_the_command_line(tmp_path):
         "monitor: 50\non-collapse: stop\nfold_at_end: true\n"
     )
     sigma = SigmaReparamConfig(init="one", exclude=("*.mlp.*",))
-    assert parse("--config", config) == RunOptions((sigma,), 50, "stop", True)
+    expected = RunOptions((sigma,), 50, on_collapse="stop", fold_at_end=True)
+    assert parse("--config", config) == expected
     assert parse("--config", config, "--monitor=7").monitor == 7
     assert parse() == RunOptions()
+
+
+def test_the_monitor_is_set_from_either(tmp_path):
+    config = tmp_path / "hf_stable.yaml"
+    config.write_text(
+        "monitor-every: 7\nterms: [entropy, sigma_qk]\nconsole: 'off'\n"
+        "thresholds: {entropy_share: 0.1}\nregister: entry.py\n"
+    )
+    from_file = parse_options("--config", config)
+    given = ("--monitor", "7", "--terms", "entropy,sigma_qk", "--console", "off")
+    from_line = parse_options(*given, "--thresholds", "entropy_share=0.1", "--register", "entry.py")
+    assert from_file == from_line == RunOptions(
+        monitor=7, terms=("entropy", "sigma_qk"), console="off",
+        thresholds={"entropy_share": 0.1}, register=("entry.py",),
+    )  # fmt: skip
+    assert parse("--terms", "all").monitor_options == {"terms": "all"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x]\n" + "".join(f"b{i}: *a\n" for i in range(21)),
+        "a: " + "[" * 21 + "]" * 21,
+        "a: " + "x" * (1 << 16),
+    ],
+)
+def test_a_file_of_options_is_bounded(tmp_path, capsys, text):
+    config = tmp_path / "bomb.yaml"
+    config.write_text(text)
+    for option in ("--config", "--patch-config"):
+        assert main(["run", "--patch", "sigma_reparam", option, str(config), __file__]) == BAD_INPUT
+        error = capsys.readouterr().err
+        assert "nested deeper than" in error or "too long" in error
+
+
+def test_what_is_within_the_bounds_is_read_and_long_values_are_shortened(tmp_path, capsys):
+    config = tmp_path / "deep.yaml"
+    config.write_text("patch: " + "[" * 18 + "]" * 18)
+    assert main(["run", "--config", str(config), __file__]) == BAD_INPUT
+    assert "got [[[[...]]]]" in capsys.readouterr().err
+    config.write_text("patch: [" + ",".join(f"'{'x' * 90}{i}'" for i in range(90)) + "]")
+    assert main(["run", "--config", str(config), __file__]) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert "unknown method 'xxx" in error and len(error) < 400
 
 
 @pytest.mark.parametrize(
     ("options", "file", "message"),
     [
+        (["--terms", "entropi"], "", "--terms: unknown term 'entropi'"),
+        (["--console", "loud"], "", "--console: console is one of short, full, off"),
+        (["--thresholds", "a"], "", "--thresholds takes NAME=NUMBER"),
+        (["--thresholds", "no_such=1"], "", "--thresholds: thresholds is a"),
+        (["--config", "FILE"], "monitor: 5\nmonitor-every: 6", "FILE gives monitor twice"),
+        (["--config", "FILE"], "terms: 5", "terms in FILE takes names, got 5"),
         (["--patch", "sigma_reparm"], "", "did you mean 'sigma_reparam'?"),
         (["--monitor", "0"], "", "--monitor takes a number of steps, 1 or more, got '0'"),
         (["--monitor", "often"], "", "got 'often'"),

@@ -29,6 +29,7 @@ TARGETS = {
     "transformers.trainer:Trainer.create_model_card",
     "transformers.trainer:Trainer._load_from_checkpoint",
     "transformers.trainer:Trainer._load_optimizer_and_scheduler",
+    "transformers.trainer:Trainer._save",
     "transformers.trainer:Trainer._save_checkpoint",
     "transformers.trainer:Trainer._load_best_model",
     "transformers.trainer:Trainer.get_decay_parameter_names",
@@ -39,6 +40,11 @@ TARGETS = {
     "transformers.trainer_callback:PrinterCallback.on_log",
     "transformers.trainer_callback:ProgressCallback.on_log",
     "transformers.trainer:_parse_optim_args",
+    "torch.optim.lr_scheduler:LambdaLR.__init__",
+    "torch.optim.lr_scheduler:MultiplicativeLR.__init__",
+    "torch.optim.lr_scheduler:OneCycleLR.__init__",
+    "torch.optim.lr_scheduler:CyclicLR.__init__",
+    "torch.optim.lr_scheduler:ReduceLROnPlateau.__init__",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
     "peft.peft_model:PeftModel.__init__",
 }
@@ -52,6 +58,7 @@ ADDED_TO = {
 }
 
 LAUNCHER_TARGETS = {
+    "torch.optim.optimizer:register_optimizer_step_pre_hook",
     "transformers.trainer:Trainer.__init__",
     "transformers.trainer:Trainer.train",
 }

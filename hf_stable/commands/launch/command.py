@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_stable.commands.conventions import Debug
+from hf_stable.commands.conventions import BAD_INPUT, Debug, complain
 from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
 
 if TYPE_CHECKING:
@@ -44,27 +44,35 @@ class Launch:
     Attributes:
         options: what to attach to each Trainer.
         command: `script.py ARGS...`, `folder ARGS...` or `-m package.module ARGS...`.
+        debug: whether to show the trace of a model that is refused.
     """
 
     options: RunOptions
     command: tuple[str, ...]
+    debug: bool = False
 
     def start(self) -> None:
         """Attach hf_stable and run the script as `__main__`.
 
-        Exceptions, Ctrl-C and exit codes of the script pass through.
+        Exceptions, Ctrl-C and exit codes of the script pass through. That a model or an option
+        does not fit, which is no fault of the script, ends the process with one line and code 2.
         """
         from hf_stable.commands.launch.attaching import attach
 
-        attachment = attach(self.options)
+        attachment = attach(self.options, " ".join(self.command[: 1 + (self.command[0] == "-m")]))
         show_the_scripts_trace_only()
         try:
             run_script(self.command)
         except SystemExit as end:
             if end.code in (None, 0):
-                attachment.conclude(self.command)
+                attachment.conclude()
             raise
-        attachment.conclude(self.command)
+        except Exception as error:
+            if error is not attachment.refusal or self.debug:
+                raise
+            complain(f"{error} (--debug shows the trace)")
+            raise SystemExit(BAD_INPUT) from error
+        attachment.conclude()
 
 
 Script = Annotated[
@@ -97,6 +105,23 @@ Monitor = Annotated[
 OnCollapse = Annotated[
     str | None, typer.Option(metavar="ACTION", help="One of warn, stop, checkpoint, rollback.")
 ]
+Terms = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="What it records: default, all, or names with commas."),
+]
+Console = Annotated[
+    str | None, typer.Option(metavar="HOW", help="What it prints: short, full or off.")
+]
+Thresholds = Annotated[
+    str | None,
+    typer.Option(metavar="NAME=NUMBER", help="Of its alarms, several with commas."),
+]
+Register = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE.py", help="Python that calls hf_stable.register_architecture; repeatable."
+    ),
+]
 FoldAtEnd = Annotated[
     bool, typer.Option("--fold-at-end", help="Fold the model when Trainer.train returns.")
 ]
@@ -116,8 +141,12 @@ def run(
     patch: Patch = None,
     patch_config: PatchConfig = None,
     monitor: Monitor = None,
+    terms: Terms = None,
+    console: Console = None,
+    thresholds: Thresholds = None,
     on_collapse: OnCollapse = None,
     fold_at_end: FoldAtEnd = False,
+    register: Register = None,
     config: Config = None,
     module: Module = False,
     debug: Debug = False,
@@ -128,15 +157,22 @@ def run(
     the script is not edited.
     """
     from hf_stable.commands.launch.options import read_options
+    from hf_stable.commands.launch.registering import register_from
 
     given = {
         "patch": patch,
         "patch_config": patch_config and str(patch_config),
         "monitor": monitor,
+        "terms": terms,
+        "console": console,
+        "thresholds": thresholds,
         "on_collapse": on_collapse,
         "fold_at_end": fold_at_end or None,
+        "register": register or None,
     }
     options = read_options(given, config)
     command = (*(["-m"] if module else []), *(script or []))
     check_script(command)
-    return Launch(options, command)
+    for file in options.register:
+        register_from(file)
+    return Launch(options, command, debug)

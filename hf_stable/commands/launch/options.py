@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
-from hf_stable._wording import nearest
+from hf_stable._wording import nearest, shortened
+from hf_stable.commands.launch.option_files import read_option_file
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
+from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.monitor.options import ACTIONS
 
 __all__ = ["RunOptions", "read_options"]
+
+SYNONYMS = {"monitor_every": "monitor"}
+"""Other names that an option has in a file, as on the command line."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,38 @@ class RunOptions:
 
     Attributes:
         patch: patch methods with their options, applied together; empty patches nothing.
-        monitor: probe every so many steps; None for no monitor, unless `on_collapse` is given.
-        on_collapse: what the monitor does at a collapse; None for its own default.
+        monitor: probe every so many steps; None for no monitor, unless another of its options is
+            given.
+        terms: what the monitor records; this and what follows is None for the monitor's default.
+        console: what it prints.
+        thresholds: of its alarms, by name.
+        on_collapse: what it does at a collapse.
         fold_at_end: fold the model when `Trainer.train` returns.
+        register: Python files that register architectures.
     """
 
     patch: tuple[MethodConfig, ...] = ()
     monitor: int | None = None
+    terms: str | tuple[str, ...] | None = None
+    console: str | None = None
+    thresholds: dict[str, float] | None = None
     on_collapse: str | None = None
     fold_at_end: bool = False
+    register: tuple[str, ...] = ()
 
     @property
-    def monitors(self) -> bool:
-        """Say whether a StabilityCallback is wanted."""
-        return self.monitor is not None or self.on_collapse is not None
+    def monitor_options(self) -> dict[str, Any]:
+        """Return what is given of the arguments of a StabilityCallback; empty for none."""
+        arguments = {
+            "every": self.monitor, "terms": self.terms, "console": self.console,
+            "thresholds": self.thresholds, "on_collapse": self.on_collapse,
+        }  # fmt: skip
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    @property
+    def attaches(self) -> bool:
+        """Say whether there is anything to do to a Trainer."""
+        return bool(self.patch or self.monitor_options or self.fold_at_end)
 
 
 @dataclass(frozen=True)
@@ -67,36 +88,32 @@ def read_options(
     return RunOptions(
         patch=_method_configs(_method_names(options.get("patch")), options.get("patch_config")),
         monitor=_checked_monitor(options.get("monitor")),
+        terms=_checked("terms", _names(options.get("terms"))),
+        console=_checked("console", options.get("console")),
+        thresholds=_checked("thresholds", _numbers(options.get("thresholds"))),
         on_collapse=_checked_action(options.get("on_collapse")),
         fold_at_end=_checked_flag(options.get("fold_at_end")),
+        register=_checked_files(options.get("register")),
     )
 
 
 def _read_config(path: str | os.PathLike[str]) -> dict[str, _Given]:
     """Return the options that a file holds; null stands for an option that is not there."""
-    allowed = [each.name for each in fields(RunOptions)] + ["patch_config"]
-    options = {}
-    for key, value in _read_yaml(path).items():
+    allowed = [each.name for each in fields(RunOptions)] + ["patch_config", *SYNONYMS]
+    options: dict[str, _Given] = {}
+    for key, value in read_option_file(path).items():
         name = str(key).replace("-", "_")
         if name not in allowed:
             raise ValueError(
-                f"unknown option {name!r} in {path}{nearest(name, allowed)}; it may hold "
+                f"unknown option {shortened(name)} in {path}{nearest(name, allowed)}; it may hold "
                 f"{', '.join(allowed)}"
             )
+        name = SYNONYMS.get(name, name)
+        if name in options:
+            raise ValueError(f"{path} gives {name} twice; leave one out")
         if value is not None:
             options[name] = _Given(value, f"{name} in {path}")
     return options
-
-
-def _read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = yaml.safe_load(file)
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is not YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options by name, got {content!r}")
-    return content
 
 
 def _method_names(given: _Given | None) -> tuple[str, ...]:
@@ -105,14 +122,14 @@ def _method_names(given: _Given | None) -> tuple[str, ...]:
     names = given.value.split(",") if isinstance(given.value, str) else given.value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"{given.origin} takes the name of a method or a list of names, got {names!r}"
+            f"{given.origin} takes the name of a method or a list of names, got {shortened(names)}"
         )
     names = [name.strip() for name in names]
     for name in names:
         if name not in METHODS:
             raise ValueError(
-                f"unknown method {name!r} for {given.origin}{nearest(name, METHODS)}; the methods "
-                f"are {', '.join(METHODS)}"
+                f"unknown method {shortened(name)} for {given.origin}{nearest(name, METHODS)}; the "
+                f"methods are {', '.join(METHODS)}"
             )
         if names.count(name) > 1:
             raise ValueError(f"{given.origin} names {name!r} more than once")
@@ -124,12 +141,12 @@ def _method_configs(methods: tuple[str, ...], given: _Given | None) -> tuple[Met
     if given is None:
         given = _Given({}, "")
     elif isinstance(given.value, str):
-        given = _Given(_read_yaml(given.value), f"{given.origin} {given.value}")
+        given = _Given(read_option_file(given.value), f"{given.origin} {given.value}")
     options = _as_mapping(given.value, given.origin)
     if not set(options) <= set(METHODS):
         if len(methods) != 1:
             raise ValueError(
-                f"the options {', '.join(map(str, options))} of {given.origin} belong under the "
+                f"the options {shortened(list(options))} of {given.origin} belong under the "
                 f"name of their method: {{{methods[0] if methods else 'sigma_reparam'}: {{...}}}}"
             )
         options = {methods[0]: options}
@@ -152,7 +169,7 @@ def _method_configs(methods: tuple[str, ...], given: _Given | None) -> tuple[Met
 
 def _as_mapping(value: Any, origin: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{origin} takes options by name ({{name: value}}), got {value!r}")
+        raise TypeError(f"{origin} takes options by name ({{name: value}}), got {shortened(value)}")
     return dict(value)
 
 
@@ -161,7 +178,9 @@ def _checked_monitor(given: _Given | None) -> int | None:
         return None
     text = str(given.value)
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise ValueError(f"{given.origin} takes a number of steps, 1 or more, got {given.value!r}")
+        raise ValueError(
+            f"{given.origin} takes a number of steps, 1 or more, got {shortened(given.value)}"
+        )
     return int(text)
 
 
@@ -170,7 +189,7 @@ def _checked_action(given: _Given | None) -> str | None:
         return None
     if given.value not in ACTIONS:
         raise ValueError(
-            f"{given.origin} takes one of {', '.join(ACTIONS)}, got {given.value!r}"
+            f"{given.origin} takes one of {', '.join(ACTIONS)}, got {shortened(given.value)}"
             f"{nearest(given.value, ACTIONS)}"
         )
     return given.value
@@ -180,5 +199,49 @@ def _checked_flag(given: _Given | None) -> bool:
     if given is None:
         return False
     if not isinstance(given.value, bool):
-        raise ValueError(f"{given.origin} is true or false, got {given.value!r}")
+        raise ValueError(f"{given.origin} is true or false, got {shortened(given.value)}")
     return given.value
+
+
+def _names(given: _Given | None) -> _Given | None:
+    """Return names as a tuple, given with commas or as a list; a single word stays one."""
+    if given is None:
+        return None
+    names = given.value.split(",") if isinstance(given.value, str) else given.value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{given.origin} takes names, got {shortened(given.value)}")
+    names = tuple(name.strip() for name in names)
+    return _Given(names[0] if names in (("all",), ("default",)) else names, given.origin)
+
+
+def _numbers(given: _Given | None) -> _Given | None:
+    """Return numbers by name, given as name=value with commas or as a mapping."""
+    if given is None or not isinstance(given.value, str):
+        return given
+    pairs = [entry.partition("=") for entry in given.value.split(",")]
+    try:
+        return _Given({name.strip(): float(value) for name, _, value in pairs}, given.origin)
+    except ValueError as error:
+        raise ValueError(
+            f"{given.origin} takes NAME=NUMBER, several with commas, got {shortened(given.value)}"
+        ) from error
+
+
+def _checked(name: str, given: _Given | None) -> Any:
+    """Return an argument of StabilityCallback, which says what is allowed."""
+    if given is None:
+        return None
+    try:
+        StabilityCallback(**{name: given.value})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{given.origin}: {error}") from error
+    return given.value
+
+
+def _checked_files(given: _Given | None) -> tuple[str, ...]:
+    if given is None:
+        return ()
+    files = given.value if isinstance(given.value, list | tuple) else [given.value]
+    if not all(isinstance(file, str) for file in files):
+        raise TypeError(f"{given.origin} takes Python files, got {shortened(given.value)}")
+    return tuple(files)

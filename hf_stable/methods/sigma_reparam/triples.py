@@ -6,6 +6,7 @@ average of weights, a state dict of a plain model, an assignment.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,9 @@ from torch.distributed.tensor import DTensor
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
-from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, sigma_of
+from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
+from hf_stable.measures.parts import Parts
+from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 
 __all__ = [
     "SIGMA_TENSORS",
@@ -24,6 +27,7 @@ __all__ = [
     "mark_moved",
     "mark_settled",
     "settle",
+    "settle_given",
     "settle_if_moved",
     "settle_loaded",
 ]
@@ -36,18 +40,20 @@ TOLERANCE = 1e-5
 
 MOVED = -1
 
+NUM_ENTRIES = 64
+"""Entries of a weight that are compared where nobody says that it has moved: some of every band of
+rows and of columns."""
+
 
 class LayerWithTriple(Protocol):
     """What a sigma layer has to have here and in `steps`; see `layers.SigmaLayer`."""
 
     layer_name: str
-    block_dim: int
+    parts: Parts
     serial_number: int
     settled_for: tuple[int, int]
-
-    @property
-    def num_blocks(self) -> int:
-        """The number k of blocks with a sigma of their own."""
+    seen_entries: Tensor | None
+    training: bool
 
     @property
     def weight(self) -> Tensor:
@@ -55,11 +61,11 @@ class LayerWithTriple(Protocol):
 
     @property
     def gamma(self) -> Tensor:
-        """(k,) the learnable scale of each block."""
+        """(k,) the learnable scale of each part."""
 
     @property
     def sigma(self) -> Tensor:
-        """(k,) the value of `u.T W v` of each block."""
+        """(k,) the value of `u.T W v` of each part."""
 
     @property
     def sigma_u(self) -> Tensor:
@@ -74,6 +80,7 @@ def mark_settled(layer: LayerWithTriple) -> None:
     """Note that the triple belongs to the weight as it is now."""
     weight = layer.weight
     layer.settled_for = (id(weight), _version(weight))
+    layer.seen_entries = None  # it has been written by a step: nobody needs to look now
 
 
 def mark_moved(layer: LayerWithTriple) -> None:
@@ -91,19 +98,44 @@ def check_present(layer: LayerWithTriple) -> None:
         )
 
 
-def settle_if_moved(layer: LayerWithTriple) -> None:
+def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
     """Settle a layer whose weight was changed in place by anything but an optimizer step.
 
-    Two integers are compared; only where they differ are values looked at. Nothing is done for a
-    weight that is not the layer's own (`functional_call`, what FSDP2 gathers for a forward), nor
-    in compiled code.
+    Two integers are compared. Writes through `.data` leave no trace in them: averages of weights
+    that are put in the place of others, teachers that follow a student. Where no step moves the
+    weight, some of its entries are compared too, if asked for. Nothing is done for a weight that is
+    not the layer's own (`functional_call`, what FSDP2 gathers for a forward), nor in compiled code.
+
+    Args:
+        layer: a sigma layer.
+        look: compare entries. Host synchronisation: yes, then.
     """
     if torch.compiler.is_compiling():
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity == id(weight) and version != _version(weight):
+    if identity != id(weight):
+        return
+    if version != _version(weight) or (look and _has_moved_unseen(layer)):
         settle(layer)
+
+
+def _has_moved_unseen(layer: LayerWithTriple) -> bool:
+    weight = layer.weight
+    if (layer.training and weight.requires_grad) or isinstance(weight, DTensor):
+        return False
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    seen, entries = layer.seen_entries, _some_entries(weight)
+    if seen is None or seen.device != entries.device or seen.dtype != entries.dtype:
+        return True  # not looked at since it was trained, or elsewhere: all of it is, once
+    return not torch.equal(seen, entries)
+
+
+def _some_entries(weight: Tensor) -> Tensor:
+    """View entries of a weight along the diagonal of its matrix."""
+    diagonal = as_matrix(weight.detach()).diagonal()
+    return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
 
 
 @torch.no_grad()
@@ -120,15 +152,45 @@ def settle(layer: LayerWithTriple) -> None:
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
     with torch.autocast(whole.device.type, enabled=False):
-        now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.block_dim)
+        now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.parts)
     if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
-        for row, block in enumerate(matrices_of(whole, layer.num_blocks, layer.block_dim)):
-            if torch.isfinite(now[row]):
-                triple = leading_triple(block)
-                layer.sigma[row], layer.sigma_u[row], layer.sigma_v[row] = triple
+        matrices = local_matrices(whole, layer.parts)
+        vectors = vectors_of(layer.sigma_u, layer.sigma_v, matrices)
+        for part, (matrix, (u, v)) in enumerate(zip(matrices, vectors, strict=True)):
+            if torch.isfinite(now[part]):
+                triple = leading_triple(matrix)
+                layer.sigma[part] = triple.sigma
+                u.copy_(triple.u)
+                v.copy_(triple.v)
             else:  # the vectors stay, as in `steps`
-                layer.sigma[row] = now[row]
+                layer.sigma[part] = now[part]
     mark_settled(layer)
+    if not isinstance(weight, DTensor):
+        layer.seen_entries = _some_entries(weight).clone()
+
+
+def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the triple that belongs to a weight of a state dict, as `settle` finds it.
+
+    Args:
+        layer: whose weight it is; it stays as it is.
+        given: "weight", "sigma", "sigma_u" and "sigma_v", whole and on one device.
+
+    Returns:
+        "sigma", "sigma_u" and "sigma_v": those that were given, where they fit, else new ones.
+    """
+    weight = given["weight"]
+    names = ("sigma", "sigma_u", "sigma_v")
+    triple = {name: given[name].to(spectral_dtype(weight.dtype), copy=True) for name in names}
+    stand_in: Any = SimpleNamespace(
+        layer_name=layer.layer_name,
+        parts=layer.parts,
+        weight=weight,
+        gamma=layer.gamma,
+        **triple,
+    )
+    settle(stand_in)
+    return triple
 
 
 @torch.no_grad()

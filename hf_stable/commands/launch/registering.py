@@ -1,0 +1,29 @@
+"""Architectures of the user's own, from Python files that register them."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+__all__ = ["register_from"]
+
+
+def register_from(file: str) -> None:
+    """Run a Python file that calls `hf_stable.register_architecture`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it fails, or does not call `register_architecture`.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--register {file}: no such file")
+    if "register_architecture" not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(
+            f"--register {file}: it registers nothing; it has to call "
+            "hf_stable.register_architecture(hf_stable.Architecture(...))"
+        )
+    try:
+        runpy.run_path(file, run_name="hf_stable_register")
+    except Exception as error:  # whatever somebody's file raises
+        raise ValueError(f"--register {file} failed: {type(error).__name__}: {error}") from error
