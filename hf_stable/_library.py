@@ -11,8 +11,8 @@ from hf_stable.architectures import (
     register_architecture,
     supported_architectures,
 )
-from hf_stable.checkpoints.continuing import load
 from hf_stable.checkpoints.exporting import export, push_to_hub
+from hf_stable.checkpoints.loading import load
 from hf_stable.commands.preflight.flying import preflight
 from hf_stable.methods.describing import describe
 from hf_stable.methods.layernorms.removal import (

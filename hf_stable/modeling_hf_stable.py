@@ -4,13 +4,15 @@
 `config.removed_layernorms` lists are the identity: `HfStableGPT2LMHeadModel`, for example, with
 its config `HfStableGPT2Config` of model_type "hf_stable_gpt2".
 
-In config.json a sentence stands where the epsilon of the norms belongs. The classes of
-transformers themselves would bring the norms back; they refuse the folder and show the sentence.
+In config.json a sentence stands where a number belongs: the epsilon of the norms, or, where a
+config has none, a scale of the initialisation. The classes of transformers themselves would bring
+the norms back; they refuse the folder and show the sentence.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -23,6 +25,10 @@ GUARD = (
     "no number: LayerNorms of this model were removed, and this class would bring them back. Load "
     "it by its auto class with trust_remote_code=True, or import hf_stable first"
 )
+
+ON_CONFIG: list[Callable[[Any], None]] = []
+"""Called with every config that is made here: how hf_stable, where it is imported, learns that the
+auto classes need the models of it."""
 
 if Version(transformers.__version__) < Version("5.10"):
     raise ImportError(
@@ -61,23 +67,25 @@ def _model_members(native: Any) -> dict[str, Any]:
 
 
 def _config_members(native: Any) -> dict[str, Any]:
-    epsilon = epsilon_field(native)
+    guarded = guarded_field(native)
 
     def __init__(self: Any, **kwargs: Any) -> None:
         # What to_dict writes comes back here: from config.json, and from copies of a config.
         kwargs.pop("model_type", None)
         self.removed_layernorms = kwargs.pop("removed_layernorms", {})
         if "layer_norm_number" in kwargs:
-            kwargs[epsilon] = kwargs.pop("layer_norm_number")
+            kwargs[guarded] = kwargs.pop("layer_norm_number")
         native.__init__(self, **kwargs)
+        for call in ON_CONFIG:
+            call(self)
 
     def to_dict(self: Any) -> dict[str, Any]:
-        """Return what config.json holds: the sentence stands in place of the epsilon."""
+        """Return what config.json holds: the sentence stands in place of a number."""
         output = native.to_dict(self)
         if output.get("architectures"):
             names = [name.removeprefix(CLASS_PREFIX) for name in output["architectures"]]
             output["architectures"] = [CLASS_PREFIX + name for name in names]
-        return output | {"layer_norm_number": output[epsilon], epsilon: GUARD}
+        return output | {"layer_norm_number": output[guarded], guarded: GUARD}
 
     return {
         "__doc__": f"`{native.__name__}` with `removed_layernorms`: class names to their norms.",
@@ -87,12 +95,21 @@ def _config_members(native: Any) -> dict[str, Any]:
     }
 
 
-def epsilon_field(config_class: Any) -> str:
-    """Return the name of the field of a config class that holds the epsilon of its norms."""
-    for field in dataclasses.fields(config_class):
-        if "norm" in field.name and "eps" in field.name:
-            return field.name
-    raise TypeError(f"{config_class.__name__} has no field for the epsilon of its norms")
+def guarded_field(config_class: Any) -> str:
+    """Return the name of the field of a config class in whose place the sentence stands.
+
+    It is one that the class insists on being a number: the epsilon of its norms, else a scale of
+    the initialisation.
+
+    Raises:
+        TypeError: if there is neither.
+    """
+    names = [field.name for field in dataclasses.fields(config_class)]
+    epsilons = [name for name in names if "norm" in name and "eps" in name]
+    scales = [name for name in names if name.startswith(("initializer_", "init_"))]
+    if not epsilons and not scales:
+        raise TypeError(f"{config_class.__name__} has no number that a sentence could stand for")
+    return (epsilons + scales)[0]
 
 
 def locate_norms(model: nn.Module, norms: dict[str, list[str]]) -> list[tuple[nn.Module, str]]:

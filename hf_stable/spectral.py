@@ -1,13 +1,8 @@
 """Public measures of matrices: leading singular triples, spectra of products, concentration."""
 
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import (
-    RowShard,
-    as_matrix,
-    matrix_blocks,
-    spectral_dtype,
-    split_blocks,
-)
+from hf_stable.measures.matrices import RowShard, as_matrix, matrices_of, spectral_dtype
+from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.measures.power_iteration import SingularTriple, generic_vector, power_step
 from hf_stable.measures.products import (
     ov_singular_values,
@@ -18,18 +13,19 @@ from hf_stable.measures.products import (
 )
 
 __all__ = [
+    "WHOLE",
+    "Parts",
     "RowShard",
     "SingularTriple",
     "as_matrix",
     "generic_vector",
     "leading_triple",
-    "matrix_blocks",
+    "matrices_of",
     "ov_singular_values",
     "power_step",
     "qk_singular_values",
     "spectral_dtype",
     "spectral_energy_concentration",
     "spectral_energy_curve",
-    "split_blocks",
     "stable_rank",
 ]

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.methods.sigma_reparam.function import scale_blocks, spread_over_blocks
-from hf_stable.spectral import as_matrix, split_blocks
+from hf_stable.methods.sigma_reparam.function import scale_parts
+from hf_stable.spectral import Parts, matrices_of
 from recipes import linear_swin
 from recipes.data import CONTEXT, Task
 from recipes.settings import Settings
@@ -122,19 +122,19 @@ def initialise(model: nn.Module, init: str, scale: float) -> None:
 
 
 class _OverFrobenius(nn.Module):
-    """`gamma / |W|_F * W` for each block: sigmaReparam with the Frobenius norm in sigma's place."""
+    """`gamma / |W|_F * W` for each part: sigmaReparam with the Frobenius norm in sigma's place."""
 
-    def __init__(self, gamma: torch.Tensor, dim: int) -> None:
+    def __init__(self, gamma: torch.Tensor, parts: Parts) -> None:
         super().__init__()
-        self.gamma, self.dim = nn.Parameter(gamma), dim
+        self.gamma, self.parts = nn.Parameter(gamma), parts
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return scale_blocks(weight, self.gamma / self.sizes(weight), self.dim)
+        return scale_parts(weight, self.gamma / self.sizes(weight), self.parts)
 
     def sizes(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the Frobenius norm of each block, (k,)."""
-        blocks = split_blocks(as_matrix(weight), len(self.gamma), self.dim)
-        return torch.stack([torch.linalg.vector_norm(block) for block in blocks])
+        """Return the Frobenius norm of each part, (k,)."""
+        matrices = matrices_of(weight, self.parts)
+        return torch.stack([torch.linalg.vector_norm(matrix) for matrix in matrices])
 
 
 @torch.no_grad()
@@ -155,13 +155,13 @@ def normalise(model: Any, kind: str) -> None:
         if layer.skipped is not None:
             continue
         module, like = model.get_submodule(layer.name), patched.get_submodule(layer.name)
-        sigma, dim = like.sigma, like.block_dim  # blocks lie along the output features
+        sigma, parts = like.sigma, like.parts  # which lie along the output features
         if kind == "weight_norm":
-            nn.utils.parametrizations.weight_norm(module, dim=dim)
+            nn.utils.parametrizations.weight_norm(module, dim=parts.dim)
             rows = module.parametrizations.weight.original0
-            rows /= spread_over_blocks(sigma, module.weight, dim)
+            rows /= parts.spread(sigma, module.weight.shape)
         else:
-            norm = _OverFrobenius(torch.ones_like(sigma), dim)
+            norm = _OverFrobenius(torch.ones_like(sigma), parts)
             norm.gamma.copy_(norm.sizes(module.weight) / sigma)
             nn.utils.parametrize.register_parametrization(module, "weight", norm)
 

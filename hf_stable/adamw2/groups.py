@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
 from hf_stable.architectures.finding import find_layers
@@ -76,7 +75,7 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     or later; and for LoRA on embeddings. Embeddings that are bare parameters (ViT's `cls_token`
     and `position_embeddings`) are under the rule, by their l2 norm.
 
-    Fused projections that the model's architecture names get `blocks` and `block_dim`; of an
+    Fused projections that the model's architecture names get `parts`; of an
     unregistered architecture, matrices are taken whole.
     """
     rules: dict[int, dict[str, Any]] = {
@@ -94,10 +93,8 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     except UnsupportedModelError:
         return rules
     for layer in layers:
-        if layer.num_parts > 1:
-            block_dim = 1 if isinstance(layer.module, Conv1D) else 0
-            blocks = {"blocks": layer.num_parts, "block_dim": block_dim}
-            rules.setdefault(id(layer.module.weight), blocks)
+        if not layer.parts.is_whole and layer.weight is not None:
+            rules.setdefault(id(layer.weight), {"parts": layer.parts})
     return rules
 
 

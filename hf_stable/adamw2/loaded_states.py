@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_stable.adamw2.options import as_numbers, check_group
 from hf_stable.adamw2.rule import LORA_STATE, MOMENTS, RULE_STATE
-from hf_stable.measures.matrices import spectral_dtype
+from hf_stable.measures.matrices import shapes_of, spectral_dtype
+from hf_stable.measures.parts import Parts
 
 __all__ = ["Entries", "prepare_loaded", "restore_state"]
 
@@ -126,14 +127,14 @@ def _rule_shapes(
             yield rate | {key: (width,) for key in LORA_STATE} | {"exempt": (1,)}
             yield {}
         return
-    blocks = group["blocks"]
     for param in params:
-        width = math.prod(param.shape[1:]) // (blocks if group["block_dim"] else 1)
+        shapes = shapes_of(param, Parts.of(group["parts"]))
+        vectors = (len(shapes), max(width for _, width in shapes))
         yield {
-            "weight_v": (blocks, width),
-            "update_v": (blocks, width),
-            "exempt": (blocks,),
-            "effective_lr": (blocks,),
+            "weight_v": vectors,
+            "update_v": vectors,
+            "exempt": vectors[:1],
+            "effective_lr": vectors[:1],
         }
 
 

@@ -26,6 +26,7 @@ from hf_stable.adamw2.rule import (
     target_scale,
 )
 from hf_stable.measures.matrices import as_matrix, spectral_dtype
+from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import generic_vector, step_batch
 
 __all__ = ["Adapter", "check_factors", "pair_factors", "update_adapters"]
@@ -61,8 +62,8 @@ def check_factors(params: Sequence[Tensor], options: dict[str, Any]) -> None:
             f"weight), so {len(params)} cannot be all of one: hf_stable.lora_groups makes such "
             "groups; ZeroRedundancyOptimizer parts them and does not work with lora_scale"
         )
-    if options["blocks"] > 1:
-        raise ValueError(f"a group has either lora_scale or blocks={options['blocks']}, not both")
+    if not Parts.of(options["parts"]).is_whole:
+        raise ValueError(f"a group has either lora_scale or parts={options['parts']}, not both")
     for down, up, base in _threes(params):
         down_shape, up_shape, base_shape = (as_matrix(p).shape for p in (down, up, base))
         merged = (up_shape[0], down_shape[1])

@@ -18,6 +18,7 @@ from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_stat
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
 from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
 from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
+from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = ["AdamW2"]
 
@@ -41,10 +42,10 @@ class AdamW2(Optimizer):
 
     Args:
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
-            group may set any of the options below, and also `blocks` and `block_dim`: a fused
-            weight is `blocks` equal matrices along dimension `block_dim`, each with its own rate
-            (GPT-2's `c_attn`: `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
-            LoRA's factors; see `hf_stable.lora_groups`.
+            group may set any of the options below, and also `parts`: where the matrices of a fused
+            weight lie, each with its own rate (GPT-2's `c_attn`: `hf_stable.spectral.Parts((1, 1,
+            1), dim=1)`). A group that sets `lora_scale` holds LoRA's factors; see
+            `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
         betas: decay of the running means of the gradient and of its square; tensors of one
             element are read once.
@@ -96,8 +97,7 @@ class AdamW2(Optimizer):
             weight_decay=weight_decay,
             tau=tau,
             power_iterations=power_iterations,
-            blocks=1,
-            block_dim=0,
+            parts=WHOLE.to_plain(),
             lora_scale=None,
             lora_transposed=False,
             maximize=maximize,
@@ -114,7 +114,7 @@ class AdamW2(Optimizer):
         """Add a group of parameters, with options of its own where it names them.
 
         Raises:
-            ValueError: for an option out of range, or `blocks` or `lora_scale` that do not fit the
+            ValueError: for an option out of range, or `parts` or `lora_scale` that do not fit the
                 weights.
             TypeError: for parameters that are not real floating-point tensors.
         """
@@ -124,6 +124,8 @@ class AdamW2(Optimizer):
             if "betas" in param_group:
                 param_group["betas"] = as_numbers(param_group["betas"])
             check_group(params, self.defaults | param_group)
+            if "parts" in param_group:  # plain data, for files that are read without the class
+                param_group["parts"] = Parts.of(param_group["parts"]).to_plain()
         super().add_param_group(param_group)
         self._shapes = _shapes(self.param_groups)
 
@@ -198,7 +200,7 @@ class AdamW2(Optimizer):
 
         Returns:
             Parameter name (or the parameter, where none were given) -> rate; a list of rates,
-            one per block, for a fused weight. Parameters never stepped are left out.
+            one per part, for a fused weight. Parameters never stepped are left out.
         """
         rates: dict[Any, float | list[float]] = {}
         for group in self.param_groups:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
+from hf_stable.measures.parts import Parts
 
 __all__ = ["as_numbers", "check_group", "check_options", "parse_options", "refuse_flattened"]
 
@@ -43,6 +44,13 @@ def _is_finite(value: Any) -> bool:
     return _is_number(value) and 0 <= value < math.inf
 
 
+def _are_parts(value: Any) -> bool:
+    try:
+        return bool(Parts.of(value))
+    except ValueError:
+        return False
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and _is_number(value) and value >= 1
 
@@ -54,8 +62,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("a finite number >= 0", _is_finite),
     "tau": ("a number > 0; inf switches Rule 1 off", lambda tau: _is_number(tau) and tau > 0),
     "power_iterations": ("an integer >= 1", _is_count),
-    "blocks": ("an integer >= 1", _is_count),
-    "block_dim": ("0 or 1", lambda dim: dim in (0, 1)),
+    "parts": ("an hf_stable.spectral.Parts", _are_parts),
     "lora_scale": (
         "None or a finite number > 0",
         lambda scale: scale is None or (_is_finite(scale) and scale > 0),
@@ -143,7 +150,7 @@ def check_group(params: Sequence[Any], options: dict[str, Any]) -> None:
 
     Raises:
         ValueError: for an option out of range, parameters that another library has flattened, or
-            `blocks` or `lora_scale` that do not fit the parameters.
+            `parts` or `lora_scale` that do not fit the parameters.
         TypeError: for parameters that are not real floating-point tensors.
     """
     check_options(options)
@@ -161,12 +168,18 @@ def _check_param(param: Tensor, options: dict[str, Any]) -> None:
             "give real floating-point parameters"
         )
     refuse_flattened(param)
-    blocks, dim = options["blocks"], options["block_dim"]
-    if blocks > 1 and (param.ndim != 2 or param.shape[dim] % blocks):
+    parts = Parts.of(options["parts"])
+    if parts.is_whole:
+        return
+    try:
+        if param.ndim != 2 + parts.stacked:
+            raise ValueError("it has other dimensions")
+        parts.check(param.shape)
+    except ValueError as error:
         raise ValueError(
-            f"blocks={blocks} along block_dim={dim} do not fit a parameter of shape "
-            f"{tuple(param.shape)}: give such weights a group of their own"
-        )
+            f"{parts} does not fit a parameter of shape {tuple(param.shape)}: {error}. Give such "
+            "weights a group of their own"
+        ) from error
 
 
 def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:

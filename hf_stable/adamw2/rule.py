@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import local_tensor
-from hf_stable.measures.matrices import RowShard, matrix_blocks, spectral_dtype
+from hf_stable.measures.matrices import (
+    RowShard,
+    matrices_of,
+    shapes_of,
+    spectral_dtype,
+    spread_values,
+)
+from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import generic_vector, power_step
 
 __all__ = [
@@ -41,8 +48,8 @@ LORA_STATE = ("merged_v", "linear_v", "quadratic_v")
 change, (n,) each."""
 
 RULE_STATE = ("weight_v", "update_v", *LORA_STATE, "exempt", "effective_lr")
-"""What Rule 1 adds: right vectors of W and U (blocks, n); whether a block is exempt and its last
-rate, (blocks,) each."""
+"""What Rule 1 adds, for each of the k parts of a weight: right vectors of W and U, (k, n) each (a
+narrower part's are followed by zeros); whether it is exempt and its last rate, (k,) each."""
 
 COLD_ITERATIONS = 10
 """Power iterations at the first step of a weight, whose vectors start from nothing."""
@@ -67,22 +74,29 @@ class Weight:
     state: dict[str, Tensor]
     group: dict[str, Any]
 
-    def blocks(self, tensor: Tensor) -> list[Tensor | RowShard]:
-        """View a tensor that is laid out like the parameter as the matrices that it stands for."""
-        tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
-        return matrix_blocks(tensor, self.group["blocks"], self.group["block_dim"])
+    @property
+    def parts(self) -> Parts:
+        """Where the matrices of the parameter lie."""
+        return Parts.of(self.group["parts"])
 
-    def entries(self, tensor: Tensor) -> list[Tensor]:
-        """View the entries of each block that this process holds, for writing."""
-        if self.group["blocks"] == 1:
-            # Unflattened: a flattened channels_last kernel is a copy.
-            return [local_tensor(tensor).detach()]
-        return [b.local if isinstance(b, RowShard) else b for b in self.blocks(tensor)]
+    @property
+    def num_parts(self) -> int:
+        """How many matrices the parameter stands for."""
+        return len(shapes_of(self.param, self.parts))
+
+    def matrices(self, tensor: Tensor) -> list[Tensor | RowShard]:
+        """Return the matrices of a tensor that is laid out like the parameter, to be read."""
+        return matrices_of(tensor.reshape(1) if tensor.ndim == 0 else tensor, self.parts)
+
+    def vectors(self, key: str) -> list[Tensor]:
+        """View the power vectors that the state has under a key, each as long as its matrix."""
+        rows, shapes = self.state[key], shapes_of(self.param, self.parts)
+        return [row[:width] for row, (_, width) in zip(rows, shapes, strict=True)]
 
 
 def prepare_state(weight: Weight) -> None:
     """Create what the state of a weight lacks: all of it, or what Rule 1 adds."""
-    param, state, blocks = weight.param, weight.state, weight.group["blocks"]
+    param, state = weight.param, weight.state
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         for key in MOMENTS:
@@ -91,15 +105,18 @@ def prepare_state(weight: Weight) -> None:
         state["step"] = state["step"].to(param.device)  # ZeroRedundancyOptimizer loads it so
     if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
         return
-    if "weight_v" in state and len(state["weight_v"]) == blocks:
+    shapes = shapes_of(param, weight.parts)
+    size = (len(shapes), max(width for _, width in shapes))
+    if "weight_v" in state and state["weight_v"].shape == size:
         return
     for key in RULE_STATE:
         state.pop(key, None)
-    block = weight.blocks(param)[0]
-    width = (block.local if isinstance(block, RowShard) else block).shape[1]
-    vector = generic_vector(width, dtype=spectral_dtype(param.dtype), device=param.device)
+    dtype = spectral_dtype(param.dtype)
+    rows = torch.zeros(size, dtype=dtype, device=param.device)
+    for row, (_, width) in zip(rows, shapes, strict=True):
+        row[:width] = generic_vector(width, dtype=dtype, device=param.device)
     for key in ("weight_v", "update_v"):
-        state[key] = vector.repeat(blocks, 1)
+        state[key] = rows.clone()
 
 
 def adam_step(
@@ -187,9 +204,9 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
     whole: dict[Any, list[Weight]] = {}
     for weight in weights:
         param = weight.param
-        block = weight.blocks(param)[0] if isinstance(param, DTensor) else None
-        if isinstance(block, RowShard):
-            sharded[block.group].setdefault((id(weight.group), param.dtype), []).append(weight)
+        first = weight.matrices(param)[0] if isinstance(param, DTensor) else None
+        if isinstance(first, RowShard):
+            sharded[first.group].setdefault((id(weight.group), param.dtype), []).append(weight)
             continue
         key = (id(weight.group), type(param), param.shape, param.dtype, param.device)
         together = whole.setdefault(key, [])
@@ -215,7 +232,7 @@ def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -
     for weights, own_targets, sigma_weight, sigma_target in zip(
         together, targets, sigma_weights, sigma_targets, strict=True
     ):
-        # Lines 7 to 9: one rate for each block.
+        # Lines 7 to 9: one rate for each matrix.
         rates = _clip(weights, sigma_weight, sigma_target / target_scale(weights[0]))
         # Lines 10 to 14.
         move(weights, own_targets, rates)
@@ -249,14 +266,14 @@ def target_scale(weight: Weight) -> float:
 def _spectral_norms(
     together: list[list[Weight]], targets: list[list[Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Move the power vectors; return sigma1 of weights and targets, (blocks of the group,) each."""
+    """Move the power vectors; return sigma1 of all matrices, of weights and of targets."""
     weights = [weight for part in together for weight in part]
     own: list[Tensor | RowShard] = []
     theirs: list[Tensor | RowShard] = []
     for weight, target in zip(weights, [t for part in targets for t in part], strict=True):
-        own += weight.blocks(weight.param)
-        theirs += weight.blocks(target)
-    stored = [v for key in ("weight_v", "update_v") for w in weights for v in w.state[key].unbind()]
+        own += weight.matrices(weight.param)
+        theirs += weight.matrices(target)
+    stored = [v for key in ("weight_v", "update_v") for w in weights for v in w.vectors(key)]
     steady = max(part[0].group["power_iterations"] for part in together)
     cold = any("exempt" not in weight.state for weight in weights)
     together_count = max(steady, COLD_ITERATIONS) if cold else steady
@@ -267,18 +284,17 @@ def _spectral_norms(
     triples[len(own) :] = power_step(theirs, None, [triple.v for triple in triples[len(own) :]])
     torch._foreach_copy_(stored, [triple.v for triple in triples])
     sigmas = iter([triple.sigma for triple in triples])
-    counts = [len(part) * part[0].group["blocks"] for part in together]
+    counts = [sum(weight.num_parts for weight in part) for part in together]
     stacks = [torch.stack([next(sigmas) for _ in range(count)]) for count in counts * 2]
     return stacks[: len(together)], stacks[len(together) :]
 
 
 def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
-    """Return `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6) for every block, and store it.
+    """Return `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6) for every matrix, and store it.
 
     A NaN stays a NaN: an update of unknown size must not pass as a small one.
     """
     group = weights[0].group
-    by_weight = (len(weights), group["blocks"])
     if any("exempt" not in weight.state for weight in weights):
         highest = at_most(torch.full_like(sigma_update, math.inf), group["lr"])
         _decide_exempt(weights, sigma_weight, highest * sigma_update)
@@ -288,7 +304,7 @@ def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> 
     rates = at_most(bound, group["lr"])
     torch._foreach_copy_(
         [weight.state["effective_lr"] for weight in weights],
-        list(rates.unflatten(0, by_weight).unbind()),
+        list(rates.split([weight.num_parts for weight in weights])),
     )
     return rates
 
@@ -298,11 +314,11 @@ def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tens
 
     Args:
         weights: of one group.
-        sigma_weight: sigma1 of every block of theirs.
+        sigma_weight: sigma1 of every matrix of theirs.
         sigma_step: the same of what AdamW would add.
     """
-    by_weight = (len(weights), weights[0].group["blocks"])
-    sizes, steps = (sigma.unflatten(0, by_weight) for sigma in (sigma_weight, sigma_step))
+    counts = [weight.num_parts for weight in weights]
+    sizes, steps = (sigma.split(counts) for sigma in (sigma_weight, sigma_step))
     for weight, size, step in zip(weights, sizes, steps, strict=True):
         if "exempt" in weight.state:
             continue
@@ -314,15 +330,20 @@ def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tens
 
 
 def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
-    """Step the blocks of weights of one group towards their targets, in place."""
+    """Step the matrices of weights of one group towards their targets, in place."""
     decay = weights[0].group["weight_decay"]
-    blocks = [block for weight in weights for block in weight.entries(weight.param)]
-    towards = [b for w, target in zip(weights, targets, strict=True) for b in w.entries(target)]
-    if target_scale(weights[0]) != 1.0:
-        torch._foreach_lerp_(blocks, towards, list((rates * decay).unbind()))
+    owned = [local_tensor(weight.param).detach() for weight in weights]
+    towards = [local_tensor(target).detach() for target in targets]
+    by_weight = rates.split([weight.num_parts for weight in weights])
+    if target_scale(weights[0]) != 1.0 and weights[0].parts.is_whole:
+        torch._foreach_lerp_(owned, towards, list((rates * decay).unbind()))
         return
-    for block, update_of_block, rate in zip(blocks, towards, rates.unbind(), strict=True):
-        moved = block.to(rate.dtype)
-        moved.mul_(1 - rate * decay).addcmul_(update_of_block.to(rate.dtype), rate)
-        if moved is not block:
-            block.copy_(moved)
+    for weight, own, target, own_rates in zip(weights, owned, towards, by_weight, strict=True):
+        rate = spread_values(own_rates, weight.param, weight.parts)
+        if target_scale(weight) != 1.0:
+            own.lerp_(target, rate * decay)
+            continue
+        moved = own.to(rate.dtype)
+        moved.mul_(1 - rate * decay).addcmul_(target.to(rate.dtype), rate)
+        if moved is not own:
+            own.copy_(moved)

@@ -42,8 +42,9 @@ def find_uncovered(model: nn.Module) -> list[Uncovered]:
         for attribute, parameter in module.named_parameters(recurse=False):
             if id(parameter) in covered or not _is_matrix(attribute, parameter):
                 continue
-            own = name if attribute == "weight" else join(name, attribute)
-            reason = next((why for place, why in reasons.items() if _starts_with(own, place)), None)
+            whole = join(name, attribute)
+            own = name if attribute == "weight" else whole
+            reason = next((w for place, w in reasons.items() if _starts_with(whole, place)), None)
             found.append(Uncovered(own, tuple(parameter.shape), reason or _outside(name, regions)))
     return found
 

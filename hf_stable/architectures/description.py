@@ -8,8 +8,18 @@ architecture is covered by the same entry.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
-__all__ = ["Architecture", "Attention", "Block", "LeftOut", "Member"]
+__all__ = [
+    "Architecture",
+    "Attention",
+    "Block",
+    "LeftOut",
+    "Member",
+    "MlpPaths",
+    "attention_within",
+    "members",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,25 @@ class Attention:
     query_scale: str | None = None
 
 
+def attention_within(module: str, query: str, key: str, value: str, output: str) -> Attention:
+    """Describe an attention whose projections are children of the module that calls it.
+
+    Args:
+        module: path of the module.
+        query: name of the projection of queries in it.
+        key: the same of keys.
+        value: the same of values.
+        output: the same of what leaves the attention.
+    """
+    return Attention(
+        module,
+        query=f"{module}.{query}",
+        key=f"{module}.{key}",
+        value=f"{module}.{value}",
+        output=f"{module}.{output}",
+    )
+
+
 @dataclass(frozen=True)
 class Block:
     """A repeated block of an architecture; paths are relative to it.
@@ -72,6 +101,8 @@ class Block:
         branch_norms: norms at the end of a branch, before it is added (OLMo 2, Gemma 2).
         gain_offset: what the norms add to their weight to get the gain: 1 for Gemma.
         transposed_experts: whether experts are (n, in, out) instead of (n, out, in).
+        condition: attribute of the block and the value that it has in a block of this kind, where
+            kinds have the same modules (the two placements of norms in OPT).
     """
 
     class_name: str
@@ -83,15 +114,38 @@ class Block:
     branch_norms: tuple[str, ...] = ()
     gain_offset: float = 0.0
     transposed_experts: bool = False
+    condition: tuple[str, object] | None = None
+
+
+class MlpPaths(TypedDict):
+    """The paths of an MLP, as keywords of `Block`."""
+
+    mlp_in: tuple[str, ...]
+    mlp_out: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Member:
-    """An attribute (dotted path) of every module of a class; of some only, where `optional`."""
+    """A layer (dotted path) in every module of a class; in some only, where `optional`.
+
+    A `*` in the path stands for every child of a list: "conv_layers.*".
+    """
 
     class_name: str
     path: str
     optional: bool = False
+
+
+def members(prefix: str, *places: str, optional: bool = False) -> tuple[Member, ...]:
+    """Return the members at places such as "Pooler.dense", in classes whose names have a prefix.
+
+    Args:
+        prefix: of the class names: "Bert".
+        places: rest of the class name, a dot, and the path in it.
+        optional: whether modules may lack them.
+    """
+    named = (place.partition(".") for place in places)
+    return tuple(Member(prefix + rest, path, optional) for rest, _, path in named)
 
 
 @dataclass(frozen=True)

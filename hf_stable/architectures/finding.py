@@ -320,10 +320,20 @@ def _places_of(region: Region, member: Member) -> Iterator[tuple[str, str]]:
         UnsupportedModelError: if a module lacks it, unless it is optional.
     """
     for name, module in modules_of_class(region.modules, member.class_name):
-        if join(name, member.path) in region.modules:
-            yield name, member.path
-        elif not member.optional:
-            refuse_missing(region.architecture, module, name, member.path)
+        for path in _expanded(module, member.path):
+            if join(name, path) in region.modules:
+                yield name, path
+            elif not member.optional:
+                refuse_missing(region.architecture, module, name, path)
+
+
+def _expanded(module: nn.Module, path: str) -> list[str]:
+    """Return a path once for each child of the list that a `*` in it stands for."""
+    before, star, after = path.partition(".*")
+    owner = owner_of(module, before) if star else None
+    if owner is None:
+        return [path]
+    return [f"{before}.{child}{after}" for child, _ in getattr(*owner).named_children()]
 
 
 def _refuse_unregistered(model: nn.Module, modules: dict[str, nn.Module]) -> None:

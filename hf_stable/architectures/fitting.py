@@ -28,8 +28,14 @@ def choose_block(
     """
     missing = [_missing_paths(block, module) for block in variants]
     for block, paths in zip(variants, missing, strict=True):
-        if not paths:
+        if not paths and _meets(block, module):
             return block
+    if [] in missing:
+        conditions = " nor ".join(str(block.condition) for block in variants)
+        raise UnsupportedModelError(
+            f"the entry for {architecture.model_type!r} describes a {type(module).__name__} by "
+            f"{conditions}, none of which holds for {name!r}; {_WAY_OUT}"
+        )
     refuse_missing(architecture, module, name, min(missing, key=len)[0])
 
 
@@ -109,6 +115,13 @@ def _refuse_unnamed(architecture: Architecture, name: str, what: str) -> NoRetur
         f"is {what} that it leaves out: only a part of the model would be patched and watched. "
         f"Give Architecture(block=(Block(...), Block(...))) a description of each kind; {_WAY_OUT}"
     )
+
+
+def _meets(block: Block, module: nn.Module) -> bool:
+    if block.condition is None:
+        return True
+    attribute, value = block.condition
+    return getattr(module, attribute, None) == value
 
 
 def _missing_paths(block: Block, module: nn.Module) -> list[str]:

@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 
 __all__ = ["class_names", "has_path", "join", "modules_of_class", "named_modules", "owner_of",
-           "state_dict_name"]  # fmt: skip
+           "plain_name", "state_dict_name"]  # fmt: skip
 
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 """What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
 and takes out of state dicts."""
+
+COMPILED = "_orig_mod"
+"""What `torch.compile` puts into the names of modules and of their state dict alike."""
 
 
 def state_dict_name(name: str) -> str:
@@ -21,6 +24,11 @@ def state_dict_name(name: str) -> str:
     The two differ where torch has put a wrapper around a block for activation checkpointing.
     """
     return ".".join(part for part in name.split(".") if part != CHECKPOINT_WRAPPER)
+
+
+def plain_name(name: str) -> str:
+    """Return what the model that torch.compile wraps, or has wrapped in it, calls a tensor."""
+    return ".".join(part for part in state_dict_name(name).split(".") if part != COMPILED)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:

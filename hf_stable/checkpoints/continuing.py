@@ -1,78 +1,34 @@
-"""Continuing a patched model from what was saved of it: exactly, or not at all."""
+"""Continuing a training from a checkpoint: what is loaded reaches a patched model exactly.
+
+A checkpoint has plain weights, and beside them a sidecar with what folding lost. Inside the
+contexts here, `load_state_dict` takes the one for the other.
+"""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.checkpoints.provenance import restore_provenance
-from hf_stable.checkpoints.sidecar import WAY_OUT, SavedState, read_state
-from hf_stable.methods.config import CONFIGS_ATTRIBUTE
-from hf_stable.methods.layernorms.removal import RemovalConfig
-from hf_stable.methods.layernorms.standalone import standalone_class
-from hf_stable.methods.patching import patch_configs
+from hf_stable._wording import nearest
+from hf_stable.architectures.paths import plain_name
+from hf_stable.checkpoints.saved_state import WAY_OUT, Configs, SavedState
+from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.checkpoints.weight_files import open_weights
+from hf_stable.methods.patching import configs_by_part, patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-from hf_stable.methods.sigma_reparam.method import SigmaReparamPlan, sigma_layers
-from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState, check_plain
-from hf_stable.methods.undoing import undoing
+from hf_stable.methods.sigma_reparam.method import sigma_layers
 
-__all__ = ["load", "restoring"]
+__all__ = ["naming_damaged_weights", "restoring", "restoring_where_possible"]
 
 Folder = str | os.PathLike[str]
-
-
-def load(model_class: Any, path: Folder, **kwargs: Any) -> Any:
-    """Load a patched model from a folder that it was saved to, to continue training it.
-
-    Args:
-        model_class: a model class or an auto class of transformers.
-        path: a local folder with a sidecar. (For a folder without, or a name on the Hub, use
-            `from_pretrained` and `hf_stable.patch`.)
-        **kwargs: for `from_pretrained`.
-
-    Returns:
-        The model, in evaluation mode, with the raw weights, gamma, sigma, u and v as saved. One
-        without LayerNorms is of a class of `modeling_hf_stable`, derived from the one given.
-
-    Raises:
-        FileNotFoundError: if there is no sidecar.
-        ValueError: if a file is damaged, or the sidecar belongs to other weights.
-        UnsupportedModelError: if a saved layer is not in the model, or its weight is offloaded.
-    """
-    saved = read_state(path)
-    removal = any(isinstance(config, RemovalConfig) for config in saved.configs)
-    if removal and isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        model_class = standalone_class(model_class)
-    with _naming_damaged_weights(path):
-        model = model_class.from_pretrained(path, **kwargs)
-    layers = []
-    for key in saved.layers:
-        name, module = _find_layer(model, key, saved)
-        check_plain(module, name)
-        block_dim = 1 if isinstance(module, Conv1D) else 0
-        saved.check_folds_to(module.weight, key, block_dim)
-        # Copies, for what safetensors hands out lies unaligned in the memory of the file.
-        device = module.weight.device
-        parts = {part: t.to(device, copy=True) for part, t in saved.layer(key).items()}
-        with torch.no_grad():
-            module.weight.copy_(parts.pop("weight"))
-        gamma, sigma, u, v = (parts[part] for part in SigmaLayer.SIGMA_TENSORS)
-        layers.append((module, SigmaState(gamma, sigma, u, v, block_dim, name)))
-    with undoing() as undo:
-        SigmaReparamPlan(tuple(layers)).apply(undo)
-    setattr(model, CONFIGS_ATTRIBUTE, saved.configs)
-    restore_provenance(model, saved.provenance)
-    return model
 
 
 @contextmanager
@@ -83,35 +39,34 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
     are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
 
     Args:
-        model: a plain or patched model of the checkpoint's architecture.
+        model: a plain or patched model of the checkpoint's architecture, or a module that holds
+            one, compiled or not.
         folder: the checkpoint.
-        rename: gives the name in memory of a key on disk.
+        rename: gives the name in memory of a key on disk, without what torch.compile adds.
 
     Raises:
-        FileNotFoundError: if the model is patched and there is no sidecar.
+        FileNotFoundError: if there is no such folder, or the model is patched and there is no
+            sidecar.
         ValueError: if the model is plain and there is one, if a file is damaged or of another
             save or config, or if not everything of a patched model was in the checkpoint.
     """
     saved = _state_for(model, folder)
-    names = set(model.state_dict())
+    names = {plain_name(name): name for name in model.state_dict()}
     loaded: set[str] = set()
 
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         _rename_keys(state_dict, names, rename)
-        if saved is not None:
-            for name, layer in sigma_layers(model):
-                if f"{name}.weight" in state_dict:
-                    saved.check_folds_to(state_dict[f"{name}.weight"], name, layer.block_dim)
-                    parts = saved.layer(name).items()
-                    state_dict.update({f"{name}.{part}": tensor for part, tensor in parts})
         loaded.update(state_dict)
 
-    hook = model.register_load_state_dict_pre_hook(before_loading)
-    try:
-        with _naming_damaged_weights(folder):
+    with ExitStack() as hooks:
+        hook = model.register_load_state_dict_pre_hook(before_loading)
+        hooks.callback(hook.remove)
+        if saved is not None:
+            for name, layer in sigma_layers(model):
+                take = _taking_raw(saved, plain_name(name), name, loaded)
+                hooks.callback(layer.register_load_state_dict_pre_hook(take).remove)
+        with naming_damaged_weights(folder):
             yield
-    finally:
-        hook.remove()
     missing = _not_loaded(model, loaded)
     if saved is not None and missing:
         raise ValueError(
@@ -121,7 +76,39 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
 
 
 @contextmanager
-def _naming_damaged_weights(folder: Folder) -> Iterator[None]:
+def restoring_where_possible(model: nn.Module, folder: Folder) -> Iterator[None]:
+    """Use the sidecars of a folder for whatever is loaded into a patched model in this context.
+
+    For a Trainer that reads checkpoints its own way. It may keep models in subfolders and give
+    them other names, so a layer's raw weight is found by what it folds to. What fits no sidecar
+    is taken as plain weights, with a warning: the training goes on, but not exactly.
+
+    Args:
+        model: a patched model, or a module that holds one.
+        folder: the checkpoint.
+    """
+    layers = dict(sigma_layers(model))
+    states, problem = _read_states(folder) if layers else ([], "")
+    plain: list[str] = []
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            take = _taking_what_fits(states, plain_name(name), plain)
+            hooks.callback(layer.register_load_state_dict_pre_hook(take).remove)
+        yield
+    if plain:
+        problem = problem or f"their raw weights are in no {SIDECAR_FILE} there"
+        warnings.warn(
+            f"{len(plain)} patched layers (first: {plain[0]!r}) go on from the folded weights in "
+            f"{os.fspath(folder)}: {problem}. They compute what they computed, but the training is "
+            "not continued exactly",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+@contextmanager
+def naming_damaged_weights(folder: Folder) -> Iterator[None]:
     """Turn safetensors' error, which names no file, into one that names the folder."""
     try:
         yield
@@ -132,23 +119,63 @@ def _naming_damaged_weights(folder: Folder) -> Iterator[None]:
         ) from error
 
 
-def _find_layer(model: nn.Module, key: str, saved: SavedState) -> tuple[str, Any]:
-    """Find a saved layer in a model that may lack, or add, the prefix of the base model."""
-    modules = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    for name in (key, key.removeprefix(prefix), prefix + key):
-        if type(modules.get(name)) in SIGMA_CLASSES:
-            return name, modules[name]
-    raise UnsupportedModelError(
-        f"{saved.path} holds {key!r}, which is no plain layer of this {type(model).__name__}; "
-        "load it with the class that config.json names under 'architectures'"
-    )
+Hook = Callable[..., None]
+
+
+def _taking_raw(saved: SavedState, saved_name: str, name: str, loaded: set[str]) -> Hook:
+    """Return the hook of a layer that puts its raw tensors in the place of the folded weight."""
+
+    def hook(layer: SigmaLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and f"{prefix}gamma" not in state_dict:
+            saved.check_folds_to(weight, saved_name)
+            _put(state_dict, prefix, saved, saved_name)
+        parts = ("weight", *layer.sigma_tensors)
+        loaded.update(f"{name}.{part}" for part in parts if f"{prefix}{part}" in state_dict)
+
+    return hook
+
+
+def _taking_what_fits(states: list[SavedState], name: str, plain: list[str]) -> Hook:
+    """Return the hook of a layer that does the same with the first sidecar that fits."""
+    candidates = [
+        (saved, key)
+        for saved in states
+        for key in saved.layers
+        if name == key or name.endswith(f".{key}")
+    ]
+
+    def hook(layer: SigmaLayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is None or f"{prefix}gamma" in state_dict:
+            return
+        for saved, key in candidates:
+            if saved.folds_to(weight, key):
+                return _put(state_dict, prefix, saved, key)
+        plain.append(name)
+
+    return hook
+
+
+def _put(state_dict: dict[str, Any], prefix: str, saved: SavedState, key: str) -> None:
+    state_dict.update({f"{prefix}{part}": tensor for part, tensor in saved.layer(key).items()})
+
+
+def _read_states(folder: Folder) -> tuple[list[SavedState], str]:
+    """Read the sidecars in a folder and in its folders, and say what is wrong with one that is."""
+    states, problem = [], ""
+    for path in sorted(Path(folder).glob(f"**/{SIDECAR_FILE}")):
+        try:
+            states.append(read_state(path.parent))
+        except ValueError as error:
+            problem = str(error)
+    return states, problem
 
 
 def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
     """Read and check the sidecar that a model needs, before anything of the model changes."""
     path = os.path.join(folder, SIDECAR_FILE)
-    names = [name for name, _ in sigma_layers(model)]
+    names = [plain_name(name) for name, _ in sigma_layers(model)]
     if not names and not patch_configs(model):
         if os.path.isfile(path):
             raise ValueError(
@@ -158,11 +185,13 @@ def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
                 "before the Trainer is built; to go on without, remove the file"
             )
         return None
-    saved, configs = read_state(folder), patch_configs(model)
-    if saved.configs != configs:
+    if not os.path.isfile(path) and _holds_raw_weights(model, folder):
+        return None
+    saved, parts = read_state(folder), configs_by_part(model)
+    if not _are_same(saved.parts, parts):
         raise ValueError(
-            f"{path} was written for another config: it holds {_listed(saved.configs)}, but the "
-            f"model is patched with {_listed(configs)}. Patch with what it holds to continue it. "
+            f"{path} was written for another config: it holds {_listed(saved.parts)}, but the "
+            f"model is patched with {_listed(parts)}. Patch with what it holds to continue it. "
             f"{WAY_OUT}"
         )
     odd = sorted(set(names) ^ set(saved.layers))
@@ -174,15 +203,55 @@ def _state_for(model: nn.Module, folder: Folder) -> SavedState | None:
     return saved
 
 
-def _listed(configs: tuple[Any, ...]) -> str:
-    return ", ".join(map(str, configs)) or "none"
+def _are_same(saved: Configs, parts: Configs) -> bool:
+    # Older sidecars name no parts, and what was patched whole may be patched part by part.
+    return saved == parts or len({*saved.values(), *parts.values()}) == 1
 
 
-def _rename_keys(state_dict: dict[str, Any], names: set[str], rename: Callable[[str], str]) -> None:
+def _holds_raw_weights(model: nn.Module, folder: Folder) -> bool:
+    """Say whether a folder without a sidecar can continue a patched model all the same.
+
+    Raises:
+        FileNotFoundError: if it cannot, saying what it is instead.
+        ValueError: likewise, if it holds no weights or damaged ones.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        siblings = [each.name for each in path.parent.glob("*/")] if path.parent.is_dir() else []
+        raise FileNotFoundError(
+            f"there is no checkpoint {os.fspath(folder)!r}{nearest(path.name, siblings)}; give the "
+            "path of a folder checkpoint-N of the run"
+        )
+    if open_weights(path).raw_layers:
+        return True
+    raise FileNotFoundError(
+        f"{os.fspath(folder)} was saved by a model that is not patched ({SIDECAR_FILE} is missing "
+        f"in it): gamma and the raw weights, from which this patched {type(model).__name__} would "
+        "continue, are nowhere. To continue the plain run, leave the patch out; to start a patched "
+        "run from its weights, load them with from_pretrained, call hf_stable.patch, and do not "
+        "resume"
+    )
+
+
+def _listed(parts: Configs) -> str:
+    return (
+        "; ".join(
+            f"{name}: {listed}" if name else listed
+            for name, configs in parts.items()
+            if (listed := ", ".join(map(str, configs)))
+        )
+        or "none"
+    )
+
+
+def _rename_keys(
+    state_dict: dict[str, Any], names: dict[str, str], rename: Callable[[str], str]
+) -> None:
+    """Rename keys to those of the model, to which `names` adds what torch.compile does."""
     renamed = {}
     for key, value in state_dict.items():
-        name = rename(key)
-        renamed[name if name in names else key] = value
+        name = rename(plain_name(key))
+        renamed[names.get(name, key)] = value
     state_dict.clear()
     state_dict.update(renamed)
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from hf_stable import modeling_hf_stable
-from hf_stable._wording import shortened
+from hf_stable._json import from_json
 from hf_stable.modeling_hf_stable import CLASS_PREFIX
 
-__all__ = [
-    "build_empty",
-    "config_of",
-    "empty_base_model",
-    "empty_model",
-    "named_class",
-    "read_content",
-]
+__all__ = ["empty_base_model", "empty_model", "implementations", "named_class", "read_config"]
 
 Source = str | os.PathLike[str]
+Revise = Callable[[dict[str, Any]], dict[str, Any]]
+
+_IMPLEMENTATIONS = tuple(
+    f"{mark}{what}_implementation{end}"
+    for what in ("attn", "experts")
+    for mark, end in (("", ""), ("_", ""), ("_", "_internal"))
+)
+"""The keys by which a config.json can choose code; `save_pretrained` writes none of them."""
 
 
 def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedModel]:
@@ -42,83 +51,119 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     raise ValueError(
-        f"the config in {os.fspath(source)!r} has {shortened(names)} under 'architectures', whose "
-        "first entry is no model class of transformers. Give the config of the model that was "
-        "trained, head included, or load the model in Python with its own class"
+        f"the config in {os.fspath(source)!r} has {names!r} under 'architectures', whose first "
+        "entry is no model class of transformers. Give the config of the model that was trained, "
+        "head included, or load the model in Python with its own class"
     )
 
 
-def read_content(source: Source) -> dict[str, Any]:
-    """Read a config as plain data, without what would have other people's code run.
+def read_config(source: Source, revise: Revise = lambda content: content) -> PreTrainedConfig:
+    """Read a config without the implementations of attention and experts that it asks for.
 
-    Neither code that lies beside it nor a kernel on the Hub that it names plays a part when a model
-    is only looked at.
+    These may name a kernel on the Hub, which would be fetched and run. Code that lies beside a
+    config is neither run nor asked about.
 
     Args:
         source: folder, file or name on the Hub of a config.json.
+        revise: called with what stands in it, returns what counts, or refuses it (ValueError).
 
     Raises:
-        ValueError: if it is no config.
-        OSError: if there is none.
+        OSError: if there is no such config.
+        ValueError: if it is damaged, or of no model of transformers.
     """
-    content, _ = PreTrainedConfig.get_config_dict(source)
-    return _without_code(content)
-
-
-def config_of(content: dict[str, Any], source: Source) -> PreTrainedConfig:
-    """Return the config object of a config's content.
-
-    Raises:
-        ValueError: if transformers does not know its model type.
-    """
+    content = revise(_content_of(source))
     model_type = content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"the config in {os.fspath(source)!r} has {shortened(model_type)} under 'model_type', "
-            f"which transformers {transformers.__version__} does not know"
-        )
-    return CONFIG_MAPPING[model_type].from_dict(content)
+    try:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)  # says what it lacks
+        return CONFIG_MAPPING[model_type].from_dict(_without_implementations(content))
+    except Exception as error:  # which one an impossible value raises is up to the class
+        raise ValueError(_no_model(source, error)) from error
 
 
-def empty_model(source: Source) -> PreTrainedModel:
+def implementations(source: Source) -> list[str]:
+    """Return the implementations of attention and experts that a config asks for, Hub or not."""
+    return sorted(set(_named_implementations(_content_of(source))))
+
+
+def empty_model(source: Source, revise: Revise = lambda content: content) -> PreTrainedModel:
     """Build the model of a config without memory for its weights, on the device "meta".
 
     Args:
         source: folder, file or name on the Hub of a config.json.
+        revise: as in `read_config`.
 
     Raises:
-        ValueError: if it names no class of transformers under `architectures`.
+        ValueError: if it names no class of transformers under `architectures`, or describes no
+            model that can be built.
         OSError: if there is no such config.
     """
-    return build_empty(config_of(read_content(source), source), source)
-
-
-def build_empty(config: PreTrainedConfig, source: Source) -> PreTrainedModel:
-    """Build the model that a config names, as `empty_model` does.
-
-    Raises:
-        ValueError: if it names no class of transformers under `architectures`.
-    """
-    model_class = named_class(config, source)
-    with torch.device("meta"):
-        return model_class(config)
+    config = read_config(source, revise)
+    return _build(named_class(config, source), config, source)
 
 
 def empty_base_model(source: Source) -> PreTrainedModel:
-    """Build the headless model of a config, which names no class, as `empty_model` does.
+    """Build the headless model of a config, which need name no class, as `empty_model` does.
 
     Raises:
-        ValueError: if transformers does not know its model type.
+        ValueError: if it describes no model that can be built.
         OSError: if there is no such config.
     """
-    with torch.device("meta"):
-        return AutoModel.from_config(config_of(read_content(source), source))
+    config = read_config(source)
+    return _build(MODEL_MAPPING[type(config)], config, source)
 
 
-_CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "auto_map")
+def _build(model_class: Any, config: PreTrainedConfig, source: Source) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # as above
+        raise ValueError(_no_model(source, error)) from error
 
 
-def _without_code(content: Any) -> Any:
+def _no_model(source: Source, error: Exception) -> str:
+    reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+    return f"{_path_of(source)} describes no model that transformers can build: {reason}"
+
+
+def _path_of(source: Source) -> str:
+    return os.path.join(source, "config.json") if os.path.isdir(source) else os.fspath(source)
+
+
+def _content_of(source: Source) -> dict[str, Any]:
+    """Return what stands in a config.json.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it is damaged.
+    """
+    path = _path_of(source)
+    if not os.path.isfile(path):
+        return PreTrainedConfig.get_config_dict(source)[0]  # on the Hub, or an error that says so
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = from_json(file.read())
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping")
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is damaged: {error}") from error
+    return content
+
+
+def _without_implementations(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _without_code(value) for key, value in content.items() if key not in _CODE}
-    return [_without_code(value) for value in content] if isinstance(content, list) else content
+        return {
+            key: _without_implementations(value)
+            for key, value in content.items()
+            if key not in _IMPLEMENTATIONS
+        }
+    return content
+
+
+def _named_implementations(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key not in _IMPLEMENTATIONS:
+                yield from _named_implementations(value)
+            elif value is not None:
+                yield repr(value)

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from hf_stable.architectures.paths import state_dict_name
 from hf_stable.checkpoints.described_models import empty_model
-from hf_stable.checkpoints.weight_files import block_dim_of
-from hf_stable.methods.sigma_reparam.function import scale_blocks
+from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
 
 __all__ = [
     "find_distributed",
@@ -104,13 +104,14 @@ def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> i
     """
     model = empty_model(config)
     layers = [name.removesuffix(".sigma_u") for name in tensors if name.endswith(".sigma_u")]
-    extra = {f"{layer}.{part}" for layer in layers for part in SigmaLayer.SIGMA_TENSORS}
+    beside = (*SigmaLayer.SIGMA_TENSORS, PARTS_TENSOR)
+    extra = {f"{layer}.{part}" for layer in layers for part in beside}
     plain = {name: tensor for name, tensor in tensors.items() if name not in extra}
     for layer in layers:
         weight, u = tensors[f"{layer}.weight"], tensors[f"{layer}.sigma_u"]
         scale = tensors[f"{layer}.gamma"] / tensors[f"{layer}.sigma"]
-        block_dim = block_dim_of(weight.shape, u.shape)
-        plain[f"{layer}.weight"] = scale_blocks(weight, scale, block_dim)
+        parts = parts_of_stored(weight.shape, u.shape, tensors.get(f"{layer}.{PARTS_TENSOR}"))
+        plain[f"{layer}.weight"] = scale_parts(weight, scale, parts)
     _check(model, plain, config)
     for name, source in model.all_tied_weights_keys.items():
         if name in plain and torch.equal(plain[name], plain[source]):

@@ -16,6 +16,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modelcard import METRIC_TAGS, make_markdown_table
 
 from hf_stable.checkpoints.provenance import TrainingRecord, base_model_of
@@ -125,8 +126,9 @@ def _joined(given: str | list[str] | None, new: Iterable[str]) -> list[str]:
 
 def _auto_class(model: nn.Module) -> str | None:
     """Return the auto class that loads a model's own class, a task's before a general one."""
+    config = getattr(model, "config", None)  # a module that only holds a model has none
     for name in sorted(AUTO_CLASSES, key=lambda name: name not in PIPELINES):
-        if getattr(transformers, AUTO_CLASSES[name]).get(type(model.config), None) is type(model):
+        if getattr(transformers, AUTO_CLASSES[name]).get(type(config), None) is type(model):
             return name
     return None
 
@@ -183,6 +185,12 @@ def _changes(model: Any) -> str:
 
 def _loading(model: Any, name: str) -> str:
     own_class, auto_class = type(model).__name__.removeprefix(CLASS_PREFIX), _auto_class(model)
+    if not isinstance(model, PreTrainedModel):
+        return (
+            "from safetensors.torch import load_file\n\n"
+            f"model = {own_class}(...)  # built as it was for the training, but not patched\n"
+            'model.load_state_dict(load_file("model.safetensors"))'
+        )
     if not (is_standalone(model) or needs_standalone_form(model)):
         loader = auto_class or own_class
         return f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}")'

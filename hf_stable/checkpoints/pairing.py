@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_stable.checkpoints.weight_files import WeightFiles
-from hf_stable.methods.sigma_reparam.function import scale_blocks
 
 __all__ = ["pair_layers"]
 
@@ -34,8 +33,9 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
     for layer in sidecar.raw_layers:
         name, shape = f"{layer}.weight", sidecar.shapes[f"{layer}.weight"]
         scale = sidecar.read(f"{layer}.gamma") / sidecar.read(f"{layer}.sigma")
-        dim = sidecar.block_dim(layer)
-        row = scale_blocks(sidecar.read_first_row(name), scale if dim == 1 else scale[:1], dim)
+        spread = sidecar.parts(layer).spread(scale, shape)
+        first = sidecar.read_first_row(name)
+        row = (first.to(scale.dtype) * (spread[:1] if spread.ndim else spread)).to(first.dtype)
         candidates = by_content[_content(shape, row)]
         if not candidates:
             unmatched.append(layer)

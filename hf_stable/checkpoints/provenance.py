@@ -87,7 +87,8 @@ def read_training(folder: Folder) -> TrainingRecord:
 
 def base_model_of(model: Any) -> str | None:
     """Return the Hub's id of the model that this one started from, never the name of a folder."""
-    name = getattr(model, BASE_ATTRIBUTE, None) or model.config.name_or_path
+    config = getattr(model, "config", None)  # a module that only holds a model has none
+    name = getattr(model, BASE_ATTRIBUTE, None) or getattr(config, "name_or_path", "")
     try:
         validate_repo_id(name)
     except HFValidationError:

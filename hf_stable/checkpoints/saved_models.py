@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
-from hf_stable.checkpoints.continuing import load
 from hf_stable.checkpoints.described_models import named_class
 from hf_stable.checkpoints.exporting import CARD_FILE, export, push_to_hub
+from hf_stable.checkpoints.loading import load
 from hf_stable.checkpoints.provenance import has_training
 from hf_stable.checkpoints.weight_files import open_weights
 

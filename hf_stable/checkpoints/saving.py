@@ -7,11 +7,11 @@ loads, and a sidecar with the raw state.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_stable.checkpoints.sidecar import remove_state, write_state
@@ -19,10 +19,10 @@ from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.checkpoints.weight_files import remove_stale_weights
 from hf_stable.methods.layernorms.removal import needs_standalone_form
 from hf_stable.methods.layernorms.standalone import standalone_form
-from hf_stable.methods.patching import is_patched, patch_configs
+from hf_stable.methods.patching import configs_by_part, is_patched
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
-__all__ = ["check_writable", "save"]
+__all__ = ["check_writable", "save", "save_held"]
 
 Folder = str | os.PathLike[str]
 
@@ -73,12 +73,42 @@ def save(
     if saves_here and os.path.isdir(folder):
         if is_patched(model) and options["variant"] is None:
             remove_stale_weights(folder)
-        configs, is_whole = patch_configs(model), bool(raw) or not layers
-        if configs and is_whole and for_continuing:
-            write_state(folder, configs, raw, options["max_shard_size"], provenance)
+        parts, is_whole = configs_by_part(model), bool(raw) or not layers
+        if parts and is_whole and for_continuing:
+            write_state(folder, parts, raw, options["max_shard_size"], provenance)
         else:
             remove_state(folder)
     return result
+
+
+def save_held(
+    module: nn.Module,
+    state_dict: Mapping[str, Any] | None,
+    folder: Folder,
+    write: Callable[[dict[str, Any]], None],
+    provenance: dict[str, Any],
+) -> None:
+    """Save a module that holds a patched model, but is none of transformers, in the same way.
+
+    Args:
+        module: the module; its own class writes no config and knows no `save_pretrained`.
+        state_dict: its state dict, if it has been gathered already.
+        folder: where the weights go.
+        write: writes a state dict there.
+        provenance: where the model comes from, for the sidecar.
+
+    Raises:
+        ValueError: if the state dict to be saved is not the module's.
+        OSError: if the folder cannot be written.
+    """
+    check_writable(folder)
+    given = module.state_dict() if state_dict is None else state_dict
+    plain, raw = fold_state_dict(module, given)
+    write(plain)
+    if raw or not sigma_layers(module):
+        write_state(folder, configs_by_part(module), raw, provenance=provenance)
+    else:
+        remove_state(folder)
 
 
 def check_writable(folder: Folder) -> None:

@@ -6,13 +6,11 @@ under the names of the model in memory, and the configs as metadata. Knows files
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
-from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -23,89 +21,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable._json import to_json
+from hf_stable._json import from_json, to_json
+from hf_stable._whole_files import is_unfinished, unfinished
+from hf_stable.checkpoints.saved_state import WAY_OUT, Configs, SavedState, check_layers
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
-from hf_stable.methods.sigma_reparam.function import scale_blocks
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
-__all__ = [
-    "FORMAT_VERSION",
-    "WAY_OUT",
-    "SavedState",
-    "read_provenance",
-    "read_state",
-    "remove_state",
-    "write_state",
-]
+__all__ = ["FORMAT_VERSION", "read_provenance", "read_state", "remove_state", "write_state"]
 
 FORMAT_VERSION = 1
 
-WAY_OUT = (
-    "Continue from another checkpoint, or start anew from the folded weights in the folder with "
-    "from_pretrained and hf_stable.patch"
-)
-
 _METADATA_KEY = "hf_stable"
-_LAYER_TENSORS = ("weight", *SigmaLayer.SIGMA_TENSORS)
 _STEM = SIDECAR_FILE.removesuffix(".safetensors")
-_OUR_FILES = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.tmp)?")
+_OUR_FILES = re.compile(rf"{_STEM}(-\d{{5}}-of-\d{{5}})?\.safetensors")
 
 Folder = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """What a sidecar holds.
-
-    Attributes:
-        path: its file.
-        configs: what the model was patched with.
-        tensors: `<layer>.weight` (raw), `.gamma`, `.sigma`, `.sigma_u` and `.sigma_v` of each
-            layer, named as in the model in memory.
-        hf_stable_version: the version that wrote it.
-        provenance: what the model started from and how it was trained, as plain data.
-    """
-
-    path: str
-    configs: tuple[MethodConfig, ...]
-    tensors: dict[str, Tensor]
-    hf_stable_version: str
-    provenance: dict[str, Any]
-
-    @property
-    def layers(self) -> list[str]:
-        """Return the names of the patched layers."""
-        return [key.removesuffix(".gamma") for key in self.tensors if key.endswith(".gamma")]
-
-    def layer(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of one layer by their own names."""
-        return {part: self.tensors[f"{name}.{part}"] for part in _LAYER_TENSORS}
-
-    def check_folds_to(self, weight: Tensor, name: str, block_dim: int) -> None:
-        """Raise ValueError unless a layer folds to this plain weight, bit for bit.
-
-        It is how a sidecar of another save than the weights beside it is told apart.
-        """
-        parts = self.layer(name)
-        folded = scale_blocks(parts["weight"], parts["gamma"] / parts["sigma"], block_dim)
-        given = weight.detach().cpu()
-        if given.shape != folded.shape:
-            raise ValueError(
-                f"{self.path} holds {name!r} with shape {tuple(folded.shape)}, but the weights "
-                f"loaded have {tuple(given.shape)}: num_labels, or another size in the config, is "
-                f"not what it was at the save. {WAY_OUT}"
-            )
-        if not torch.allclose(given, folded.to(given.dtype), rtol=0, atol=0, equal_nan=True):
-            raise ValueError(
-                f"{self.path} belongs to another save than the weights beside it: its {name!r} "
-                f"does not fold to theirs. {WAY_OUT}"
-            )
-
-
 def write_state(
     folder: Folder,
-    configs: Sequence[MethodConfig],
+    parts: Configs,
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "50GB",
     provenance: Mapping[str, Any] | None = None,
@@ -117,7 +52,7 @@ def write_state(
 
     Args:
         folder: where the plain weights are.
-        configs: what the model was patched with.
+        parts: as in `SavedState`.
         tensors: as in `SavedState`.
         max_shard_size: as for `save_pretrained`.
         provenance: as in `SavedState`.
@@ -129,10 +64,12 @@ def write_state(
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern=f"{_STEM}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
+    as_data = {name: list(map(_as_data, configs)) for name, configs in parts.items()}
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "hf_stable_version": version("hf-stable"),
-        "configs": [{"method": config.method, **config.to_dict()} for config in configs],
+        "configs": next(iter(as_data.values()), []),
+        "parts": as_data,
         "checksum": _checksum(tensors),
         "provenance": dict(provenance or {}),
     }
@@ -150,9 +87,11 @@ def write_state(
 
 def remove_state(folder: Folder, keep: Container[str] = ()) -> None:
     """Remove the sidecar of an earlier save, which would continue a model that is gone."""
-    for file in os.listdir(folder):
-        if _OUR_FILES.fullmatch(file) and file not in keep:
-            os.remove(os.path.join(folder, file))
+    for name in os.listdir(folder):
+        final = name.removeprefix(".").rpartition(".safetensors")[0] + ".safetensors"
+        ours = _OUR_FILES.fullmatch(name) and name not in keep
+        if ours or (_OUR_FILES.fullmatch(final) and is_unfinished(name, final)):
+            os.remove(os.path.join(folder, name))
 
 
 def read_state(folder: Folder) -> SavedState:
@@ -168,25 +107,24 @@ def read_state(folder: Folder) -> SavedState:
             f"{path} is missing: without the raw weights and gamma in it, a patched model cannot "
             f"be continued. {WAY_OUT}"
         )
-    try:
+    with _naming_damage(path):
         description, tensors = _read_file(path)
-        for shard in description.get("shards", ()):
+    found, written_by = description.get("format_version"), description.get("hf_stable_version")
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {found}, written by hf_stable {written_by}; this version reads up "
+            f"to {FORMAT_VERSION}. Upgrade hf_stable"
+        )
+    with _naming_damage(path):
+        for shard in _shards(description):
             tensors |= _read_file(os.path.join(folder, shard))[1]
         if _checksum(tensors) != description["checksum"]:
             raise ValueError("the checksum does not fit the content")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
-    if description["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {description['format_version']}, written by hf_stable "
-            f"{description['hf_stable_version']}; this version reads up to {FORMAT_VERSION}. "
-            "Upgrade hf_stable"
-        )
-    configs = tuple(
-        METHODS[options.pop("method")][0].from_dict(options) for options in description["configs"]
-    )
-    provenance = description.get("provenance", {})
-    return SavedState(path, configs, tensors, description["hf_stable_version"], provenance)
+        check_layers(tensors)
+        provenance = description.get("provenance", {})
+        if not isinstance(provenance, dict) or not isinstance(written_by, str):
+            raise ValueError("its provenance or version is of a wrong type")
+        return SavedState(path, _parts(description), tensors, written_by, provenance)
 
 
 def read_provenance(folder: Folder) -> dict[str, Any]:
@@ -201,11 +139,44 @@ def read_provenance(folder: Folder) -> dict[str, Any]:
     path = os.path.join(folder, SIDECAR_FILE)
     if not os.path.isfile(path):
         return {}
+    with _naming_damage(path), safe_open(path, framework="pt") as file:
+        provenance = _describe(file).get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise ValueError("its provenance is of a wrong type")
+        return provenance
+
+
+@contextmanager
+def _naming_damage(path: str) -> Iterator[None]:
+    """Turn whatever a damaged file leads to into an error that names it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _describe(file).get("provenance", {})
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+        problem = repr(error) if isinstance(error, LookupError) else error
+        raise ValueError(f"{path} is damaged ({problem}). {WAY_OUT}") from error
+
+
+def _as_data(config: MethodConfig) -> dict[str, Any]:
+    return {"method": config.method, **config.to_dict()}
+
+
+def _from_data(options: dict[str, Any]) -> MethodConfig:
+    given = dict(options)
+    return METHODS[given.pop("method")][0].from_dict(given)
+
+
+def _parts(description: Mapping[str, Any]) -> Configs:
+    # Without names of parts in it, the file is of before they were written down.
+    parts = description.get("parts", {"": description["configs"]})
+    return {name: tuple(map(_from_data, configs)) for name, configs in parts.items() if configs}
+
+
+def _shards(description: Mapping[str, Any]) -> list[str]:
+    shards = list(description.get("shards", ()))
+    for name in shards:
+        if not (isinstance(name, str) and _OUR_FILES.fullmatch(name)):
+            raise ValueError(f"{name!r} is no name of a shard")
+    return shards
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
@@ -217,19 +188,15 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _replace_file(path: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    partial = f"{path}.tmp"
     metadata = {"format": "pt", _METADATA_KEY: to_json(description)}
     try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with unfinished(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"the plain weights are saved, but {path} could not be written ({error}): this "
             "checkpoint cannot be continued exactly"
         ) from error
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(partial)
 
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -238,4 +205,7 @@ def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _describe(file: Any) -> dict[str, Any]:
-    return json.loads((file.metadata() or {})[_METADATA_KEY])
+    description = from_json((file.metadata() or {})[_METADATA_KEY])
+    if not isinstance(description, dict):
+        raise ValueError("its description is no mapping")
+    return description

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_stable._ranks import whole_tensor
-from hf_stable.methods.sigma_reparam.function import scale_blocks
+from hf_stable.architectures.paths import plain_name
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.part_arithmetic import scale_parts
 from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
-__all__ = ["fold_state_dict"]
+__all__ = ["fold_state_dict", "raw_layers"]
 
 
 @torch.no_grad()
@@ -24,10 +25,11 @@ def fold_state_dict(
     """Part a state dict of a patched model into plain weights and the raw state.
 
     The product `gamma / sigma * W` is taken in float32 (float64 for float64 weights) and rounded
-    once. Sharded values are gathered whole, which every rank has to take part in.
+    once. Sharded values are gathered whole, which every rank has to take part in. What
+    torch.compile puts into the names is left out.
 
     Args:
-        model: a patched model.
+        model: a patched model, or a module that holds one.
         state_dict: its state dict, or one of the same names (gathered from shards, averaged).
             sigma, u and v that it lacks are taken from the model, and made those of the weights
             that it has where they do not fit.
@@ -41,37 +43,51 @@ def fold_state_dict(
             wrapper around the model.
         UnsupportedModelError: if accelerate offloads the weights, so that the state dict has none.
     """
-    plain = {key: whole_tensor(value) for key, value in state_dict.items()}
+    plain = {plain_name(key): whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
-    layers = sigma_layers(model)
-    num_found = 0
-    for name, layer in layers:
-        parts = {part: plain.pop(f"{name}.{part}", None) for part in SigmaLayer.SIGMA_TENSORS}
+    layers = {plain_name(name): layer for name, layer in sigma_layers(model)}
+    is_whole = True
+    for name, layer in layers.items():
+        parts = {part: plain.pop(f"{name}.{part}", None) for part in layer.sigma_tensors}
         weight = plain.get(f"{name}.weight")
         if weight is None:
+            is_whole = False
             continue
-        num_found += 1
-        if weight.is_meta:
-            check_present(layer)
-        if parts["gamma"] is None:
-            raise ValueError(
-                f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "
-                "plain or folded model, the weights are scaled already and would be scaled twice. "
-                "Pass the whole state dict of the patched model, or save the folded model itself"
-            )
-        for part, tensor in parts.items():
-            if tensor is None:
-                parts[part] = whole_tensor(getattr(layer, part)).detach().to(weight.device)
-        # Averages of weights come with no sigma of theirs, or with the average of sigmas.
-        parts |= settle_given(layer, {"weight": weight, **parts})
-        raw |= {f"{name}.{part}": tensor for part, tensor in {"weight": weight, **parts}.items()}
-        scale = parts["gamma"] / parts["sigma"]
-        plain[f"{name}.weight"] = scale_blocks(weight, scale, layer.block_dim)
-    for key in plain:
-        if key.endswith(".sigma_u"):
-            raise ValueError(
-                f"the state dict has {key!r}, which is no name of this {type(model).__name__}: it "
-                "is the state dict of a wrapper, whose raw weights would be saved unfolded. Pass "
-                "that of the model inside"
-            )
-    return plain, raw if num_found == len(layers) else {}
+        complete = _completed(name, layer, weight, parts)
+        scale = complete["gamma"] / complete["sigma"]
+        plain[f"{name}.weight"] = scale_parts(weight, scale, layer.parts)
+        raw |= {f"{name}.{part}": tensor for part, tensor in complete.items()}
+    if left := raw_layers(plain):
+        raise ValueError(
+            f"the state dict has {f'{left[0]}.sigma_u'!r}, which is no name of this "
+            f"{type(model).__name__}: it is the state dict of a wrapper, whose raw weights would "
+            "be saved unfolded. Pass that of the model inside"
+        )
+    return plain, raw if is_whole else {}
+
+
+def raw_layers(names: Iterable[str]) -> list[str]:
+    """Return the patched layers whose raw weights are among the tensors of these names."""
+    return [name.removesuffix(".sigma_u") for name in names if name.endswith(".sigma_u")]
+
+
+def _completed(
+    name: str, layer: SigmaLayer, weight: Tensor, parts: Mapping[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Return the tensors of a layer, those that are not given from the model."""
+    if parts["gamma"] is None:
+        raise ValueError(
+            f"the state dict has the weight of {name!r} but not its gamma: if it is that of a "
+            "plain or folded model, the weights are scaled already and would be scaled twice. "
+            "Pass the whole state dict of the patched model, or save the folded model itself"
+        )
+    if weight.is_meta:
+        check_present(layer)
+    own = {part: whole_tensor(getattr(layer, part)).detach() for part in layer.sigma_tensors}
+    given = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    complete = {
+        "weight": weight,
+        **{part: given.get(part, own[part].to(weight.device)) for part in layer.sigma_tensors},
+    }
+    # Averages of weights come with no sigma of theirs, or with the average of sigmas.
+    return complete | settle_given(layer, complete)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.methods.sigma_reparam.function import scale_blocks
+from hf_stable.measures.parts import Parts
+from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
 
 __all__ = [
     "WEIGHT_PATTERNS",
     "WeightFiles",
-    "block_dim_of",
     "open_sidecar",
     "open_weights",
     "remove_stale_weights",
@@ -64,11 +65,17 @@ class WeightFiles:
     def belongs_to_raw_layer(self, name: str) -> bool:
         """Say whether a tensor is what a patched layer has beside its weight."""
         layer, _, part = name.rpartition(".")
-        return part in SigmaLayer.SIGMA_TENSORS and f"{layer}.sigma_u" in self.shapes
+        beside = (*SigmaLayer.SIGMA_TENSORS, PARTS_TENSOR)
+        return part in beside and f"{layer}.sigma_u" in self.shapes
 
-    def block_dim(self, raw_layer: str) -> int:
-        """Return the dimension along which the blocks of a raw layer lie."""
-        return block_dim_of(self.shapes[f"{raw_layer}.weight"], self.shapes[f"{raw_layer}.sigma_u"])
+    def parts(self, raw_layer: str) -> Parts:
+        """Return where the parts of a raw layer's weight lie."""
+        stored = f"{raw_layer}.{PARTS_TENSOR}"
+        return parts_of_stored(
+            self.shapes[f"{raw_layer}.weight"],
+            self.shapes[f"{raw_layer}.sigma_u"],
+            self.read(stored) if stored in self.shapes else None,
+        )
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -92,7 +99,7 @@ class WeightFiles:
         if not name.endswith(".weight") or f"{layer}.sigma_u" not in self.shapes:
             return tensor
         scale = self.read(f"{layer}.gamma") / self.read(f"{layer}.sigma")
-        return scale_blocks(tensor, scale, self.block_dim(layer))
+        return scale_parts(tensor, scale, self.parts(layer))
 
     def read_first_row(self, name: str) -> Tensor:
         """Read the first entry along dimension 0 of one tensor, (1, ...), and no more."""
@@ -104,16 +111,6 @@ class WeightFiles:
         """Read every tensor, one after the other."""
         for name in self.file_of:
             yield name, self.read(name)
-
-
-def block_dim_of(weight: Sequence[int], u: Sequence[int]) -> int:
-    """Return the dimension along which the blocks of a raw weight lie, from the shapes alone.
-
-    u has the length of a block's first side: where that is the whole side, the blocks lie along
-    the other.
-    """
-    num_blocks, height = u
-    return 1 if num_blocks > 1 and height == weight[0] else 0
 
 
 def open_weights(path: str | os.PathLike[str]) -> WeightFiles:

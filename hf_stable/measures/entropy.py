@@ -88,6 +88,7 @@ def attention_entropy_from_qk(
     is_causal: bool = False,
     queries: Literal["all"] | int | Tensor = "all",
     *,
+    softcap: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Compute the entropy of each attention row from queries and keys, a few rows at a time.
@@ -105,6 +106,7 @@ def attention_entropy_from_qk(
         is_causal: also hide key j from query i where j > i, aligned at the top left as in
             `torch.nn.functional.scaled_dot_product_attention`.
         queries: "all"; or how many rows to sample (see `sample_queries`); or their indices.
+        softcap: cap of the scaled logits, which become `softcap * tanh(logits / softcap)`.
         generator: where the sample is drawn from. Never the global one, so that measuring changes
             no run; without a generator every call draws the same rows.
 
@@ -131,6 +133,8 @@ def attention_entropy_from_qk(
             logits = (picked.reshape(batch, kv_heads, -1, head_dim) @ keys).view(
                 batch, num_heads, len(some), num_keys
             )
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
             if is_causal:
                 logits.masked_fill_(_future(some, num_keys), -math.inf)
             parts.append(_entropy_in_place(_hide(logits, _mask_rows(mask, some))))

@@ -1,12 +1,13 @@
 """What matrices a weight stands for, wherever its rows are kept.
 
 Pure torch, no modules and no optimizers. `as_matrix` says how a convolution kernel or a vector
-becomes a matrix, `split_blocks` how a fused weight becomes several, `matrix_blocks` the same of a
-sharded weight.
+becomes a matrix, `Parts` how a fused weight becomes several, `matrices_of` the same of a weight
+that may be sharded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["RowShard", "as_matrix", "matrix_blocks", "spectral_dtype", "split_blocks"]
+from hf_stable.measures.parts import WHOLE, Parts
+
+__all__ = [
+    "RowShard",
+    "as_matrix",
+    "local_matrices",
+    "matrices_of",
+    "shapes_of",
+    "spectral_dtype",
+    "spread_values",
+]
 
 
 def spectral_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,25 +59,20 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight if weight.ndim == 2 else weight.reshape(len(weight), prod(weight.shape[1:]))
 
 
-def split_blocks(weight: Tensor, num_blocks: int, dim: int) -> tuple[Tensor, ...]:
-    """Split a fused matrix into equal blocks, as views.
-
-    GPT-2's `c_attn` keeps `[Wq | Wk | Wv]` in one (in, 3 * out) matrix: three blocks along dim 1.
+def local_matrices(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor]:
+    """Return the matrices that a weight of this process stands for.
 
     Args:
-        weight: 2-D matrix.
-        num_blocks: number of blocks; must divide the length of `dim`.
-        dim: the dimension along which the blocks lie, 0 or 1.
+        weight: any that `as_matrix` accepts, or (e, m, n) where the parts are stacked.
+        parts: where its matrices lie.
+
+    Returns:
+        2-D views, but copies where parts are interleaved.
 
     Raises:
-        ValueError: if the length is not a multiple of `num_blocks`.
+        ValueError: if the weight cannot be cut like this.
     """
-    if num_blocks < 1 or weight.shape[dim] % num_blocks:
-        raise ValueError(
-            f"cannot split dimension {dim} of a {tuple(weight.shape)} weight into {num_blocks} "
-            "equal blocks"
-        )
-    return tuple(weight.chunk(num_blocks, dim=dim)) if num_blocks > 1 else (weight,)
+    return parts.matrices(weight if parts.stacked else as_matrix(weight))
 
 
 @dataclass(frozen=True)
@@ -83,48 +89,107 @@ class RowShard:
     """The process group over whose ranks the rows are spread."""
 
 
-def matrix_blocks(weight: Tensor, num_blocks: int = 1, dim: int = 0) -> list[Tensor | RowShard]:
+def matrices_of(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor | RowShard]:
     """Return the matrices that a weight stands for, wherever its rows are kept.
 
     Args:
-        weight: a plain tensor of any shape that `as_matrix` accepts, or a DTensor that is
-            replicated or sharded on dimension 0 (what FSDP2 makes).
-        num_blocks: number of equal blocks of a fused weight.
-        dim: dimension of the matrix along which the blocks lie.
+        weight: a plain tensor as for `local_matrices`, or a DTensor that is replicated or sharded
+            on dimension 0 (what FSDP2 makes).
+        parts: where its matrices lie.
 
     Returns:
-        Views: plain 2-D tensors, or `RowShard`s for a sharded weight.
+        Plain 2-D tensors, or `RowShard`s for a sharded weight; views, but copies where parts are
+        interleaved.
 
     Raises:
-        ValueError: for a DTensor that is sharded in any other way.
+        ValueError: for a DTensor that is sharded in any other way, or a weight that cannot be cut
+            like this.
     """
     if not isinstance(weight, DTensor):
-        return list(split_blocks(as_matrix(weight.detach()), num_blocks, dim))
+        return list(local_matrices(weight.detach(), parts))
+    offset, group = _placed(weight)
+    local = weight.to_local().detach()
+    if group is None:
+        return list(local_matrices(local, parts))
+    if parts.stacked:
+        return _shards_of_stack(local, offset, weight.shape, parts, group)
+    local = as_matrix(local)
+    parts.check((weight.shape[0], local.shape[1]))
+    if parts.dim == 1 or len(parts.shares) == 1:
+        found = parts.matrices(local) if parts.dim == 1 else [local]
+        return [RowShard(matrix, offset, weight.shape[0], group) for matrix in found]
+    return [_rows_of_part(local, offset, weight.shape[0], parts, i, group)
+            for i in range(len(parts.shares))]  # fmt: skip
+
+
+def shapes_of(weight: Tensor, parts: Parts = WHOLE) -> list[tuple[int, int]]:
+    """Return the (m, n) of every matrix that a weight stands for, sharded or not."""
+    shape = weight.shape if weight.ndim else torch.Size((1,))
+    return parts.shapes(shape if parts.stacked else (shape[0], prod(shape[1:])))
+
+
+def spread_values(values: Tensor, weight: Tensor, parts: Parts) -> Tensor:
+    """Spread one value for each matrix over what this process holds of a weight.
+
+    Args:
+        values: (k,).
+        weight: as for `matrices_of`.
+        parts: where its k matrices lie.
+
+    Returns:
+        0-d for one matrix, else a tensor that broadcasts with the local part of the weight.
+    """
+    spread = parts.spread(values, weight.shape)
+    if isinstance(weight, DTensor) and spread.ndim and spread.shape[0] > 1:
+        offset, group = _placed(weight)
+        if group is not None:
+            return spread[offset : offset + len(weight.to_local())]
+    return spread
+
+
+def _placed(weight: DTensor) -> tuple[int, Any]:
+    """Return where the local rows of a DTensor begin and who shares it; None where nobody does."""
     mesh, placements = weight.device_mesh, weight.placements
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    local = as_matrix(weight.to_local().detach())
     if not sharded:
-        return list(split_blocks(local, num_blocks, dim))
+        return 0, None
     if len(sharded) > 1 or not placements[sharded[0]].is_shard(0):
         raise ValueError(
             f"cannot take the spectrum of a DTensor placed as {placements}: allowed are "
             "replicated and sharded once, on dimension 0 (FSDP2's own layout)"
         )
-    num_rows = weight.shape[0]
-    rows_per_rank = -(-num_rows // mesh.size(sharded[0]))
-    offset = min(rows_per_rank * mesh.get_local_rank(sharded[0]), num_rows)
-    group = mesh.get_group(sharded[0])
-    if dim == 1 or num_blocks == 1:
-        blocks = split_blocks(local, num_blocks, 1)
-        return [RowShard(block, offset, num_rows, group) for block in blocks]
-    # Blocks of rows: a rank holds the part of each block that falls into its own rows.
-    if num_rows % num_blocks:
-        raise ValueError(f"cannot split {num_rows} rows into {num_blocks} equal blocks")
-    height = num_rows // num_blocks
+    length = weight.shape[0]
+    per_rank = -(-length // mesh.size(sharded[0]))
+    offset = min(per_rank * mesh.get_local_rank(sharded[0]), length)
+    return offset, mesh.get_group(sharded[0])
+
+
+def _rows_of_part(
+    local: Tensor, offset: int, num_rows: int, parts: Parts, part: int, group: Any
+) -> RowShard:
+    """Return what the local rows of a weight hold of one of its parts, in the part's own order."""
+    end = offset + len(local)
+    runs = [(start, stop) for start, stop, owner in parts.runs(num_rows) if owner == part]
+    before = sum(min(max(offset - start, 0), stop - start) for start, stop in runs)
+    pieces = [
+        local[max(start, offset) - offset : min(stop, end) - offset]
+        for start, stop in runs
+        if start < end and stop > offset
+    ]
+    rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces or [local[:0]])
+    return RowShard(rows, before, parts.lengths(num_rows)[part], group)
+
+
+def _shards_of_stack(
+    local: Tensor, offset: int, shape: Sequence[int], parts: Parts, group: Any
+) -> list[Tensor | RowShard]:
+    """Return the matrices of a stack whose first dimension ranks share: each is whole on one."""
+    parts.check(shape)
+    mine = parts.matrices(local) if len(local) else []
+    per_one = len(parts.shares)
     shards: list[Tensor | RowShard] = []
-    for start in range(0, num_rows, height):
-        first = min(max(start, offset), start + height)
-        last = min(max(start, offset + len(local)), start + height)
-        rows = local[first - offset : last - offset] if last > first else local[:0]
-        shards.append(RowShard(rows, first - start, height, group))
+    for index, (height, width) in enumerate(parts.shapes(shape)):
+        own = index - offset * per_one
+        matrix = mine[own] if 0 <= own < len(mine) else local.new_empty(0, width)
+        shards.append(RowShard(matrix, 0, height, group))
     return shards

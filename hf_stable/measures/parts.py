@@ -34,7 +34,8 @@ class Parts:
     Attributes:
         shares: relative lengths of the parts along `dim`. Only their ratios count.
         repeats: how often the row of pieces is repeated.
-        dim: the dimension of the matrix along which parts lie: 0 for (out, in), 1 for (in, out).
+        dim: the dimension of the matrix along which parts lie, that of the outputs: 0 for (out,
+            in), 1 for (in, out).
         stacked: whether the weight is a stack (n, ...) of such matrices. Its parts are those of
             matrix 0, then those of matrix 1, and so on.
 
@@ -62,7 +63,6 @@ class Parts:
             )
         if len(shares) == 1:
             object.__setattr__(self, "repeats", 1)
-            object.__setattr__(self, "dim", 0)
         divisor = gcd(*shares)
         object.__setattr__(self, "shares", tuple(share // divisor for share in shares))
 

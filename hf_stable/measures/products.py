@@ -35,7 +35,7 @@ def qk_singular_values(wq: Tensor, wk: Tensor, num_heads: int) -> Tensor:
 
     Returns:
         (num_heads, min(d_q, d)), descending, float32 (float64 for float64 input). NaN for a head
-        with a non-finite weight.
+        with a non-finite weight; infinite where a value is beyond the dtype.
 
     Raises:
         ValueError: if the heads do not divide the rows, or the shapes do not fit each other.
@@ -57,7 +57,7 @@ def ov_singular_values(wo: Tensor, wv: Tensor, num_heads: int) -> Tensor:
 
     Returns:
         (num_heads, min(d_v, d)), descending, float32 (float64 for float64 input). NaN for a head
-        with a non-finite weight.
+        with a non-finite weight; infinite where a value is beyond the dtype.
 
     Raises:
         ValueError: if the heads do not divide the columns, or the shapes do not fit each other.
@@ -136,20 +136,25 @@ def _head_singular_values(left: Tensor, right: Tensor, num_heads: int) -> Tensor
             f"divides {num_heads}"
         )
     with torch.autocast(left.device.type, enabled=False):
-        factors = []
+        factors, scales = [], []
         for weight, heads in ((left, num_heads), (right, kv_heads)):
             weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
             blocks = weight.reshape(heads, size, -1)
             # LAPACK refuses NaN in an SVD; a head that has one is set to NaN afterwards.
             finite = (blocks * 0).sum((1, 2)) == 0  # a tenth of the time of `isfinite`
             blocks = torch.where(finite[:, None, None], blocks, 0)
-            factor = torch.linalg.qr(blocks.transpose(-1, -2), mode="r").R
             repeats = num_heads // heads
+            # Weights of 1e19 are finite, and their products are not.
+            scale = blocks.abs().amax((1, 2))
+            scales.append(scale.repeat_interleave(repeats))
+            blocks = blocks / torch.where(scale > 0, scale, 1)[:, None, None]
+            factor = torch.linalg.qr(blocks.transpose(-1, -2), mode="r").R
             factors.append(
                 (factor.repeat_interleave(repeats, 0), finite.repeat_interleave(repeats))
             )
         (r_left, finite_left), (r_right, finite_right) = factors
         values = torch.linalg.svdvals(r_left @ r_right.transpose(-1, -2))
+        values = values * scales[0][:, None] * scales[1][:, None]
         return values.masked_fill(~(finite_left & finite_right)[:, None], math.nan)
 
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
+from hf_stable.architectures.paths import plain_name
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
@@ -41,7 +42,7 @@ from hf_stable.methods.sigma_reparam.swapping import fold_layer
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
-__all__ = ["METHODS", "fold", "is_patched", "patch", "patch_configs"]
+__all__ = ["METHODS", "configs_by_part", "fold", "is_patched", "patch", "patch_configs"]
 
 
 class PatchPlan(Protocol):
@@ -165,6 +166,18 @@ def patch_configs(model: nn.Module) -> tuple[MethodConfig, ...]:
         if configs:
             return configs
     return ()
+
+
+def configs_by_part(model: nn.Module) -> dict[str, tuple[MethodConfig, ...]]:
+    """Return the configs in force by the name of the module that was patched, "" for the model.
+
+    A model that torch.compile has wrapped counts as the model itself.
+    """
+    return {
+        plain_name(name): module.__dict__[CONFIGS_ATTRIBUTE]
+        for name, module in model.named_modules()
+        if module.__dict__.get(CONFIGS_ATTRIBUTE)
+    }
 
 
 def _resolve(method: Method | Sequence[Method], options: dict[str, Any]) -> list[MethodConfig]:

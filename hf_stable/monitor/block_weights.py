@@ -25,7 +25,7 @@ from hf_stable.architectures.heads import (
 from hf_stable.architectures.paths import owner_of
 from hf_stable.measures.matrices import as_matrix
 from hf_stable.measures.parts import Parts
-from hf_stable.methods.sigma_reparam.function import scale_blocks
+from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 
 __all__ = ["AttentionWeights", "BlockWeights", "NormGains"]
@@ -158,5 +158,5 @@ def _effective(layer: Any, parameter: str) -> Tensor:
     weight = whole_tensor(getattr(layer, parameter)).detach()
     if isinstance(layer, SigmaLayer):
         scale = whole_tensor(layer.gamma).detach() / layer.sigma
-        weight = scale_blocks(weight, scale, layer.block_dim)
+        weight = scale_parts(weight, scale, layer.parts)
     return weight

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_stable._ranks import inner_optimizer, mean_over_ranks
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.monitor.acting import Acting
 from hf_stable.monitor.alarms import Alarm, AlarmRules
 from hf_stable.monitor.combining import gather_records
@@ -132,6 +134,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._stack = ExitStack()
         self._missing = Missing()
         self._expected_folder: str | None = None
+        self._is_blind = False
         self._started = 0.0
         self._reset_step()
 
@@ -171,8 +174,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
             args, model, saved, on_collapse=self._acting.on_collapse,
             sharpness_every=self.sharpness_every,
         )  # fmt: skip
-        with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
-            pass  # raises for a model that cannot be probed
+        self._check_probe(model)
         self._acting.folder = self._expected_folder or args.output_dir or "."
         self._acting.saves = args.should_save
         self._journal.open(self._acting.folder, writes=state.is_world_process_zero)
@@ -192,7 +194,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._reset_step()
         step = state.global_step + 1
         self._wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
-        if self._run.is_due(step, self.every):
+        if self._run.is_due(step, self.every) and not self._is_blind:
             # The rows depend on the step alone: a resumed run samples what an unbroken one does.
             generator = torch.Generator().manual_seed(step)
             self._records = Records()  # even where the probe fails: all processes have to meet
@@ -332,6 +334,22 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     # What happens within
 
+    def _check_probe(self, model: nn.Module) -> None:
+        """Find out whether the model can be probed; with named terms or maps it has to be."""
+        self._is_blind = False
+        try:
+            with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
+                pass
+        except UnsupportedModelError as error:
+            if not isinstance(self.terms, str) or self.maps:
+                raise
+            self._is_blind = True
+            warnings.warn(
+                f"only losses and gradients are watched, and alarms are of these: {error}",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def _judge(self, step: int, loss: Tensor, model: nn.Module, *, has_scaler: bool) -> None:
         are_finite = torch.ones(())
         with self._missing.bearing("gradients"):
@@ -361,8 +379,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self._pending["stability/rollbacks"] = float(self.rollbacks.count)
         self._short = summarise(quantities, self._run.num_alarms)
         line = self._values | {"nonfinite_steps": self._run.nonfinite_steps}
-        if self._missing.reasons:
-            line["missing"] = self._missing.reasons
+        if missing := self._missing.reasons | (self._records or Records()).reasons():
+            line["missing"] = missing
         self._journal.write("probe", self.rollbacks.count, step, line)
 
 

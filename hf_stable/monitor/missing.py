@@ -44,5 +44,5 @@ class Missing:
 
 def reason_of(error: Exception) -> str:
     """Return an error as one short line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    name, text = type(error).__name__.lstrip("_"), " ".join(str(error).split())
+    return f"{name}: {text[:160]}" if text else name

@@ -6,37 +6,31 @@ attention kernel computes the output; the measures see the same queries, keys an
 
 from __future__ import annotations
 
-import copy
-import sys
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import nn
+from transformers import PreTrainedModel
 
 from hf_stable.architectures.finding import FoundBlock, find_blocks
 from hf_stable.architectures.heads import count_heads
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.monitor.recorder import AttentionCall, Recorder, is_recomputing
+from hf_stable.monitor.listening import is_listened_to, listening
+from hf_stable.monitor.observing import Observed, observing_attention
+from hf_stable.monitor.recorder import Recorder
 from hf_stable.monitor.records import Records, check_maps, resolve_terms
-from hf_stable.monitor.terms import names_of
+from hf_stable.monitor.terms import TERMS, names_of
+from hf_stable.monitor.unseen import PAST_INTERFACE, Sightings, describe_unseen
 
 __all__ = ["Records", "probe"]
 
-PREFIX = "hf_stable_probe_"
-"""Attention functions are registered under this and the native implementation's name."""
-
-# Which recorder listens to which module. Hooks and attention functions look here when they run.
-_recorders: WeakKeyDictionary[nn.Module, Recorder] = WeakKeyDictionary()
+# What was said of a model, which is said once.
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -65,81 +59,124 @@ def probe(
         queries: rows of each attention map to measure: "all", or how many to sample (see
             `hf_stable.measures.entropy.sample_queries`).
         terms: what to record: "all", "default" (without the spectra of single weights and the
-            entropy bound) or names from `hf_stable.monitor.terms`. Models of unregistered
-            architectures have those that need no more than attention.
+            entropy bound) or names from `hf_stable.monitor.terms`. Of "all" and "default" what
+            can be measured of this model is, and a warning says what cannot: an architecture that
+            is not registered has those that need no more than attention.
         maps: heads whose maps to keep, subsampled (`Records.maps`).
         generator: CPU generator for sampled rows; without one, the same rows each time. The
             global one is never used.
 
     Yields:
-        `Records`, filled while the block runs. Under data parallelism each rank has its own.
+        `Records`, filled while the block runs. Under data parallelism each rank has its own; the
+        replicas of nn.DataParallel are recorded as the one forward that they are.
 
     Raises:
         ValueError: for an unknown term, a bad `queries`, or a head in `maps` that no layer has.
-        UnsupportedModelError: if the model's attention cannot be observed, or terms are asked for
-            that its architecture is not described for.
+        UnsupportedModelError: if terms are named that cannot be measured of this model, or none
+            can be.
         RuntimeError: if the model is being probed already.
     """
-    inner = _pretrained(model)
-    wanted = resolve_terms(terms)
-    blocks = _find_blocks(inner, wanted)
-    check_maps(maps, _most_heads(inner, blocks))
-    if any(module in _recorders for module in inner.modules()):
+    root = _root_of(model)
+    asked = resolve_terms(terms)
+    is_named = not isinstance(terms, str)
+    wanted, blocks = _plan_blocks(root, asked, is_named)
+    check_maps(maps, _most_heads(root, blocks))
+    if is_listened_to(root):
         raise RuntimeError("this model is being probed already; a probe does not nest")
-    recorder = Recorder(inner, blocks, wanted, queries=queries, maps=maps, generator=generator)
-    handles: list[Any] = []
-    originals = _with_private_configs(inner)
-    try:
-        native = _switch_attention(inner)
-        handles += _hook(inner, recorder)
-        with _uncompiled(native):
-            yield recorder.records
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in inner.modules():
-            _recorders.pop(module, None)
-        for module, config in originals:
-            module.config = config
-        recorder.close()
-    if recorder.ran_forward and not recorder.called_attention:
-        warnings.warn(
-            f"{type(inner).__name__} ran within probe(), and none of its attention was seen: it "
-            "goes past transformers' attention interface",
-            UserWarning,
-            stacklevel=3,
-        )
+    with ExitStack() as stack:
+        observed = stack.enter_context(observing_attention(root))
+        sightings = Sightings(root, [module for found in blocks for module in _attention_of(found)])
+        for part, reason in observed.refused.items():
+            sightings.note_refused(part, reason)
+        if not any(map(observed.is_visible, sightings.candidates or [root])):
+            wanted = _leave_attention_out(root, wanted, is_named or bool(maps), observed)
+        recorder = Recorder(root, blocks, wanted, queries=queries, maps=maps, generator=generator)
+        stack.callback(recorder.close)
+        stack.enter_context(listening(root, recorder, sightings))
+        stack.enter_context(_uncompiled(observed.natives))
+        yield recorder.records
+    if recorder.wants_attention:
+        _tell_unseen(root, sightings)
+    _tell_missing(root, recorder.records)
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel:
-    """Return the transformers model inside whatever wraps it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise UnsupportedModelError(
-        f"{type(model).__name__} holds no transformers model: probe() observes attention through "
-        "transformers' attention interface; hf_stable.entropy measures tensors of any origin"
-    )
-
-
-def _find_blocks(model: PreTrainedModel, wanted: frozenset[str]) -> list[FoundBlock]:
-    """Return the blocks of a model with their description, or none where none is needed."""
-    try:
-        return find_blocks(model)
-    except UnsupportedModelError as error:
-        possible = names_of(seen=("attention",))
-        if wanted <= set(possible):
-            return []
+def _root_of(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside whatever wraps it, or the module that holds several."""
+    tops: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and not any(
+            not top or name.startswith(f"{top}.") for top in tops
+        ):
+            tops[name] = module
+    if not tops:
         raise UnsupportedModelError(
-            f"{error}. Without that, pass terms={list(possible)}: these are recorded for "
-            "any model that uses transformers' attention interface"
-        ) from error
+            f"{type(model).__name__} holds no transformers model: probe() observes attention "
+            "through transformers' attention interface; hf_stable.entropy measures tensors of any "
+            "origin"
+        )
+    if len(tops) == 1:
+        return next(iter(tops.values()))
+    shared = os.path.commonprefix([name.split(".")[:-1] for name in tops])
+    return model.get_submodule(".".join(shared))
 
 
-def _most_heads(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> int | None:
+def _plan_blocks(
+    root: nn.Module, asked: frozenset[str], is_named: bool
+) -> tuple[frozenset[str], list[FoundBlock]]:
+    """Return the blocks of a model, and which of the terms can be measured as far as they go."""
+    possible = names_of(seen=("attention",))
+    try:
+        return asked, find_blocks(root)
+    except UnsupportedModelError as error:
+        if asked <= set(possible):
+            return asked, []
+        if is_named:
+            raise UnsupportedModelError(
+                f"{error}. Without that, pass terms={list(possible)}: these are recorded for "
+                "any model that uses transformers' attention interface"
+            ) from error
+        wanted = asked & set(possible)
+        _tell_left_out(root, asked - wanted, wanted, str(error))
+        return wanted, []
+
+
+def _attention_of(found: FoundBlock) -> Iterator[nn.Module]:
+    for _, attention in found.attentions():
+        yield found.module.get_submodule(attention.module)
+
+
+def _leave_attention_out(
+    root: nn.Module, wanted: frozenset[str], is_named: bool, observed: Observed
+) -> frozenset[str]:
+    """Return the terms that can be measured of a model none of whose attention is observed.
+
+    Args:
+        root: the model.
+        wanted: terms that can be as far as its blocks go.
+        is_named: whether they were asked for by name, and none may be left out.
+        observed: why its attention is not.
+
+    Raises:
+        UnsupportedModelError: if nothing is left, or something was asked for by name.
+    """
+    needing = {term for term in wanted if "attention" in TERMS[term].needs}
+    if is_named and not needing:
+        return wanted
+    reason = next(iter(observed.refused.values()), PAST_INTERFACE)
+    rest = wanted - needing
+    if is_named or not rest:
+        raise UnsupportedModelError(
+            f"the attention of this {type(root).__name__} cannot be observed: {reason}. Its "
+            "weights can be measured by hf_stable.spectral"
+        )
+    _tell_left_out(root, needing, rest, reason)
+    return rest
+
+
+def _most_heads(root: nn.Module, blocks: Sequence[FoundBlock]) -> int | None:
     """Return how many heads the layer with most of them has; None where nothing says so."""
     if not blocks:
-        heads = getattr(model.config, "num_attention_heads", None)
+        heads = getattr(getattr(root, "config", None), "num_attention_heads", None)
         return heads if isinstance(heads, int) else None
     return max(
         count_heads(found.module, attention)
@@ -148,132 +185,56 @@ def _most_heads(model: PreTrainedModel, blocks: Sequence[FoundBlock]) -> int | N
     )
 
 
-def _with_private_configs(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    """Give the modules a copy of their config; return what each had.
-
-    transformers keeps the name of the attention implementation in the config object, which
-    several models may share.
-    """
-    originals = []
-    copied: dict[int, Any] = {}  # one memo for all: configs within configs stay the same objects
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            originals.append((module, config))
-            module.config = copy.deepcopy(config, copied)
-    return originals
-
-
-def _switch_attention(model: PreTrainedModel) -> str:
-    """Make a model call the observing form of its native attention; return the native name."""
-    native = model.config._attn_implementation
-    if native == "eager" and getattr(model.config, "reorder_and_upcast_attn", False):
-        raise UnsupportedModelError(
-            "reorder_and_upcast_attn under eager attention does not go through the attention "
-            'interface; use attn_implementation="sdpa"'
-        )
-    if native != "eager" and native not in AttentionInterface():
-        raise UnsupportedModelError(f"attention implementation {native!r} cannot be observed")
-    name = PREFIX + native.replace("/", "_")
-    AttentionInterface.register(name, _observed(native))
-    # Without a mask function of its own, transformers would build no mask and ignore padding.
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[native])
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' attention interface (eager only), "
-            "so its attention cannot be observed; its weights can be measured by hf_stable.spectral"
-        )
-    return native
-
-
-def _uncompiled(native: str) -> AbstractContextManager[Any]:
+def _uncompiled(natives: Collection[str]) -> AbstractContextManager[Any]:
     """Let compiled models run as they were written, for as long as the context is open.
 
     Traced with hooks, a graph would come in pieces, and torch.compile would go on to use the
     pieces after the hooks are gone. Flex attention has to be compiled to be itself.
     """
-    return nullcontext() if "flex" in native else torch.compiler.set_stance("force_eager")
+    is_flex = any("flex" in native for native in natives)
+    return nullcontext() if is_flex else torch.compiler.set_stance("force_eager")
 
 
-def _observed(native: str) -> Callable[..., Any]:
-    """Return the attention function that observes and then calls the native one."""
-    if native in _observed_functions:
-        return _observed_functions[native]
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
-    ) -> Any:
-        _observe(native, module, query, key, mask, options)
-        function = _eager_function(module) if native == "eager" else AttentionInterface()[native]
-        return function(module, query, key, value, mask, **options)
-
-    return _observed_functions.setdefault(native, attend)
-
-
-_observed_functions: dict[str, Callable[..., Any]] = {}
-
-
-def _eager_function(module: nn.Module) -> Callable[..., Any]:
-    """Find the eager attention beside a module's class: it is not in the registry."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise UnsupportedModelError(
-        f'no eager_attention_forward beside {type(module).__name__}; use attn_implementation="sdpa"'
+def _tell_left_out(
+    root: nn.Module, left_out: Collection[str], rest: Collection[str], reason: str
+) -> None:
+    names, kept = (", ".join(t for t in TERMS if t in some) for some in (left_out, rest))
+    _tell(
+        root,
+        f"of this {type(root).__name__} {kept} are recorded; {names} are left out, since they "
+        f"cannot be measured: {reason}",
     )
 
 
-@torch.compiler.disable
-def _observe(
-    native: str, module: nn.Module, query: Tensor, key: Tensor, mask: Any, options: dict[str, Any]
-) -> None:
-    recorder = _recorders.get(module)
-    if recorder is None or is_recomputing():
-        return
-    recorder.called_attention = True
-    if query.shape[2] == 1 and key.shape[2] > 1:
-        return  # one step of generation
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} caps its logits or has attention sinks: its attention is no "
-            "plain softmax of q, k and a mask"
+def _tell_unseen(root: nn.Module, sightings: Sightings) -> None:
+    told = _told.setdefault(root, set())
+    unseen = {name: why for name, why in sightings.unseen().items() if name not in told}
+    told.update(unseen)
+    if unseen:
+        _tell(root, describe_unseen(unseen))
+    elif sightings.ran_model and not sightings.saw_any and not sightings.unseen():
+        _tell(
+            root,
+            f"{type(root).__name__} ran within probe(), and none of its attention was seen: it "
+            "goes past transformers' attention interface",
         )
-    is_causal = options.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if native == "eager" or "flex" in native:
-        is_causal = False  # all in the mask
-    elif mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None].bool()  # flash attention's padding; causality is its flag
-    elif mask is not None:
-        is_causal = False
-    recorder.observe_attention(
-        AttentionCall(
-            module, query.detach(), key.detach(), mask, options.get("position_bias"),
-            options.get("scaling"), bool(is_causal) and query.shape[2] > 1,
+
+
+def _tell_missing(root: nn.Module, records: Records) -> None:
+    told = _told.setdefault(root, set())
+    new = {term: layers for term, layers in records.missing.items() if f"no {term}" not in told}
+    told.update(f"no {term}" for term in new)
+    if new:
+        layer, reason = next(iter(next(iter(new.values())).items()))
+        _tell(
+            root,
+            f"{', '.join(new)} could not be measured ({layer}: {reason}): the values are missing",
         )
-    )  # fmt: skip
 
 
-def _hook(model: PreTrainedModel, recorder: Recorder) -> list[Any]:
-    """Let the recorder hear of forwards, of tokens that enter blocks, and of attention."""
-    for module in model.modules():
-        _recorders[module] = recorder
-    # A wrapper may call the model's `forward` past its hooks, and the model that of its base.
-    handles = [m.register_forward_hook(_note_forward) for m in {model, model.base_model}]
-    for module in recorder.watched_inputs():
-        handles.append(module.register_forward_pre_hook(_observe_input, with_kwargs=True))
-    return handles
-
-
-@torch.compiler.disable
-def _note_forward(module: nn.Module, args: Any, output: Any) -> None:
-    if module in _recorders:
-        _recorders[module].ran_forward = True
-
-
-@torch.compiler.disable
-def _observe_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if module in _recorders:
-        _recorders[module].observe_input(module, args[0] if args else kwargs["hidden_states"])
+def _tell(root: nn.Module, message: str) -> None:
+    """Warn of something once for each model."""
+    told = _told.setdefault(root, set())
+    if message not in told:
+        told.add(message)
+        warnings.warn(message, UserWarning, stacklevel=6)

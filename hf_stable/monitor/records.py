@@ -75,11 +75,13 @@ class Records:
 
     Attributes:
         counts: quantity -> layer -> how many values its mean is of, (heads,) or ().
+        missing: quantity -> layer -> why it could not be measured there.
     """
 
     def __init__(self) -> None:
         """Begin with nothing recorded."""
         self.counts: dict[str, dict[str, Tensor]] = {}
+        self.missing: dict[str, dict[str, str]] = {}
         self._quantities: dict[str, dict[str, Any]] = {}
 
     def __getattr__(self, name: str) -> dict[str, Any]:
@@ -104,6 +106,15 @@ class Records:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain lists and numbers for JSON, without empty quantities; NaN, inf as None."""
         return {name: _plain(values) for name in TERMS if (values := self._quantities.get(name))}
+
+    def reasons(self) -> dict[str, dict[str, str]]:
+        """Return `missing`, and the layers with a value that is too large to be one."""
+        found = {name: dict(by_layer) for name, by_layer in self.missing.items()}
+        for name, by_layer in self._quantities.items():
+            for layer, value in by_layer.items():
+                if isinstance(value, Tensor) and value.isinf().any():
+                    found.setdefault(name, {})[layer] = f"too large for {value.dtype}"
+        return found
 
     def weights(self) -> dict[str, dict[str, Any]]:
         """Return `counts` as plain lists and numbers."""

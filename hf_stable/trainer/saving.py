@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,16 +18,16 @@ from hf_stable import modeling_hf_stable
 from hf_stable.checkpoints.card_pictures import draw_curves
 from hf_stable.checkpoints.completeness import mark_incomplete
 from hf_stable.checkpoints.model_cards import amend_card
-from hf_stable.checkpoints.saving import save
+from hf_stable.checkpoints.saving import save, save_held
 from hf_stable.checkpoints.sidecar import remove_state
 from hf_stable.methods.config import folded_methods
 from hf_stable.methods.layernorms.standalone import is_standalone
-from hf_stable.methods.patching import patch_configs
+from hf_stable.methods.patching import is_patched, patch_configs
 from hf_stable.monitor.rollbacks import checkpoint
 from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.training_record import provenance_of
 
-__all__ = ["has_adapters"]
+__all__ = ["has_adapters", "is_adapted"]
 
 _publishing: ContextVar[bool] = ContextVar("hf_stable_publishing", default=False)
 
@@ -51,9 +53,37 @@ def _save_pretrained(original: Any, model: PreTrainedModel, *args: Any, **kwargs
     )
 
 
+@wrapping(
+    "transformers.trainer:Trainer._save", "output_dir", "state_dict",
+    reason="folds the weights of a module that holds a patched model, and writes the sidecar",
+)  # fmt: skip
+def _save(
+    original: Any, trainer: Any, output_dir: str | None = None, state_dict: Any = None
+) -> None:
+    # The original calls save_pretrained where there is one; its own file is what is left.
+    module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    folder = trainer.args.output_dir if output_dir is None else output_dir
+    if not trainer.args.should_save or isinstance(module, PreTrainedModel) or is_adapted(module):
+        return original(trainer, output_dir, state_dict)
+    if not is_patched(module):
+        if os.path.isdir(folder):
+            remove_state(folder)
+        return original(trainer, output_dir, state_dict)
+
+    def write(plain: dict[str, Any]) -> None:
+        original(trainer, output_dir, plain)
+
+    save_held(module, state_dict, folder, write, provenance_of(module))
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Say whether adapters were added to a model of transformers, which saves these alone."""
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Say whether a module is PEFT's wrapper around a model, which saves adapters alone."""
+    return type(module).__module__.startswith("peft.")
 
 
 def _publish(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,14 +121,30 @@ def _push_from_checkpoint(original: Any, trainer: Any, checkpoint_folder: str) -
     reason="the card of a patched or folded model says what was patched and how to load it",
 )
 def _create_model_card(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    original(trainer, *args, **kwargs)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    with _lending_config(trainer.model) if is_patched(model) else nullcontext():
+        original(trainer, *args, **kwargs)
     ours = patch_configs(model) or folded_methods(model) or is_standalone(model)
     if trainer.is_world_process_zero() and ours:
         path = os.path.join(trainer.args.output_dir, "README.md")
         name = trainer.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
         picture = draw_curves(trainer.state.log_history, trainer.args.output_dir)
         amend_card(ModelCard.load(path), model, name=name, picture=picture).save(path)
+
+
+@contextmanager
+def _lending_config(module: nn.Module) -> Iterator[None]:
+    """Let a module that has no config be asked for that of the model that it holds."""
+    configs = (each.config for each in module.modules() if isinstance(each, PreTrainedModel))
+    config = next(configs, None)
+    if config is None or hasattr(module, "config"):
+        yield
+        return
+    module.config = config
+    try:
+        yield
+    finally:
+        del module.config
 
 
 @wrapping(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.trainer.changes import wrapping
+from hf_stable.trainer.resuming import watching_own_ways
 from hf_stable.trainer.training_record import keeping_record
 from hf_stable.trainer.watching import (
     log_with_pending,
@@ -73,5 +74,5 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
             deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
             mixed_precision=state.mixed_precision,
         )
-    with keeping_record(trainer):
+    with keeping_record(trainer), watching_own_ways(trainer):
         return train_with_rollbacks(original, trainer, *args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,20 +29,29 @@ def keeping_record(trainer: Any) -> Iterator[None]:
     token = _running.set((trainer, trainer.optimizer is not None))
     try:
         yield
+    except BaseException:
+        with suppress(Exception):  # what ended the training is what its caller must see
+            _keep_record(trainer)
+        raise
+    else:
+        _keep_record(trainer)
     finally:
-        model, state = _trained_by(trainer), trainer.state
-        if model is not None and (
-            is_patched(model) or is_standalone(model) or hasattr(model, RECORD_ATTRIBUTE)
-        ):
-            record = {
-                "settings": _settings_in_force(model),
-                # The Trainer's own list: what is evaluated after the training joins it.
-                "log_history": state.log_history,
-                "global_step": state.global_step,
-                "epoch": state.epoch,
-            }
-            setattr(model, RECORD_ATTRIBUTE, record)
         _running.reset(token)
+
+
+def _keep_record(trainer: Any) -> None:
+    model, state = _trained_by(trainer), trainer.state
+    if model is not None and (
+        is_patched(model) or is_standalone(model) or hasattr(model, RECORD_ATTRIBUTE)
+    ):
+        record = {
+            "settings": _settings_in_force(model),
+            # The Trainer's own list: what is evaluated after the training joins it.
+            "log_history": state.log_history,
+            "global_step": state.global_step,
+            "epoch": state.epoch,
+        }
+        setattr(model, RECORD_ATTRIBUTE, record)
 
 
 def provenance_of(model: Any) -> dict[str, Any]:
@@ -70,7 +79,8 @@ def _settings(trainer: Any, brings_optimizer: bool) -> dict[str, Any]:
     processes = f"{args.world_size} process" + ("es" if args.world_size > 1 else "")
     batch = trainer.state.train_batch_size or args.train_batch_size
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else None
-    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    dtypes = (p.dtype for p in trainer.model.parameters() if p.is_floating_point())
+    dtype = str(next(dtypes, "none")).removeprefix("torch.")
     warmup = args.get_warmup_steps(planned)
     return {
         **_optimizer_settings(trainer, brings_optimizer),

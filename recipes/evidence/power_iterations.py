@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import hf_stable
 from hf_stable.methods.sigma_reparam.steps import refresh
-from hf_stable.spectral import as_matrix, split_blocks
+from hf_stable.spectral import Parts, matrices_of
 from recipes import data
 from recipes.models import build
 from recipes.settings import Fields, Settings
@@ -189,9 +189,9 @@ def _whole_step(
 def exact_and_tracked(layers: list[Any]) -> Iterator[tuple[float, float]]:
     """Yield sigma by SVD, and the one that a layer has, of each matrix."""
     for layer in layers:
-        blocks = split_blocks(as_matrix(layer.weight), layer.num_blocks, layer.block_dim)
-        for block, sigma in zip(blocks, layer.sigma.tolist(), strict=True):
-            yield float(torch.linalg.matrix_norm(block.double(), 2)), sigma
+        matrices = matrices_of(layer.weight, layer.parts)
+        for matrix, sigma in zip(matrices, layer.sigma.tolist(), strict=True):
+            yield float(torch.linalg.matrix_norm(matrix.double(), 2)), sigma
 
 
 def _train(
@@ -224,8 +224,8 @@ def _rates(
             step = float(state["step"])
             root = (state["exp_avg_sq"] / (1 - 0.99**step)).sqrt()
             direction = state["exp_avg"] / (1 - 0.9**step) / (root + 1e-8)
-            parts = (each.chunk(group["blocks"], group["block_dim"])
-                     for each in (weights[param], direction))  # fmt: skip
+            layout = Parts.of(group["parts"])
+            parts = (matrices_of(each, layout) for each in (weights[param], direction))
             for (weight, update), used in zip(
                 zip(*parts, strict=True), state["effective_lr"].tolist(), strict=True
             ):

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.measures.parts import Parts
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def make_groups(model):
     """Two groups: the fused weight in three blocks of rows, and the rest."""
     fused = [model.fused.weight]
     rest = [param for param in model.parameters() if param is not model.fused.weight]
-    return [dict(params=fused, blocks=3, block_dim=0), dict(params=rest)]
+    return [dict(params=fused, parts=Parts((1, 1, 1))), dict(params=rest)]
 
 
 def batch(step, rank=0, world=1):

@@ -188,7 +188,7 @@ def with_entry(key, value):
         (with_option(tau=-1), "group 0 of the loaded state: AdamW2 cannot use tau=-1"),
         (with_option(betas=(0.9,)), r"loaded state: AdamW2 cannot use betas=\(0.9,\)"),
         (with_option(lr=math.nan), "loaded state: Invalid learning rate: nan"),
-        (with_option(blocks=2), r"blocks=2 along block_dim=0 do not fit .* \(3, 5\)"),
+        (with_option(parts=((1, 1), 1, 0, False)), r"Parts.* does not fit .* \(3, 5\)"),
         (without("exp_avg"), r"has no 'exp_avg' for its parameter \(5, 3\)"),
         (without("step"), "has no 'step'"),
         (with_entry("weight_v", torch.randn(1, 4)), r"weight_v has shape \(1, 4\).*needs \(1, 3\)"),

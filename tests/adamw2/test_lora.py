@@ -23,6 +23,7 @@ from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.adamw2.rule import LORA_STATE
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.measures.parts import Parts
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing.:FutureWarning"  # PEFT's own
@@ -444,7 +445,7 @@ def test_groups_that_do_not_fit_are_refused():
         ([down, up, base], {"lora_transposed": True}, "do not fit with lora_transposed=True"),
         ([down, up, base], {"lora_scale": 0.0}, "lora_scale=0.0"),
         ([down, up, base], {"lora_transposed": 2}, "lora_transposed=2"),
-        ([down, up, base], {"blocks": 2}, "blocks=2, not both|blocks=2 along"),
+        ([down, up, base], {"parts": Parts((1, 1))}, "lora_scale or parts=|does not fit"),
         ([down, up, nn.Parameter(base.data)], {}, "is trained itself"),
         ([down, up, base.to(torch.int8)], {}, "int8"),
     ]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.measures.parts import Parts
 
 INF = float("inf")
 
@@ -152,7 +153,7 @@ def test_blocks_of_a_fused_weight_have_rates_of_their_own(block_dim, shape):
         param.chunk(3, block_dim)[1].mul_(10)
     options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, tau=0.004)
     reference = paper.PaperAdamW2([param], blocks=3, block_dim=block_dim, **options)
-    group = dict(params=[param], blocks=3, block_dim=block_dim)
+    group = dict(params=[param], parts=Parts((1, 1, 1), dim=block_dim))
     optimizer = AdamW2([group], power_iterations=100, **options)
     for step in range(3):
         set_grads([param], step)
@@ -314,8 +315,8 @@ class _Calls(TorchDispatchMode):
         dict(dtype=torch.bfloat16),
         dict(dtype=torch.float64),
         dict(tau=INF),
-        dict(blocks=3),
-        dict(blocks=3, block_dim=1),
+        dict(parts=Parts((1, 1, 1))),
+        dict(parts=Parts((1, 1, 1), dim=1)),
         dict(lora_scale=2.0),
         dict(lora_scale=2.0, lr=torch.tensor(1e-2)),
     ],
@@ -325,7 +326,7 @@ def test_step_reads_nothing_back_to_the_host(options):
     options = dict(options)
     dtype, lr = options.pop("dtype", torch.float32), options.pop("lr", 1e-2)
     shapes = SHAPES
-    if "blocks" in options:
+    if "parts" in options:
         shapes = {"a": (12, 6), "b": (6, 12)}
     elif "lora_scale" in options:
         shapes = {"A": (2, 6), "B": (8, 2), "W0": (8, 6)}
@@ -639,10 +640,11 @@ def test_refuses_parameters_it_cannot_step():
         AdamW2([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
     with pytest.raises(TypeError, match="int64"):
         AdamW2([torch.zeros(2, dtype=torch.int64)])
-    with pytest.raises(ValueError, match="blocks=3 along block_dim=1"):
-        AdamW2([dict(params=[nn.Parameter(torch.zeros(6, 8))], blocks=3, block_dim=1)])
-    with pytest.raises(ValueError, match="block_dim=2"):
-        AdamW2([dict(params=[nn.Parameter(torch.zeros(6, 8))], blocks=2, block_dim=2)])
+    with pytest.raises(ValueError, match=r"Parts\(shares=\(1, 1, 1\).* does not fit .* \(6, 8\)"):
+        group = dict(params=[nn.Parameter(torch.zeros(6, 8))], parts=Parts((1, 1, 1), dim=1))
+        AdamW2([group])
+    with pytest.raises(ValueError, match="give an hf_stable.spectral.Parts"):
+        AdamW2([dict(params=[nn.Parameter(torch.zeros(6, 8))], parts=((1, 1), 1, 2, False))])
 
 
 @pytest.mark.parametrize("tau", [0.01, INF])
@@ -716,3 +718,62 @@ def test_refuses_states_that_do_not_fit():
         groups = [dict(params=params[:2]), dict(params=params[2:])]
         optimizer.load_state_dict(torch.optim.AdamW(groups).state_dict())
     assert optimizer.state_dict() == before
+
+
+LAYOUTS = {  # shape of the weight, and where its matrices lie
+    "fewer key heads": ((12, 5), Parts((4, 1, 1))),
+    "per head": ((18, 5), Parts((1, 1, 1), repeats=3)),
+    "unequal columns": ((5, 12), Parts((2, 1), dim=1)),
+    "experts": ((3, 4, 6), Parts(stacked=True)),
+    "gate and up of experts": ((2, 8, 5), Parts((1, 1), stacked=True)),
+}
+
+
+@pytest.mark.parametrize(("shape", "parts"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_matrices_of_one_weight_step_as_alone(shape, parts, decay):
+    torch.manual_seed(0)
+    options = dict(lr=10.0, tau=0.01, weight_decay=decay / 100)
+    together = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    for index, view in enumerate(parts.views(together.data)):
+        view.mul_(1 + index)
+    apart = [nn.Parameter(m.clone()) for m in parts.matrices(together.data)]
+    one = AdamW2([dict(params=[together], parts=parts)], **options)
+    each = AdamW2(apart, **options)
+    for _ in range(4):
+        together.grad = torch.randn(shape, dtype=torch.float64)
+        for parameter, grad in zip(apart, parts.matrices(together.grad), strict=True):
+            parameter.grad = grad.clone()
+        one.step()
+        each.step()
+        for mine, its in zip(parts.matrices(together.data), apart, strict=True):
+            torch.testing.assert_close(mine, its.data, rtol=1e-9, atol=1e-11)
+    (rates,) = one.effective_lr().values()
+    assert rates == pytest.approx(list(each.effective_lr().values())) and len(set(rates)) > 1
+    assert all(rate < 10.0 for rate in rates)
+    like = nn.Parameter(together.detach().clone())
+    copied = AdamW2([dict(params=[like], parts=parts)], **options)
+    copied.load_state_dict(one.state_dict())
+    assert copied.param_groups[0]["parts"] == parts.to_plain()
+
+
+def test_experts_move_by_no_more_than_their_own_bound():
+    """Flattened to one matrix, each of them would be stepped as far as the stack's norm allows."""
+    torch.manual_seed(0)
+    experts = nn.Parameter(torch.randn(8, 16, 12))
+    before = experts.detach().clone()
+    optimizer = AdamW2([dict(params=[experts], parts=Parts(stacked=True))], lr=1.0, tau=0.01,
+                       weight_decay=0.0)  # fmt: skip
+    experts.grad = torch.randn(8, 16, 1) * torch.randn(8, 1, 12)  # of rank one, as few tokens make
+    optimizer.step()
+    moved = torch.linalg.matrix_norm(experts.detach() - before, 2)
+    share = moved / torch.linalg.matrix_norm(before, 2)
+    assert 0.005 < share.min() and share.max() < 0.01 * 1.01
+    whole = nn.Parameter(before.clone())
+    flat = AdamW2([whole], lr=1.0, tau=0.01, weight_decay=0.0)
+    whole.grad = experts.grad.clone()
+    flat.step()
+    share = torch.linalg.matrix_norm(whole.detach() - before, 2) / torch.linalg.matrix_norm(
+        before, 2
+    )
+    assert share.max() > 0.02

@@ -313,7 +313,7 @@ def test_blocks_follow_the_roles(head, fused_qkv):
         if isinstance(module, SigmaLayer):
             assert module.layer_name == name
             expected = len(head.roles()[name]) if fused_qkv == "split" else 1
-            assert module.num_blocks == len(module.gamma) == expected
+            assert module.num_parts == len(module.gamma) == expected
 
 
 def test_state_dict_keys_are_pinned(head):

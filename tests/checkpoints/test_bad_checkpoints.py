@@ -83,12 +83,15 @@ def test_sidecar_of_another_save(folder, tmp_path):
 
 def test_another_number_of_labels(tmp_path):
     hf_stable.patch(tiny_model("vit"), "sigma_reparam", heads="include").save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"holds 'classifier' with shape \(3, 16\), but the weights loaded have \(7, 16\): "
-        "num_labels",
-    ):
-        hf_stable.load(model_class(), tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        hf_stable.load(model_class(), tmp_path, num_labels=7)
+    with pytest.warns(UserWarning, match="left out.*: classifier; new, .*: classifier"):
+        model = hf_stable.load(model_class(), tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    classifier = dict(sigma_layers(model))["classifier"]
+    assert classifier.weight.shape == (7, 16)
+    torch.testing.assert_close(
+        classifier.sigma, torch.linalg.matrix_norm(classifier.weight, 2)[None]
+    )
 
 
 def test_sidecar_of_a_later_format(folder):

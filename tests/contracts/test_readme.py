@@ -56,6 +56,16 @@ def test_own_architecture_block_makes_a_llama_patchable():
     hf_stable.patch(model, "sigma_reparam")
     assert hf_stable.describe(model).num_patched == 7
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    with hf_stable.probe(model) as records:
+        model(ids)
+    (name,) = records.sigma_qk  # two heads share one key head
+    assert name == "model.layers.0" and records.entropy[name].shape == (2,)
+    attention = model.model.layers[0].self_attn
+    query, key = (
+        layer.weight * layer.gamma / layer.sigma for layer in (attention.q_proj, attention.k_proj)
+    )
+    exact = [torch.linalg.matrix_norm(head.T @ key, 2) for head in query.chunk(2)]
+    torch.testing.assert_close(records.sigma_qk[name], torch.stack(exact))
 
 
 @pytest.mark.usefixtures("own_registry")

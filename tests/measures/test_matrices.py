@@ -16,14 +16,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import (
     as_matrix,
-    matrix_blocks,
-    split_blocks,
+    matrices_of,
 )
+from hf_stable.measures.parts import Parts
 
 
 def test_a_kernel_is_flattened_and_a_transpose_swaps_the_vectors():
     kernel = randn(12, 3, 4, 4)
-    (block,) = matrix_blocks(kernel)
+    (block,) = matrices_of(kernel)
     assert block.shape == (12, 48) and block.data_ptr() == kernel.data_ptr()
     triple = leading_triple(block)
     assert_is_leading(kernel.reshape(12, 48), triple)
@@ -39,19 +39,19 @@ def test_as_matrix_views_and_refuses_a_scalar():
         as_matrix(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize(("num_blocks", "dim"), [(3, 0), (4, 1), (0, 0)])
-def test_unequal_blocks_are_refused(num_blocks, dim):
-    with pytest.raises(ValueError, match=r"cannot split dimension .* of a \(8, 6\) weight into"):
-        split_blocks(torch.ones(8, 6), num_blocks, dim)
+@pytest.mark.parametrize(("num_parts", "dim"), [(3, 0), (4, 1)])
+def test_what_cannot_be_cut_is_refused(num_parts, dim):
+    with pytest.raises(ValueError, match=r"cannot split dimension .* of shape \(8, 6\) into"):
+        matrices_of(torch.ones(8, 6), Parts((1,) * num_parts, dim=dim))
 
 
 def place_otherwise():
     """On each rank: a replicated weight's blocks, and the message for one sharded on columns."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     weight = randn(6, 4)
-    (replicated,) = matrix_blocks(distribute_tensor(weight, mesh, [Replicate()]))
+    (replicated,) = matrices_of(distribute_tensor(weight, mesh, [Replicate()]))
     try:
-        matrix_blocks(distribute_tensor(weight, mesh, [Shard(1)]))
+        matrices_of(distribute_tensor(weight, mesh, [Shard(1)]))
     except ValueError as error:
         return {"replicated": replicated, "message": str(error)}
 

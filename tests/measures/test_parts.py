@@ -133,7 +133,7 @@ def test_a_kernel_is_scaled_along_its_outputs():
 
 def test_equal_layouts_are_equal():
     assert Parts((8, 2, 2)) == Parts((4, 1, 1)) != Parts((4, 1, 1), dim=1)
-    assert Parts((7,), repeats=3, dim=1) == WHOLE and WHOLE.is_whole
+    assert Parts((7,), repeats=3) == WHOLE and WHOLE.is_whole and Parts(dim=1).is_whole
     assert len({Parts((1, 1)), Parts((2, 2)), Parts((1, 1), stacked=True)}) == 2
     assert not Parts(stacked=True).is_whole and Parts((1, 1), repeats=2).is_interleaved
 

@@ -23,9 +23,10 @@ from hf_stable.measures import power_iteration
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import (
     RowShard,
-    matrix_blocks,
+    matrices_of,
     spectral_dtype,
 )
+from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.measures.power_iteration import STACK_MAX_NUMEL, power_step
 
 
@@ -171,7 +172,7 @@ def test_where_launches_count_their_number_does_not_grow_with_that_of_matrices(m
 def test_blocks_of_a_fused_weight_step_as_views(size):
     fused = randn(size, 3 * size)  # [Wq | Wk | Wv], the way Conv1D keeps them
     assert (size * size <= STACK_MAX_NUMEL) == (size == 8)  # both ways to batch are taken
-    blocks = matrix_blocks(fused, 3, 1)
+    blocks = matrices_of(fused, Parts((1, 1, 1), dim=1))
     assert all(block.data_ptr() >= fused.data_ptr() for block in blocks)
     assert blocks[1].data_ptr() == fused[:, size:].data_ptr()
     us, vs = [unit(size)] * 3, [unit(size, 1)] * 3
@@ -187,12 +188,15 @@ def test_blocks_of_a_fused_weight_step_as_views(size):
 # Rows over several processes
 
 SHARDED_CASES = [
-    ((7, 5), 1, 0),  # uneven: 4 + 3 on two ranks, 3 + 3 + 1 on three
-    ((2, 5), 1, 0),  # three ranks: one has no row
-    ((1, 6), 1, 0),
-    ((9, 5), 3, 0),  # blocks that do not end where shards do
-    ((7, 6), 3, 1),
-    ((6, 2, 2, 2), 1, 0),
+    ((7, 5), WHOLE),  # uneven: 4 + 3 on two ranks, 3 + 3 + 1 on three
+    ((2, 5), WHOLE),  # three ranks: one has no row
+    ((1, 6), WHOLE),
+    ((9, 5), Parts((1, 1, 1))),  # parts that do not end where shards do
+    ((7, 6), Parts((1, 1, 1), dim=1)),
+    ((6, 2, 2, 2), WHOLE),
+    ((10, 5), Parts((3, 1, 1))),
+    ((16, 5), Parts((2, 1, 1), repeats=2)),
+    ((2, 8, 5), Parts((1, 1), stacked=True)),  # three ranks: one has no expert
 ]
 
 
@@ -204,13 +208,13 @@ def step_sharded():
 
 def _step_sharded(mesh, dtype):
     sharded, local, us, vs, rows = [], [], [], [], []
-    for shape, num_blocks, dim in SHARDED_CASES:
+    for shape, parts in SHARDED_CASES:
         weight = randn(*shape).to(dtype)
-        spread = matrix_blocks(distribute_tensor(weight, mesh, [Shard(0)]), num_blocks, dim)
+        spread = matrices_of(distribute_tensor(weight, mesh, [Shard(0)]), parts)
         assert all(isinstance(block, RowShard) for block in spread)
         sharded += spread
         rows.append(len(spread[0].local))
-        local += matrix_blocks(weight, num_blocks, dim)
+        local += matrices_of(weight, parts)
     us = [unit(len(block)) for block in local]
     vs = [unit(block.shape[1], 1) for block in local]
     return {
@@ -226,7 +230,7 @@ def _step_sharded(mesh, dtype):
 def _step_with_a_bad_weight(mesh, value):
     weight = torch.zeros(7, 5)
     weight[6, 0] = value  # in the last rank's rows alone
-    blocks = matrix_blocks(distribute_tensor(weight, mesh, [Shard(0)]))
+    blocks = matrices_of(distribute_tensor(weight, mesh, [Shard(0)]))
     return power_step(blocks, [unit(7)], [unit(5, 1)])
 
 

@@ -69,7 +69,7 @@ def test_heads_differ_and_a_spoilt_head_spoils_no_other():
 
 def test_fused_conv1d_weight_in_its_parts():
     fused = weight(32, 96)  # GPT-2's c_attn: (in, 3 * out)
-    wq, wk, _ = (part.T for part in spectral.split_blocks(fused, 3, dim=1))
+    wq, wk, _ = (part.T for part in spectral.matrices_of(fused, spectral.Parts((1, 1, 1), dim=1)))
     expected = torch.linalg.svdvals(fused[:, 8:16].double() @ fused[:, 40:48].double().T)[:8]
     torch.testing.assert_close(
         qk_singular_values(wq, wk, 4)[1].double(), expected, rtol=2e-6, atol=2e-5

@@ -103,7 +103,7 @@ def test_init_one_is_another_function(model_type):
     assert not torch.allclose(logits(patched), logits(plain), rtol=1e-2, atol=1e-3)
     for layer in layers_of(patched):
         assert (layer.gamma == 1).all()
-        blocks = layer.effective_weight().flatten(1).chunk(layer.num_blocks, layer.block_dim)
+        blocks = layer.effective_weight().flatten(1).chunk(layer.num_parts, layer.parts.dim)
         for block in blocks:
             assert torch.linalg.svdvals(block)[0].item() == pytest.approx(1, rel=1e-5)
 
@@ -466,7 +466,7 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
     ),
     "zero matrix": (
         zeroed, ("sigma_reparam",), {}, ValueError,
-        "cannot reparametrise vit.layers.1.mlp.fc2: its (16, 32) weight has an all-zero block, so "
+        "cannot reparametrise vit.layers.1.mlp.fc2: its (16, 32) weight has an all-zero part, so "
         "gamma / sigma is 0 / 0; initialise it or exclude the layer",
     ),
     "NaN": (

@@ -8,6 +8,7 @@ import shutil
 import warnings
 
 import pytest
+import tiny_training
 import torch
 from tiny_models import tiny_batch, tiny_model
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
@@ -611,12 +612,41 @@ def test_bad_options_are_refused_at_once(options, message):
         StabilityCallback(**options)
 
 
-def test_a_model_that_cannot_be_probed_is_refused_at_the_start(tmp_path):
-    trainer, _ = monitored(tiny_model("gpt2", reorder_and_upcast_attn=True,
-                                      attn_implementation="eager"), tmp_path)  # fmt: skip
+def test_what_was_asked_for_by_name_and_cannot_be_measured_is_refused_at_the_start(tmp_path):
+    model = tiny_model("gpt2", reorder_and_upcast_attn=True, attn_implementation="eager")
+    trainer, _ = monitored(model, tmp_path, monitor_terms=["entropy"])
     with pytest.raises(ValueError, match="reorder_and_upcast_attn"):
         trainer.train()
     assert trainer.state.global_step == 0
+    # The default is what can be measured, which is said.
+    with pytest.warns(UserWarning, match="sigma_qk.*recorded; entropy.*are left out"):
+        trained(model, tmp_path, max_steps=2)
+    assert "sigma_qk" in events(tmp_path, "probe")[0]["quantities"]
+
+
+class Plain(torch.nn.Module):
+    """No transformers model at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 3)
+
+    def forward(self, pixel_values, labels):
+        logits = self.layer(pixel_values.flatten(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_of_a_model_without_attention_losses_are_watched(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_training, "Trainer", Diverges)
+    examples = tiny_training.dataset(tiny_model("vit"))
+    monkeypatch.setattr(tiny_training, "dataset", lambda *args, **kwargs: examples)
+    trainer = make_trainer(Plain(), tmp_path, callbacks=[StabilityCallback()], save_strategy="no")
+    with pytest.warns(UserWarning, match="only losses and gradients are watched.*holds no trans"):
+        trainer.train()
+    assert trainer.state.global_step == 6 and "nonfinite at step 5" in said()[0]
+    named = make_trainer(Plain(), tmp_path, callbacks=[StabilityCallback(terms=["entropy"])])
+    with pytest.raises(ValueError, match="holds no transformers model"):
+        named.train()
 
 
 def test_eager_attention_is_probed_like_any_other(tmp_path):

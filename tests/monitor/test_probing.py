@@ -672,9 +672,17 @@ def test_other_architectures_have_their_attention_measured():
     model = tiny_llama()
     ids = torch.arange(1, 13)[None]
     with pytest.raises(UnsupportedModelError, match=r"'llama'.*pass terms=\['entropy'"):
-        with probe(model):
+        with probe(model, terms=["entropy", "sigma_qk"]):
             pass
     assert model.config._attn_implementation == "sdpa"
+    with pytest.warns(UserWarning, match="entropy, .*mode are recorded; .*sigma_qk.* left out"):
+        with probe(model) as records:
+            model(ids)
+    assert set(records.to_dict()) == set(ATTENTION_TERMS)  # what can be measured, and no more
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        with probe(model):
+            model(ids)
     with probe(model, terms=ATTENTION_TERMS) as records:
         model(ids)
     assert list(records.entropy) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
@@ -717,10 +725,23 @@ def test_a_forward_of_which_nothing_is_seen_is_warned_of():
             model(ids)
     for layer in model.model.layers:
         layer.self_attn.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    names = r"not seen.*: model.layers.0.self_attn, model.layers.1.self_attn \(it goes past"
+    with pytest.warns(UserWarning, match=names) as seen:
+        for _ in range(2):
+            with probe(model, terms=ATTENTION_TERMS) as records:
+                model(ids)
+    assert records.to_dict() == {} and len(seen) == 1
+    # Attention of which nothing but its absence can be told.
+    for layer in model.model.layers:
+        layer.self_attn = Mixer()
     with pytest.warns(UserWarning, match="none of its attention was seen"):
-        with probe(model, terms=ATTENTION_TERMS) as records:
+        with probe(model, terms=ATTENTION_TERMS):
             model(ids)
-    assert records.to_dict() == {}
+
+
+class Mixer(nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
 
 
 def test_only_the_terms_asked_for_are_recorded(model_type):
@@ -761,7 +782,13 @@ def test_models_that_cannot_be_observed_say_so():
             pass
     model = tiny_model("gpt2", reorder_and_upcast_attn=True)
     model.set_attn_implementation("eager")
-    with pytest.raises(UnsupportedModelError, match="reorder_and_upcast_attn"):
-        with probe(model):
-            pass
+    for asked in (dict(terms=["entropy"]), dict(maps="all")):
+        with pytest.raises(UnsupportedModelError, match="reorder_and_upcast_attn"):
+            with probe(model, **asked):
+                pass
     assert model.config._attn_implementation == "eager"
+    with pytest.warns(UserWarning, match="sigma_qk.* are recorded; entropy, .*reorder_and_upcast"):
+        with probe(model) as records:
+            model(**tiny_batch(model)).loss.backward()
+    assert {"sigma_qk", "norm_dx"} <= records.to_dict().keys()
+    assert not records.to_dict().keys() & set(ATTENTION_TERMS)

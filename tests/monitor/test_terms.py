@@ -35,9 +35,9 @@ def slack(monkeypatch):
     monkeypatch.setitem(TERMS, SLACK.name, SLACK)
     measure = recorder.weight_terms
 
-    def with_slack(block, wanted):
+    def with_slack(block, wanted, bearing):
         own = {SLACK.name: torch.tensor([3.0, 5.0])} if SLACK.name in wanted else {}
-        return {name: found | own for name, found in measure(block, wanted).items()}
+        return {name: found | own for name, found in measure(block, wanted, bearing).items()}
 
     monkeypatch.setattr(recorder, "weight_terms", with_slack)
 

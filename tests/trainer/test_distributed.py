@@ -46,7 +46,7 @@ def resume_on_ranks(folder, mode, methods):
         "whole": losses(whole),
         "resumed": losses(resumed),
         "sharded": isinstance(layers[0].weight, DTensor),
-        "blocks": sorted({group["blocks"] for group in groups}),
+        "parts": sorted({len(group["parts"][0]) for group in groups}),
         "tau": sorted({group["tau"] for group in groups}),
         "gamma_decay": sorted(decays),
     }
@@ -68,7 +68,7 @@ def test_two_processes_resume_exactly(mode, has_norms, tmp_path):
     assert result["sharded"] == (mode != "ddp")
     assert len(result["whole"]) == 4
     assert result["whole"] == result["resumed"]
-    assert result["blocks"] == [1, 3]
+    assert result["parts"] == [1, 3]
     assert result["tau"] == [0.01, float("inf")]
     assert result["gamma_decay"] == [0.0]
     checkpoint = tmp_path / "whole" / "checkpoint-4"

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import hf_stable
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 
@@ -175,7 +176,7 @@ def test_groups_for_a_loop_are_those_of_the_trainer(model_type, patched, tmp_pat
         if param is frozen:
             continue
         mine, other = group_of(ours, param), group_of(theirs, param)
-        for option in ("tau", "blocks", "block_dim", "weight_decay"):
+        for option in ("tau", "parts", "weight_decay"):
             if not (option == "weight_decay" and param.ndim > 2):
                 assert mine[option] == other[option], (name, option)
     assert sum(len(group["params"]) for group in ours.param_groups) == (
@@ -193,8 +194,8 @@ def test_fused_projections_have_a_rate_per_part(patched, tmp_path):
     optimizer = built(model, tmp_path)
     attention = model.transformer.h[1].attn
     group = group_of(optimizer, attention.c_attn.weight)
-    assert (group["blocks"], group["block_dim"]) == (3, 1)
-    assert group_of(optimizer, attention.c_proj.weight)["blocks"] == 1
+    assert Parts.of(group["parts"]) == Parts((1, 1, 1), dim=1)
+    assert Parts.of(group_of(optimizer, attention.c_proj.weight)["parts"]).is_whole
 
 
 def test_model_of_another_architecture(tmp_path):
@@ -207,7 +208,7 @@ def test_model_of_another_architecture(tmp_path):
     optimizer = Trainer(model, args).create_optimizer()
     assert group_of(optimizer, model.model.embed_tokens.weight)["tau"] == math.inf
     assert group_of(optimizer, model.lm_head.weight)["tau"] == 0.01
-    assert {group["blocks"] for group in optimizer.param_groups} == {1}
+    assert all(Parts.of(group["parts"]).is_whole for group in optimizer.param_groups)
 
 
 def test_effective_rates_are_reported_by_name(tmp_path):
@@ -262,6 +263,57 @@ def test_schedules_act_on_every_group(scheduler, tmp_path):
         return [r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r]
 
     assert rates("adamw2") == rates("adamw_torch")
+
+
+class PerGroup(Trainer):
+    """A lambda for each of the Trainer's two groups, as its overriders write it."""
+
+    kind = "LambdaLR"
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        optimizer = self.optimizer if optimizer is None else optimizer
+        options = {
+            "LambdaLR": dict(lr_lambda=[lambda step: 0.5, lambda step: 0.25]),
+            "MultiplicativeLR": dict(lr_lambda=[lambda step: 0.5, lambda step: 0.25]),
+            "OneCycleLR": dict(max_lr=[0.5, 0.25], total_steps=10),
+            "CyclicLR": dict(base_lr=[0.5, 0.25], max_lr=[0.6, 0.3], cycle_momentum=False),
+            "ReduceLROnPlateau": dict(min_lr=[0.5, 0.25]),
+        }
+        kind = getattr(torch.optim.lr_scheduler, self.kind)
+        self.lr_scheduler = kind(optimizer, **options[self.kind])
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    "kind", ["LambdaLR", "MultiplicativeLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau"]
+)
+def test_a_schedule_of_a_value_per_group_spreads_it_over_what_they_were_parted_into(kind, tmp_path):
+    model = tiny_model("gpt2")
+    trainer = make_trainer(model, tmp_path, optim="adamw2", learning_rate=1.0, weight_decay=0.1)
+    trainer.__class__ = type(kind, (PerGroup,), {"kind": kind})
+    trainer.create_optimizer_and_scheduler(10)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    assert len(optimizer.param_groups) > 2
+    decayed = [group["weight_decay"] > 0 for group in optimizer.param_groups]
+    expected = [0.5 if is_decayed else 0.25 for is_decayed in decayed]
+    assert set(expected) == {0.5, 0.25}
+    if kind == "ReduceLROnPlateau":
+        assert scheduler.min_lrs == expected
+        return
+    if kind == "OneCycleLR":
+        assert [group["max_lr"] for group in optimizer.param_groups] == expected
+        return
+    if kind == "MultiplicativeLR":
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == expected
+
+
+def test_a_schedule_of_another_number_of_values_is_still_refused(tmp_path):
+    optimizer = built(tiny_model("gpt2"), tmp_path)
+    with pytest.raises(ValueError, match="lr_lambdas"):
+        torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0] * 7)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
 # A checkpoint that AdamW wrote

@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.measures.matrices import matrix_blocks
+from hf_stable.measures.matrices import shapes_of
+from hf_stable.measures.parts import WHOLE
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
 
 __all__ = ["ModelShape", "measure_shape"]
@@ -69,7 +69,7 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         shape
         for param in model.parameters()
         if not math.isinf((rule := rules.get(id(param), {})).get("tau", 0.0))
-        for shape in _block_shapes(param, rule.get("blocks", 1), rule.get("block_dim", 0))
+        for shape in shapes_of(param, rule.get("parts", WHOLE))
     ]
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
@@ -83,8 +83,7 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         chosen, is_registered = [layer for layer in layers if layer is not head], False
     patched = []
     for layer in chosen:
-        rule = rules.get(id(layer.weight), {})
-        patched += _block_shapes(layer.weight, rule.get("blocks", 1), rule.get("block_dim", 0))
+        patched += shapes_of(layer.weight, rules.get(id(layer.weight), {}).get("parts", WHOLE))
     return ModelShape(
         name=type(model).__name__,
         num_parameters=sum(param.numel() for param in model.parameters()),
@@ -99,12 +98,6 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         sequence=sequence or _longest(config),
         is_registered=is_registered,
     )
-
-
-def _block_shapes(weight: torch.Tensor, blocks: int, dim: int) -> list[tuple[int, int]]:
-    weight = weight.reshape(1) if weight.ndim == 0 else weight
-    found: list[Any] = matrix_blocks(weight, blocks, dim)
-    return [(block.shape[0], block.shape[1]) for block in found]
 
 
 def _longest(config: Any) -> int:

@@ -187,7 +187,7 @@ def _variants(model: Any) -> dict[str, Any]:
     patched = patch(copy.deepcopy(model), "sigma_reparam")
     for _, layer in sigma_layers(patched):
         # Apart, as training leaves them: blocks of equal scale would share one product.
-        layer.gamma.data *= torch.linspace(0.9, 1.1, layer.num_blocks, device=layer.gamma.device)
+        layer.gamma.data *= torch.linspace(0.9, 1.1, layer.num_parts, device=layer.gamma.device)
     normalised = copy.deepcopy(model)
     for name, _ in sigma_layers(patched):
         spectral_norm(normalised.get_submodule(name))

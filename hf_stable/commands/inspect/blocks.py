@@ -7,7 +7,6 @@ weights are read two at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from textwrap import shorten
 
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from hf_stable.architectures.description import Attention
 from hf_stable.architectures.finding import FoundBlock, find_blocks, find_norms, find_regions
 from hf_stable.architectures.heads import count_heads, part_of_role
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.checkpoints.described_models import build_empty, config_of, read_content
+from hf_stable.checkpoints.described_models import empty_model
 from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.commands.inspect.bounds import bounded_building, bounded_content
@@ -132,20 +131,13 @@ def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, 
 
 def _build(weights: WeightFiles) -> PreTrainedModel:
     folder = weights.path if weights.path.is_dir() else weights.path.parent
-    path = folder / "config.json"
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        config = config_of(bounded_content(read_content(folder), weights.shapes), folder)
         with bounded_building(weights.shapes):
-            return build_empty(config, folder)
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # which one an impossible value raises is up to the model
-        reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise UnsupportedModelError(
-            f"{path} describes no model that transformers can build: {reason}"
-        ) from error
+            return empty_model(folder, lambda content: bounded_content(content, weights.shapes))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 def _block_spectrum(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import as_matrix, split_blocks
+from hf_stable.measures.matrices import local_matrices
+from hf_stable.measures.parts import WHOLE
 
 __all__ = ["LayerSpectrum", "inspect_matrix", "is_finite", "is_matrix", "largest_sigma"]
 
@@ -27,10 +28,10 @@ class LayerSpectrum:
         name: name of the layer on disk, without ".weight".
         shape: shape of the tensor, as stored.
         dtype: its type, such as "bfloat16".
-        sigma: largest singular value of the tensor as it is stored, of each block of a fused one
-            whose blocks have a gamma of their own; empty if `note` says why.
-        stable_rank: squared Frobenius norm over squared sigma, likewise; empty for a zero block.
-        gamma: learnable scale of each block, where the layer is patched.
+        sigma: largest singular value of the tensor as it is stored, of each part of a fused one
+            whose parts have a gamma of their own; empty if `note` says why.
+        stable_rank: squared Frobenius norm over squared sigma, likewise; empty for a zero part.
+        gamma: learnable scale of each part, where the layer is patched.
         raw_sigma: largest singular value of the raw weight in the sidecar.
         note: why there is no sigma, or None.
         finite: whether all entries are finite numbers.
@@ -91,11 +92,11 @@ def inspect_matrix(
     """
     gamma: tuple[float, ...] = ()
     raw_sigma: tuple[float, ...] = ()
-    dim = 0
+    parts = WHOLE
     if layer is not None:
         gamma = tuple(state.read(f"{layer}.gamma").tolist())
         raw_sigma = tuple(state.read(f"{layer}.sigma").tolist())
-        dim = state.block_dim(layer)
+        parts = state.parts(layer) if len(gamma) > 1 else WHOLE
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     finite = is_finite(tensor)
     note = None
@@ -107,9 +108,9 @@ def inspect_matrix(
         note = "has NaN or infinite entries"
     if note is not None:
         return LayerSpectrum(name, shape, dtype, (), (), gamma, raw_sigma, note, finite)
-    blocks = split_blocks(as_matrix(tensor), max(1, len(gamma)), dim)
-    sigma = tuple(map(largest_sigma, blocks))
+    matrices = local_matrices(tensor, parts)
+    sigma = tuple(map(largest_sigma, matrices))
     ranks = tuple(
-        (_norm(block) / value) ** 2 for block, value in zip(blocks, sigma, strict=True) if value
+        (_norm(matrix) / value) ** 2 for matrix, value in zip(matrices, sigma, strict=True) if value
     )
     return LayerSpectrum(name, shape, dtype, sigma, ranks, gamma, raw_sigma)

@@ -18,7 +18,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
-from hf_stable.modeling_hf_stable import CLASS_PREFIX, epsilon_field
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, guarded_field
 
 __all__ = [
     "RemovalConfig",
@@ -194,14 +194,15 @@ def _check_can_be_saved(model: nn.Module) -> None:
     config_class = type(cast(Any, model).config)
     name = config_class.__name__.removeprefix(CLASS_PREFIX)
     try:
-        epsilon_field(config_class)
+        guarded_field(config_class)
         known = hasattr(transformers, name)
     except TypeError:
         known = False
     if not known:
         raise UnsupportedModelError(
             f"a {type(model).__name__} without norms could not be saved so that nothing brings "
-            f"them back: {name} is no config of transformers with an epsilon of its norms"
+            f"them back: {name} is no config of transformers with a number in whose place a "
+            "sentence could stand"
         )
 
 

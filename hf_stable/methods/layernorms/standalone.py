@@ -7,7 +7,8 @@ transformers stumble over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +24,11 @@ from hf_stable.architectures.registry import (
     model_type_of,
     supported_architectures,
 )
-from hf_stable.modeling_hf_stable import CLASS_PREFIX, locate_norms
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, guarded_field, locate_norms
 
 __all__ = [
     "AUTO_CLASSES",
+    "config_without_norms",
     "is_standalone",
     "register_auto_classes",
     "removed_by_class",
@@ -35,22 +37,27 @@ __all__ = [
     "standalone_form",
 ]
 
-AUTO_CLASSES = {
-    "AutoModel": "MODEL_MAPPING",
-    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
-    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
-    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING",
-    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING",
-    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "AutoModelForMaskedImageModeling": "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING",
+_IRREGULAR = {
     "AutoBackbone": "MODEL_FOR_BACKBONE_MAPPING",
+    "AutoModelForAudioXVector": "MODEL_FOR_AUDIO_XVECTOR_MAPPING",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
 }
-"""The auto classes of transformers for text and images, and the table each of them looks in."""
+
+
+def _table_of(auto_class: str) -> str:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", auto_class.removeprefix("Auto")).upper()
+    return _IRREGULAR.get(auto_class, f"{words}_MAPPING")
+
+
+AUTO_CLASSES = {
+    name: _table_of(name)
+    for name in dir(transformers)
+    if (name.startswith("AutoModel") or name in _IRREGULAR)
+    and hasattr(transformers, _table_of(name))
+}
+"""The auto classes of transformers, and the table that each of them looks in."""
 
 
 def is_standalone(model: nn.Module) -> bool:
@@ -82,16 +89,39 @@ def standalone_config(model: Any) -> Any:
         UnsupportedModelError: if the model's architecture is not registered (a patched model
             inside another one).
     """
-    if architecture_of(model) is None:
+    if architecture_of(model) is None or not _can_be_guarded(type(model.config)):
         raise UnsupportedModelError(
             f"the norms of a part of this {type(model).__name__} were removed, and a model without "
             f"norms is saved under a name of its own, which model_type {model_type_of(model)!r} "
-            "has none of: it is not registered. Save the part, or hf_stable.restore_layernorms"
+            "has none of: it is not registered, or its config has no number in whose place a "
+            "sentence could stand. Save the part, or hf_stable.restore_layernorms"
         )
     removed, native = removed_by_class(model), model.config
     config = standalone_class(type(native)).from_dict(native.to_dict())
     config.removed_layernorms = removed
-    config.auto_map = _auto_map(type(native))
+    config.auto_map = _auto_map(type(native), [type(model).__name__])
+    return config
+
+
+def config_without_norms(given: Any, own: Any) -> Any:
+    """Return a config that a user gives for a model without norms, with what is removed from it.
+
+    Args:
+        given: of the architecture's own class, or of `own`'s.
+        own: the config in the model's folder.
+
+    Raises:
+        ValueError: if the two are of different architectures.
+    """
+    if isinstance(given, type(own)):
+        return given
+    if not isinstance(own, type(given)):
+        raise ValueError(
+            f"config is a {type(given).__name__}, but the model was saved with a "
+            f"{type(own).__name__}; give one of its class, or leave it out"
+        )
+    config = type(own).from_dict(given.to_dict())
+    config.removed_layernorms, config.auto_map = own.removed_layernorms, own.auto_map
     return config
 
 
@@ -115,32 +145,51 @@ def register_auto_classes() -> None:
     An architecture that is a user's own has no class in transformers to derive one from.
     """
     for model_type in supported_architectures():
-        if model_type not in transformers.CONFIG_MAPPING:
-            continue
-        native_config = transformers.CONFIG_MAPPING[model_type]
-        config_class = standalone_class(native_config)
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto_class, native in _native_classes(native_config).items():
-            getattr(transformers, auto_class).register(
-                config_class, standalone_class(native), exist_ok=True
-            )
+        if model_type in transformers.CONFIG_MAPPING:
+            config_class = transformers.CONFIG_MAPPING[model_type]
+            if _can_be_guarded(config_class):
+                own = standalone_class(config_class)
+                AutoConfig.register(own.model_type, own, exist_ok=True)
+    # Models are derived when a config asks for them: to load all would take longer than torch does.
+    modeling_hf_stable.ON_CONFIG[:] = [_register_models]
 
 
-def _auto_map(native_config: Any) -> dict[str, str]:
+def _can_be_guarded(config_class: Any) -> bool:
+    try:
+        guarded_field(config_class)
+    except TypeError:
+        return False
+    return True
+
+
+def _register_models(config: Any) -> None:
+    for auto_class, native in _native_classes(type(config), config.architectures).items():
+        own = standalone_class(native)
+        getattr(transformers, auto_class).register(type(config), own, exist_ok=True)
+
+
+def _auto_map(native_config: Any, architectures: Sequence[str] | None) -> dict[str, str]:
     module = modeling_hf_stable.__name__.rpartition(".")[2]
-    classes = {"AutoConfig": native_config, **_native_classes(native_config)}
+    classes = {"AutoConfig": native_config, **_native_classes(native_config, architectures)}
     return {auto: f"{module}.{standalone_class(cls).__name__}" for auto, cls in classes.items()}
 
 
-def _native_classes(native_config: Any) -> dict[str, Any]:
-    """Map the name of each auto class that knows a config to the class it would load."""
+def _native_classes(native_config: Any, architectures: Sequence[str] | None) -> dict[str, Any]:
+    """Map the name of each auto class that knows a config to the class it would load.
+
+    Of several classes it loads the one that the config names, else the first.
+    """
     if native_config.__name__.startswith(CLASS_PREFIX):
         native_config = native_config.__base__
-    found = {
-        auto_class: getattr(transformers, table).get(native_config, None)
-        for auto_class, table in AUTO_CLASSES.items()
-    }
-    return {auto_class: native for auto_class, native in found.items() if native is not None}
+    named = [name.removeprefix(CLASS_PREFIX) for name in architectures or ()]
+    found = {}
+    for auto_class, table in AUTO_CLASSES.items():
+        known = getattr(transformers, table).get(native_config, None)
+        known = known if isinstance(known, tuple) else (known,)
+        native = next((cls for cls in known if cls and cls.__name__ in named), known[0])
+        if native is not None:
+            found[auto_class] = native
+    return found
 
 
 def removed_by_class(model: Any) -> dict[str, list[str]]:

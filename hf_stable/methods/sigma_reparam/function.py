@@ -9,23 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from hf_stable.methods.sigma_reparam.block_arithmetic import (
-    block_products,
+from hf_stable.measures.parts import WHOLE, Parts
+from hf_stable.methods.sigma_reparam.part_arithmetic import (
     first_derivatives,
     is_traced,
+    part_products,
     pull_back,
-    scale_blocks,
+    scale_parts,
     sigma_of,
-    spread_over_blocks,
     write_minus_rank_one,
 )
 
 __all__ = [
     "effective_weight",
-    "scale_blocks",
+    "scale_parts",
     "scaled_linear",
     "scales_in_product",
-    "spread_over_blocks",
 ]
 
 
@@ -44,20 +43,20 @@ class _EffectiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
+        weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, parts: Parts
     ) -> Tensor:
-        return scale_blocks(weight, gamma / sigma, dim)
+        return scale_parts(weight, gamma / sigma, parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:5])
         ctx.save_for_forward(*inputs[:5])
-        ctx.dim = inputs[5]
+        ctx.parts = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gamma, sigma, u, v = ctx.saved_tensors
-        grad_weight, grad_gamma = pull_back(grad, weight, gamma, sigma, u, v, ctx.dim)
+        grad_weight, grad_gamma = pull_back(grad, weight, gamma, sigma, u, v, ctx.parts)
         return grad_weight, grad_gamma, None, None, None, None
 
     @staticmethod
@@ -66,11 +65,11 @@ class _EffectiveWeight(torch.autograd.Function):
         dweight, dgamma = tangents[:2]
         tangent = torch.zeros_like(weight)
         if dgamma is not None:
-            tangent = tangent + scale_blocks(weight, dgamma / sigma, ctx.dim)
+            tangent = tangent + scale_parts(weight, dgamma / sigma, ctx.parts)
         if dweight is not None:
-            dsigma = sigma_of(dweight, u, v, ctx.dim)
-            tangent = tangent + scale_blocks(dweight, gamma / sigma, ctx.dim)
-            tangent = tangent - scale_blocks(weight, gamma * dsigma / sigma**2, ctx.dim)
+            dsigma = sigma_of(dweight, u, v, ctx.parts)
+            tangent = tangent + scale_parts(dweight, gamma / sigma, ctx.parts)
+            tangent = tangent - scale_parts(weight, gamma * dsigma / sigma**2, ctx.parts)
         return tangent
 
 
@@ -79,45 +78,45 @@ class _CompiledWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
+        ctx: Any, weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, parts: Parts
     ) -> Tensor:
         ctx.save_for_backward(weight, gamma, sigma, u, v)
-        ctx.dim = dim
-        return scale_blocks(weight, gamma / sigma, dim)
+        ctx.parts = parts
+        return scale_parts(weight, gamma / sigma, parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, gamma, sigma, u, v = ctx.saved_tensors
         # torch.compile has no second derivatives, for which sigma would be a function of W.
-        first = first_derivatives(grad, weight, gamma, sigma, u, v, ctx.dim)
+        first = first_derivatives(grad, weight, gamma, sigma, u, v, ctx.parts)
         return *first, None, None, None, None
 
 
 def effective_weight(
-    weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int = 0
+    weight: Tensor, gamma: Tensor, sigma: Tensor, u: Tensor, v: Tensor, parts: Parts = WHOLE
 ) -> Tensor:
     """Return `gamma / sigma * W`, differentiable (twice) in weight and gamma.
 
     Args:
-        weight: raw weight, any shape that `as_matrix` accepts; k equal blocks lie along `dim`.
-        gamma: (k,) learnable scale of each block.
-        sigma: (k,) value of `u.T W v` of each block.
+        weight: raw weight, any shape that `local_matrices` takes, of k parts.
+        gamma: (k,) learnable scale of each part.
+        sigma: (k,) value of `u.T W v` of each part.
         u: (k, m) left vectors, constants.
         v: (k, n) right vectors, constants.
-        dim: dimension along which the blocks lie.
+        parts: where the k matrices lie.
 
     Returns:
         A tensor like `weight`, in its dtype; the product is taken in gamma's dtype.
     """
     function = _CompiledWeight if torch.compiler.is_compiling() else _EffectiveWeight
-    return function.apply(weight, gamma, sigma, u, v, dim)
+    return function.apply(weight, gamma, sigma, u, v, parts)
 
 
 class _ScaledLinear(torch.autograd.Function):
     """`x W_hat.T + bias` in which the GEMM multiplies by s = gamma / sigma, for nothing.
 
     The derivatives of `_EffectiveWeight`, but W_hat is never formed: the gradient of W is made in
-    the memory of G, and `<G, W>` is read off `<dL/dx, x> / s` where that is shorter. Fused blocks
+    the memory of G, and `<G, W>` is read off `<dL/dx, x> / s` where that is shorter. Fused parts
     of several scales are scaled as columns of the output. No
     `setup_context`, which costs more than a small layer and serves transforms that do not come
     here.
@@ -125,10 +124,10 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        gamma, sigma, u, v, ctx.dim = rest
+        gamma, sigma, u, v, ctx.parts = rest
         ctx.save_for_backward(x, weight, gamma, sigma, u, v)
         ctx.scales = _read_scales(gamma, sigma)
-        return _scaled_product(x, weight, bias, ctx.scales, ctx.dim)
+        return _scaled_product(x, weight, bias, ctx.scales, ctx.parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,25 +137,25 @@ class _ScaledLinear(torch.autograd.Function):
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_gamma = None
         if wants_x and by_hand:
-            grad_x = _scaled_product(grad, weight, None, ctx.scales, ctx.dim, transposed=True)
+            grad_x = _scaled_product(grad, weight, None, ctx.scales, ctx.parts, transposed=True)
         elif wants_x:
-            effective = effective_weight(weight, gamma, sigma, u, v, ctx.dim)
-            grad_x = grad @ (effective if ctx.dim == 0 else effective.T)
+            effective = effective_weight(weight, gamma, sigma, u, v, ctx.parts)
+            grad_x = grad @ (effective if ctx.parts.dim == 0 else effective.T)
         if wants_weight or wants_gamma:
-            outer = grad.T @ rows if ctx.dim == 0 else rows.T @ grad
+            outer = grad.T @ rows if ctx.parts.dim == 0 else rows.T @ grad
             if not by_hand:
-                grad_weight, grad_gamma = pull_back(outer, weight, gamma, sigma, u, v, ctx.dim)
+                grad_weight, grad_gamma = pull_back(outer, weight, gamma, sigma, u, v, ctx.parts)
             else:
                 shorter = len(rows) < grad.shape[1] and len(gamma) == 1
                 if grad_x is not None and shorter and ctx.scales[0]:
                     # dL/dx = s D W with G = D.T x, so <dL/dx, x> = s <G, W> = gamma dL/dgamma.
                     grad_gamma = torch.dot(grad_x.view(-1), rows.reshape(-1)).view(1) / gamma
                 else:
-                    grad_gamma = block_products(outer, weight, ctx.dim, len(gamma)) / sigma
+                    grad_gamma = part_products(outer, weight, ctx.parts) / sigma
                 if wants_weight:
                     grad_weight = outer
                     scales = ctx.scales * (len(gamma) // len(ctx.scales))
-                    write_minus_rank_one(outer, outer, scales, grad_gamma.tolist(), u, v, ctx.dim)
+                    write_minus_rank_one(outer, outer, scales, grad_gamma.tolist(), u, v, ctx.parts)
         return (
             grad_x.view(x.shape) if grad_x is not None else None,
             grad_weight if wants_weight else None,
@@ -167,7 +166,7 @@ class _ScaledLinear(torch.autograd.Function):
 
 
 def _read_scales(gamma: Tensor, sigma: Tensor) -> list[float]:
-    """Read back gamma / sigma of the blocks: one where all are equal, as after init="spectral"."""
+    """Read back gamma / sigma of the parts: one where all are equal, as after init="spectral"."""
     # Dividing Python's doubles rounds as float32 division does, once BLAS has cast them.
     pairs = zip(gamma.tolist(), sigma.tolist(), strict=True)
     scales = [g / s if s else math.nan for g, s in pairs]
@@ -179,24 +178,23 @@ def _scaled_product(
     weight: Tensor,
     bias: Tensor | None,
     scales: list[float],
-    dim: int,
+    parts: Parts,
     transposed: bool = False,
 ) -> Tensor:
-    """Return `x M + bias` for the (in, out) matrix M of scaled blocks, or `x M.T`."""
+    """Return `x M + bias` for the (in, out) matrix M of scaled parts, or `x M.T`."""
     rows = x.reshape(-1, x.shape[-1])
-    matrix = weight.t() if (dim == 0) != transposed else weight
-    alpha, by_block = scales[0], (len(scales), -1)
-    if len(scales) > 1:  # the scales differ: the outputs are scaled, block by block
-        alpha, scale = 1.0, x.new_tensor(scales).view(-1, 1)
+    matrix = weight.t() if (parts.dim == 0) != transposed else weight
+    alpha = scales[0]
+    if len(scales) > 1:  # the scales differ: the outputs are scaled, part by part
+        alpha, scale = 1.0, parts.spread(x.new_tensor(scales), weight.shape).view(-1)
         if transposed:
-            rows = (rows.unflatten(1, by_block) * scale).flatten(1)
+            rows = rows * scale
         else:
             output = rows @ matrix
-            blocks = output.unflatten(1, by_block)
             if bias is None:
-                blocks.mul_(scale)
+                output.mul_(scale)
             else:
-                torch.addcmul(bias.view(by_block), blocks, scale, out=blocks)
+                torch.addcmul(bias, output, scale, out=output)
             return output.view(*x.shape[:-1], output.shape[1])
     if bias is None:
         output = x.new_empty(len(rows), matrix.shape[1])
@@ -236,26 +234,26 @@ def scaled_linear(
     sigma: Tensor,
     u: Tensor,
     v: Tensor,
-    dim: int,
+    parts: Parts,
 ) -> Tensor:
-    """Return `x W_hat.T + bias` (dim 0) or `x W_hat + bias` (dim 1), twice differentiable.
+    """Return `x W_hat.T + bias`, or `x W_hat + bias` for an (in, out) weight, twice differentiable.
 
     To be used where `scales_in_product` holds. Equal scales (all 1 after a patch with
     init="spectral") make one GEMM, the same as the plain layer's.
 
     Args:
         x: (..., in).
-        weight: (out, in) for dim 0, (in, out) for dim 1; k equal blocks of outputs along `dim`.
+        weight: (out, in), or (in, out) where `parts.dim` is 1.
         bias: (out,) or None.
-        gamma: (k,) learnable scale of each block.
-        sigma: (k,) value of `u.T W v` of each block.
+        gamma: (k,) learnable scale of each part.
+        sigma: (k,) value of `u.T W v` of each part.
         u: (k, m) left vectors, constants.
         v: (k, n) right vectors, constants.
-        dim: dimension of the outputs in `weight`.
+        parts: where the k matrices lie along the outputs.
 
     Returns:
         (..., out).
     """
     if torch.is_grad_enabled():
-        return _ScaledLinear.apply(x, weight, bias, gamma, sigma, u, v, dim)
-    return _scaled_product(x, weight, bias, _read_scales(gamma, sigma), dim)
+        return _ScaledLinear.apply(x, weight, bias, gamma, sigma, u, v, parts)
+    return _scaled_product(x, weight, bias, _read_scales(gamma, sigma), parts)

@@ -19,13 +19,14 @@ from torch.autograd.forward_ad import unpack_dual
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.measures.matrices import spectral_dtype
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.function import (
     effective_weight,
     scaled_linear,
     scales_in_product,
-    spread_over_blocks,
 )
 from hf_stable.methods.sigma_reparam.steps import follow
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR
 from hf_stable.methods.sigma_reparam.triples import (
     SIGMA_TENSORS,
     mark_moved,
@@ -41,11 +42,11 @@ class SigmaLayer(nn.Module):
 
     Attributes:
         weight: the raw weight W, as the plain layer keeps it. Trained.
-        gamma: (k,) one learnable scale for each of k blocks, at least float32. Trained.
+        gamma: (k,) one learnable scale for each of k parts, at least float32. Trained.
         sigma: (k,) the value of `u.T W v` at the last refresh, in the dtype of gamma.
-        sigma_u: (k, m) left singular vectors of the blocks of the 2-D weight.
+        sigma_u: (k, m) left singular vectors of the parts; a smaller part's are followed by zeros.
         sigma_v: (k, n) right singular vectors.
-        block_dim: dimension of `weight` along which its blocks lie.
+        parts: where the parts lie in `weight`.
         layer_name: qualified name in the model, for messages.
         serial_number: which of the process's sigma layers it is, oldest first.
         settled_for: identity and version of the weight that the triple was last known to fit.
@@ -58,7 +59,7 @@ class SigmaLayer(nn.Module):
     sigma: Tensor
     sigma_u: Tensor
     sigma_v: Tensor
-    block_dim: int
+    parts: Parts
     layer_name: str
     serial_number: int
     settled_for: tuple[int, int]
@@ -67,15 +68,21 @@ class SigmaLayer(nn.Module):
     SIGMA_TENSORS = SIGMA_TENSORS
 
     @property
-    def num_blocks(self) -> int:
-        """The number of blocks with a sigma and a gamma of their own."""
+    def sigma_tensors(self) -> tuple[str, ...]:
+        """The names of all that the layer has beside the tensors of the plain one."""
+        own = (PARTS_TENSOR,) if PARTS_TENSOR in self._buffers else ()
+        return (*self.SIGMA_TENSORS, *own)
+
+    @property
+    def num_parts(self) -> int:
+        """The number of parts with a sigma and a gamma of their own."""
         return len(self.gamma)
 
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
         settle_if_moved(self, look=True)
         return effective_weight(
-            self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.block_dim
+            self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.parts
         )
 
     def scaled_product(self, x: Tensor) -> Tensor | None:
@@ -85,13 +92,13 @@ class SigmaLayer(nn.Module):
             return None
         settle_if_moved(self, look=True)
         sigma, u, v = self.sigma, self.sigma_u, self.sigma_v
-        return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.block_dim)
+        return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.parts)
 
     def output_scale(self) -> Tensor:
         """Return gamma / sigma over the output features: (1,) or (out_features,)."""
         # To look would wait for another device than the CPU, and few tokens leave no time for it.
         settle_if_moved(self, look=self.weight.is_cpu)
-        return spread_over_blocks(self.gamma / self.sigma, self.weight, self.block_dim).flatten()
+        return self.parts.spread(self.gamma / self.sigma, self.weight.shape).flatten()
 
     def scales_activations(self, num_tokens: int, in_features: int) -> bool:
         """Say whether scaling the output is right and cheaper than scaling the weight.
@@ -124,11 +131,23 @@ class SigmaLayer(nn.Module):
             mark_moved(self)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
         names = ("weight", *self.SIGMA_TENSORS)
-        settle_loaded(self, {name for name in names if prefix + name in state_dict})
+        given = {name for name in names if prefix + name in state_dict}
+        settle_loaded(self, given)
+        if "weight" in given:  # what was not given is that of the weight now: nothing is missing
+            beside = {prefix + name for name in self.SIGMA_TENSORS}
+            missing_keys[:] = [key for key in missing_keys if key not in beside]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         settle_if_moved(self, look=True)
@@ -150,8 +169,8 @@ class SigmaLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Append the number of blocks to what the plain layer prints."""
-        return f"{super().extra_repr()}, sigma_blocks={self.num_blocks}"
+        """Append the number of parts to what the plain layer prints."""
+        return f"{super().extra_repr()}, sigma_parts={self.num_parts}"
 
 
 class SigmaLinear(SigmaLayer, nn.Linear):
@@ -184,7 +203,7 @@ class SigmaConv1D(SigmaLayer, Conv1D):
 
     def __repr__(self) -> str:
         """Print what `Conv1D` prints of itself, which it does without `extra_repr`."""
-        return f"Sigma{super().__repr__()[:-1]}, sigma_blocks={self.num_blocks})"
+        return f"Sigma{super().__repr__()[:-1]}, sigma_parts={self.num_parts})"
 
 
 class SigmaConv2d(SigmaLayer, nn.Conv2d):

@@ -12,6 +12,7 @@ from torch import nn
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
+from hf_stable.measures.parts import WHOLE
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
@@ -22,6 +23,7 @@ __all__ = [
     "SigmaReparamConfig",
     "SigmaReparamPlan",
     "choose_layers",
+    "plan_layers",
     "plan_sigma_reparam",
     "refresh",
     "sigma_layers",
@@ -97,10 +99,15 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
             f"heads={config.heads!r}{why}; the patterns are matched against names such as "
             f"{', '.join(map(repr, names[:3]))}"
         )
+    return plan_layers(chosen, config)
+
+
+def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> SigmaReparamPlan:
+    """Compute the singular triples of plain layers, without touching them; raises as above."""
     states = []
-    for layer in chosen:
-        num_blocks = layer.num_parts if config.fused_qkv == "split" else 1
-        state = prepare(layer.module, num_blocks=num_blocks, init=config.init, name=layer.name)
+    for layer in layers:
+        parts = layer.parts if config.fused_qkv == "split" else WHOLE
+        state = prepare(layer.module, parts=parts, init=config.init, name=layer.name)
         states.append((layer.module, state))
     return SigmaReparamPlan(tuple(states))
 
@@ -142,7 +149,9 @@ def choose_layers(
     chosen, reasons = [], {}
     for layer in find_layers(model):
         weight_name = f"{layer.name}.weight"
-        if weight_name in tied:
+        if layer.parameter != "weight":
+            reasons[layer.name] = "experts in one parameter, which sigma_reparam leaves out"
+        elif weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"
         elif "head" in layer.roles and config.heads == "skip":
             reasons[layer.name] = "a head (heads='include' patches it)"

@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hf_stable.measures.matrices import RowShard, matrix_blocks
+from hf_stable.measures.matrices import RowShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
@@ -32,8 +32,9 @@ __all__ = ["follow", "forget", "hooks_are_installed", "install_hooks", "live_lay
 _serial_numbers = itertools.count()
 _live: WeakSet[Any] = WeakSet()
 _stepping: list[ref[Optimizer]] = []
-# Serial numbers of layers: one that is folded and patched again is new.
-_checked: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+# Serial numbers of layers whose weight, and of those whose gamma, has been seen in an optimizer. A
+# layer that is folded and patched again is new.
+_checked: WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = WeakKeyDictionary()
 _hooks: list[Any] = []
 
 
@@ -88,10 +89,11 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
     us: list[Tensor] = []
     vs: list[Tensor] = []
     for layer in layers:
-        matrices += matrix_blocks(layer.weight, layer.num_blocks, layer.block_dim)
+        matrices += matrices_of(layer.weight, layer.parts)
         sigmas += layer.sigma.unbind()
-        us += layer.sigma_u.unbind()
-        vs += layer.sigma_v.unbind()
+        shapes = shapes_of(layer.weight, layer.parts)
+        us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
+        vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
     near_us, near_vs = us, vs
     if any(layer.weight.device != layer.sigma.device for layer in layers):
         # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
@@ -118,16 +120,18 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if any(_wraps(outer(), optimizer) for outer in _stepping):
         return  # ZeroRedundancyOptimizer: the weights are whole after its own step, not before
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    layers = [
-        layer for layer in live_layers() if layer.weight.requires_grad and id(layer.weight) in owned
-    ]
-    if not layers:
-        return
-    checked = _checked.setdefault(optimizer, set())
-    unseen = [layer for layer in layers if layer.serial_number not in checked]
+    live = live_layers()
+    layers = [layer for layer in live if layer.weight.requires_grad and id(layer.weight) in owned]
+    with_weights, with_gammas = _checked.setdefault(optimizer, (set(), set()))
+    unseen = [layer for layer in layers if layer.serial_number not in with_weights]
     if unseen:
         _check_gammas_are_trained(unseen, owned)
-        checked.update(layer.serial_number for layer in unseen)
+        with_weights.update(layer.serial_number for layer in unseen)
+    gammas = [layer for layer in live if id(layer.gamma) in owned]
+    unseen = [layer for layer in gammas if layer.serial_number not in with_gammas]
+    if unseen:
+        _warn_of_decay(unseen, optimizer)
+        with_gammas.update(layer.serial_number for layer in unseen)
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
     moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
@@ -146,6 +150,39 @@ def _has_rate_zero(group: dict[str, Any]) -> bool:
 
 def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
     return outer is not None and any(value is inner for value in vars(outer).values())
+
+
+def _warn_of_decay(layers: Sequence[LayerWithTriple], optimizer: Optimizer) -> None:
+    """Warn of gammas that an optimizer's groups decay.
+
+    They are not exempted here: what the groups of an optimizer say, its state and the records of
+    the run say too.
+    """
+    decayed = {
+        id(p): group["weight_decay"]
+        for group in optimizer.param_groups
+        if _decays(group)
+        for p in group["params"]
+    }
+    found = [layer for layer in layers if id(layer.gamma) in decayed]
+    if found:
+        warnings.warn(
+            f"weight_decay={decayed[id(found[0].gamma)]} is applied to gamma of {len(found)} "
+            f"reparametrised layers (first: {found[0].layer_name!r}). gamma is the spectral norm "
+            "of a weight, and decay pulls it to zero whatever the loss says. Put parameters "
+            'whose name ends in "gamma" into the group without decay (no_decay = ["bias", '
+            '"LayerNorm.weight", "gamma"]), or take the groups of '
+            "hf_stable.parameter_groups(model, weight_decay=...)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _decays(group: dict[str, Any]) -> bool:
+    decay = group.get("weight_decay")
+    if isinstance(decay, Tensor) and decay.device.type != "cpu":
+        return True  # not read back from a device; whoever moves it there means to decay
+    return decay is not None and float(decay) != 0.0
 
 
 def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]) -> None:

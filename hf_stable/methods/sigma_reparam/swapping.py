@@ -6,23 +6,24 @@ The layer stays the same object, also to what has taken hold of its `forward`: a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import local_tensor, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import RowShard, matrix_blocks
-from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, spread_over_blocks
+from hf_stable.measures.matrices import local_matrices, spread_values
+from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
+from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.steps import follow, forget
+from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
 from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
-_OWN_ATTRIBUTES = ("block_dim", "layer_name", "serial_number", "settled_for", "seen_entries")
+_OWN_ATTRIBUTES = ("parts", "layer_name", "serial_number", "settled_for", "seen_entries")
 # accelerate calls the second from the first; its removal leaves the first behind.
 _FORWARDS = ("forward", "_old_forward")
 
@@ -58,7 +59,7 @@ class SigmaState:
     sigma: Tensor
     u: Tensor
     v: Tensor
-    block_dim: int
+    parts: Parts
     name: str
 
 
@@ -96,7 +97,7 @@ def check_plain(layer: nn.Module, name: str = "") -> None:
 def prepare(
     layer: nn.Module,
     *,
-    num_blocks: int = 1,
+    parts: Parts = WHOLE,
     init: Literal["spectral", "one"] = "spectral",
     name: str = "",
 ) -> SigmaState:
@@ -104,7 +105,7 @@ def prepare(
 
     Args:
         layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
-        num_blocks: number of equal blocks of output features with a sigma of their own.
+        parts: where the parts of its weight lie that have a sigma of their own.
         init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
             `"one"` sets gamma to 1 (the paper's text).
         name: qualified name for messages.
@@ -112,25 +113,26 @@ def prepare(
     Raises:
         TypeError: if the layer is of any other type, a subclass included.
         UnsupportedModelError: as `check_plain` does.
-        ValueError: if a block is zero or not finite.
+        ValueError: if a part is zero or not finite.
     """
     check_plain(layer, name)
     weight = _weight(layer)
-    block_dim = 1 if type(layer) is Conv1D else 0
+    parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
     triples = []
-    for block in matrices_of(weight.detach(), num_blocks, block_dim):
+    for matrix in local_matrices(weight.detach(), parts):
         try:
-            triples.append(leading_triple(block))
+            triples.append(leading_triple(matrix))
         except ValueError as error:
             raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
-    sigma, u, v = (torch.stack(part) for part in zip(*triples, strict=True))
+    sigma = torch.stack([triple.sigma for triple in triples])
+    u, v = as_rows([triple.u for triple in triples]), as_rows([triple.v for triple in triples])
     if not (sigma > 0).all():
         raise ValueError(
             f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
-            "all-zero block, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+            "all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
         )
     gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
-    return SigmaState(gamma, sigma, u, v, block_dim, name)
+    return SigmaState(gamma, sigma, u, v, parts, name)
 
 
 def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
@@ -153,7 +155,10 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
-    layer.block_dim = state.block_dim
+    layer.parts = state.parts
+    stored = as_tensor(state.parts)
+    if stored is not None:
+        layer.register_buffer(PARTS_TENSOR, stored.to(state.sigma.device))
     layer.layer_name = state.name
     undo.append(partial(forget, layer))
     follow(layer)
@@ -177,7 +182,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     with undoing() as undo:
         undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
         weight.copy_(folded)
-        for name in (*SigmaLayer.SIGMA_TENSORS, *_OWN_ATTRIBUTES):
+        for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
             delattr(layer, name)
         _swap_class(layer, PLAIN_CLASSES[type(layer)])
         forget(layer)
@@ -188,11 +193,7 @@ def _local_effective_weight(layer: SigmaLayer) -> Tensor:
     """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
     weight, gamma = layer.weight, whole_tensor(layer.gamma)
     sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
-    scale = spread_over_blocks(gamma / sigma, weight, layer.block_dim)
-    if isinstance(weight, DTensor):
-        shard = matrix_blocks(weight)[0]
-        if isinstance(shard, RowShard) and scale.ndim and len(scale) > 1:
-            scale = scale[shard.offset : shard.offset + len(shard.local)]
+    scale = spread_values(gamma / sigma, weight, layer.parts)
     weight = local_tensor(weight)
     return (weight.to(scale.dtype) * scale).to(weight.dtype)
 

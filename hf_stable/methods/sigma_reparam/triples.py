@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import as_matrix, spectral_dtype
-from hf_stable.methods.sigma_reparam.block_arithmetic import matrices_of, sigma_of
+from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
+from hf_stable.measures.parts import Parts
+from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 
 __all__ = [
     "SIGMA_TENSORS",
@@ -48,15 +49,11 @@ class LayerWithTriple(Protocol):
     """What a sigma layer has to have here and in `steps`; see `layers.SigmaLayer`."""
 
     layer_name: str
-    block_dim: int
+    parts: Parts
     serial_number: int
     settled_for: tuple[int, int]
     seen_entries: Tensor | None
     training: bool
-
-    @property
-    def num_blocks(self) -> int:
-        """The number k of blocks with a sigma of their own."""
 
     @property
     def weight(self) -> Tensor:
@@ -64,11 +61,11 @@ class LayerWithTriple(Protocol):
 
     @property
     def gamma(self) -> Tensor:
-        """(k,) the learnable scale of each block."""
+        """(k,) the learnable scale of each part."""
 
     @property
     def sigma(self) -> Tensor:
-        """(k,) the value of `u.T W v` of each block."""
+        """(k,) the value of `u.T W v` of each part."""
 
     @property
     def sigma_u(self) -> Tensor:
@@ -155,14 +152,18 @@ def settle(layer: LayerWithTriple) -> None:
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
     with torch.autocast(whole.device.type, enabled=False):
-        now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.block_dim)
+        now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.parts)
     if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
-        for row, block in enumerate(matrices_of(whole, layer.num_blocks, layer.block_dim)):
-            if torch.isfinite(now[row]):
-                triple = leading_triple(block)
-                layer.sigma[row], layer.sigma_u[row], layer.sigma_v[row] = triple
+        matrices = local_matrices(whole, layer.parts)
+        vectors = vectors_of(layer.sigma_u, layer.sigma_v, matrices)
+        for part, (matrix, (u, v)) in enumerate(zip(matrices, vectors, strict=True)):
+            if torch.isfinite(now[part]):
+                triple = leading_triple(matrix)
+                layer.sigma[part] = triple.sigma
+                u.copy_(triple.u)
+                v.copy_(triple.v)
             else:  # the vectors stay, as in `steps`
-                layer.sigma[row] = now[row]
+                layer.sigma[part] = now[part]
     mark_settled(layer)
     if not isinstance(weight, DTensor):
         layer.seen_entries = _some_entries(weight).clone()
@@ -183,8 +184,7 @@ def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, 
     triple = {name: given[name].to(spectral_dtype(weight.dtype), copy=True) for name in names}
     stand_in: Any = SimpleNamespace(
         layer_name=layer.layer_name,
-        num_blocks=layer.num_blocks,
-        block_dim=layer.block_dim,
+        parts=layer.parts,
         weight=weight,
         gamma=layer.gamma,
         **triple,

@@ -61,7 +61,7 @@ def test_shapes_are_those_of_the_optimizer_and_the_patch(model_type):
     assert held == counted + small
     patched = hf_stable.patch(model, "sigma_reparam")
     layers = [layer for _, layer in sigma_layers(patched)]
-    assert sum(layer.num_blocks for layer in layers) == len(shape.patched)
+    assert sum(layer.num_parts for layer in layers) == len(shape.patched)
     vectors = sum(layer.sigma_u.numel() + layer.sigma_v.numel() for layer in layers)
     assert vectors == sum(map(sum, shape.patched))
 
@@ -293,7 +293,7 @@ def test_collectives_are_those_of_real_processes():
     costs = step_costs(shape, num_processes=2, tokens=16)
     patched = sigma_layers(hf_stable.patch(plain, "sigma_reparam"))
     # Of each gamma, a column: so many rows, one column, three iterations of four bytes.
-    of_gammas = sum(3 * 4 * (layer.num_blocks + 1) for _, layer in patched)
+    of_gammas = sum(3 * 4 * (layer.num_parts + 1) for _, layer in patched)
     for found in run_ranks(count_collectives, 2):
         *of_adamw2, of_refresh = found["ours"]
         (expected,) = costs["AdamW2"].collectives

@@ -98,7 +98,7 @@ def test_without_the_guard_the_native_class_would_load_it(model_type, tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
-    saved[modeling_hf_stable.epsilon_field(type(model.config))] = saved["layer_norm_number"]
+    saved[modeling_hf_stable.guarded_field(type(model.config))] = saved["layer_norm_number"]
     path.write_text(json.dumps(saved))
     wrong = native_class(model).from_pretrained(tmp_path)
     assert not torch.allclose(logits(wrong), logits(model), atol=1e-3)
@@ -193,11 +193,9 @@ def test_the_table_of_auto_classes_is_complete():
     known = set()
     for cls in vars(modeling_auto).values():
         mapping = getattr(cls, "_model_mapping", None) if isinstance(cls, type) else None
-        for model_type in MODEL_TYPES:
-            if mapping is not None and type(tiny_config(model_type)) in mapping:
-                known.add(cls.__name__)
-                table = getattr(transformers, AUTO_CLASSES[cls.__name__])
-                assert table is mapping
+        if mapping is not None and cls.__name__ in dir(transformers):
+            known.add(cls.__name__)
+            assert getattr(transformers, AUTO_CLASSES[cls.__name__]) is mapping
     assert known == set(AUTO_CLASSES)
 
 

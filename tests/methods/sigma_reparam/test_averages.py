@@ -43,12 +43,12 @@ def exact_logits(model: nn.Module, parameters: dict[str, torch.Tensor]) -> torch
     state = {n: t for n, t in parameters.items() if n in plain.state_dict()}
     for name, layer in sigma_layers(model):
         weight, gamma = (parameters[f"{name}.{part}"].double() for part in ("weight", "gamma"))
-        blocks = weight.chunk(layer.num_blocks, layer.block_dim)
+        blocks = weight.chunk(layer.num_parts, layer.parts.dim)
         scaled = [
             g / torch.linalg.svdvals(block.flatten(1))[0] * block
             for g, block in zip(gamma, blocks, strict=True)
         ]
-        state[f"{name}.weight"] = torch.cat(scaled, layer.block_dim).float()
+        state[f"{name}.weight"] = torch.cat(scaled, layer.parts.dim).float()
     plain.load_state_dict(state, strict=False)
     return logits(plain)
 
@@ -104,7 +104,7 @@ def test_a_saved_average_of_a_whole_state_dict_too(model_type, tmp_path):
 
 
 def reference_sigma(weight: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    blocks = reference.blocks_of(weight.double(), layer.num_blocks, layer.block_dim)
+    blocks = reference.blocks_of(weight.double(), layer.num_parts, layer.parts.dim)
     return torch.stack([torch.linalg.svdvals(block)[0] for block in blocks])
 
 

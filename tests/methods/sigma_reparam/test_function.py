@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from reference import sigma_reparam_svd as reference
+from single_layers import equal_parts
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import hf_stable
-from hf_stable.methods.sigma_reparam import block_arithmetic
+from hf_stable.methods.sigma_reparam import part_arithmetic
 from hf_stable.methods.sigma_reparam.function import (
     effective_weight,
     scaled_linear,
@@ -48,7 +49,7 @@ def case(request):
 def scaled(weight, gamma, u, v, dim):
     """The pure function of (W, gamma, u, v): the layers hand in the value of sigma beside them."""
     sigma = reference.sigma_of(weight.detach(), u, v, dim)
-    return effective_weight(weight, gamma, sigma, u, v, dim)
+    return effective_weight(weight, gamma, sigma, u, v, equal_parts(len(u), dim))
 
 
 def hessian_product(function, weight, gamma, seed=5):
@@ -166,7 +167,7 @@ def trained():
         if isinstance(layer, SigmaLayer):
             layer.sigma.copy_(
                 reference.sigma_of(
-                    layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.block_dim
+                    layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.parts.dim
                 )
             )
     parameters = {name: p.detach() for name, p in patched.named_parameters()}
@@ -294,7 +295,7 @@ def product_arguments(num_blocks, dim, num_tokens, has_bias):
 
 def by_product(x, weight, bias, gamma, u, v, dim):
     sigma = reference.sigma_of(weight.detach(), u, v, dim)
-    return scaled_linear(x, weight, bias, gamma, sigma, u, v, dim)
+    return scaled_linear(x, weight, bias, gamma, sigma, u, v, equal_parts(len(u), dim))
 
 
 def by_reference(x, weight, bias, gamma, u, v, dim):
@@ -394,11 +395,11 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(("build", "num_blocks"), LAYERS.values(), ids=LAYERS)
-def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
+@pytest.mark.parametrize(("build", "num_parts"), LAYERS.values(), ids=LAYERS)
+def test_no_temporary_of_the_size_of_the_weight(build, num_parts):
     torch.manual_seed(0)
     layer = build()
-    install(layer, prepare(layer, num_blocks=num_blocks), [])
+    install(layer, prepare(layer, parts=equal_parts(num_parts)), [])
     tokens = torch.randn(8, 1024)
     # Backward: dL/dW_hat, which the matrix product makes and in whose memory dL/dW is written.
     assert count_large(layer, layer, tokens) == (0, 1)
@@ -414,7 +415,7 @@ def test_no_temporary_of_the_size_of_the_weight(build, num_blocks):
 
     def plainly(inputs):
         weight = reference.effective_weight(
-            layer.weight, layer.gamma, layer.sigma_u, layer.sigma_v, layer.block_dim
+            layer.weight, layer.gamma, layer.sigma_u, layer.sigma_v, layer.parts.dim
         )
         return inputs @ (weight if isinstance(layer, Conv1D) else weight.T) + layer.bias
 
@@ -433,7 +434,8 @@ def test_a_diverging_gradient_becomes_infinite_as_other_arithmetic_does():
     grad, u, v = torch.randn(4, 3), torch.full((4,), 0.5), torch.tensor([1.0, 0.0, 0.0])
     out = torch.empty_like(grad)
     # 1e30 * 1e20 is a Python number, and none of float32.
-    block_arithmetic.write_minus_rank_one(out, grad, [1e30], [1e20], u[None], v[None], 0)
+    vectors = (u[None], v[None], equal_parts(1))
+    part_arithmetic.write_minus_rank_one(out, grad, [1e30], [1e20], *vectors)
     assert torch.isinf(out[:, 0]).all() and (out[:, 0] < 0).all()
-    block_arithmetic.write_minus_rank_one(out, grad, [2.0], [3.0], u[None], v[None], 0)
+    part_arithmetic.write_minus_rank_one(out, grad, [2.0], [3.0], *vectors)
     torch.testing.assert_close(out, 2 * (grad - 3 * torch.outer(u, v)))

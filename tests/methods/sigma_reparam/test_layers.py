@@ -53,11 +53,11 @@ def test_gradients_equal_plain_autograd(made):
 def test_the_effective_weight_has_gamma_as_its_norm(made):
     layer = sigma_layer(made)
     with torch.no_grad():
-        layer.gamma.copy_(torch.linspace(0.3, 2.0, layer.num_blocks))
+        layer.gamma.copy_(torch.linspace(0.3, 2.0, layer.num_parts))
         effective = layer.effective_weight()
     for block, raw, gamma in zip(
-        reference.blocks_of(effective, layer.num_blocks, layer.block_dim),
-        reference.blocks_of(layer.weight, layer.num_blocks, layer.block_dim),
+        reference.blocks_of(effective, layer.num_parts, layer.parts.dim),
+        reference.blocks_of(layer.weight, layer.num_parts, layer.parts.dim),
         layer.gamma.tolist(),
         strict=True,
     ):
@@ -66,9 +66,9 @@ def test_the_effective_weight_has_gamma_as_its_norm(made):
 
 
 def test_init_one_is_the_paper_and_init_spectral_the_identity(made):
-    plain, num_blocks, _ = made
+    plain, num_parts, _ = made
     one, spectral = sigma_layer(made, init="one"), sigma_layer(made, init="spectral")
-    assert torch.equal(one.gamma, torch.ones(num_blocks))
+    assert torch.equal(one.gamma, torch.ones(num_parts))
     assert torch.equal(spectral.gamma, spectral.sigma)
     assert torch.equal(spectral.effective_weight(), plain.weight)
     assert not torch.allclose(one.effective_weight(), plain.weight)
@@ -186,10 +186,10 @@ def test_a_half_precision_weight_is_rounded_once(made):
         layer.gamma.double(),
         layer.sigma_u.double(),
         layer.sigma_v.double(),
-        layer.block_dim,
+        layer.parts.dim,
     )
     layer.sigma.copy_(
-        reference.sigma_of(layer.weight.float(), layer.sigma_u, layer.sigma_v, layer.block_dim)
+        reference.sigma_of(layer.weight.float(), layer.sigma_u, layer.sigma_v, layer.parts.dim)
     )
     ours = layer.effective_weight()
     assert ours.dtype == torch.bfloat16
@@ -198,9 +198,9 @@ def test_a_half_precision_weight_is_rounded_once(made):
 
 
 def test_installing_on_half_precision_starts_precise(made):
-    plain, num_blocks, inputs = made
+    plain, num_parts, inputs = made
     plain = plain.bfloat16()
-    layer = sigma_layer((plain, num_blocks, inputs))
+    layer = sigma_layer((plain, num_parts, inputs))
     assert layer.gamma.dtype == layer.sigma.dtype == torch.float32
     assert torch.equal(layer(inputs.bfloat16()), plain(inputs.bfloat16()))
 
@@ -253,10 +253,10 @@ def test_state_dict_keys_are_pinned(made):
     assert {name for name, _ in layer.named_parameters()} == set(layer.state_dict()) - {
         "sigma", "sigma_u", "sigma_v",
     }  # fmt: skip
-    rows, columns = reference.blocks_of(layer.weight, layer.num_blocks, layer.block_dim)[0].shape
-    assert layer.gamma.shape == layer.sigma.shape == (layer.num_blocks,)
-    assert layer.sigma_u.shape == (layer.num_blocks, rows)
-    assert layer.sigma_v.shape == (layer.num_blocks, columns)
+    rows, columns = reference.blocks_of(layer.weight, layer.num_parts, layer.parts.dim)[0].shape
+    assert layer.gamma.shape == layer.sigma.shape == (layer.num_parts,)
+    assert layer.sigma_u.shape == (layer.num_parts, rows)
+    assert layer.sigma_v.shape == (layer.num_parts, columns)
 
 
 def test_state_dict_round_trip(made):
@@ -268,7 +268,7 @@ def test_state_dict_round_trip(made):
 
 
 def test_layers_print_what_they_are(made):
-    plain, num_blocks, _ = made
+    plain, num_parts, _ = made
     text = repr(sigma_layer(made))
     assert text.startswith(f"Sigma{type(plain).__name__}(")
-    assert repr(plain)[:-1] in text and f"sigma_blocks={num_blocks}" in text
+    assert repr(plain)[:-1] in text and f"sigma_parts={num_parts}" in text

@@ -37,12 +37,12 @@ def patched(model_type="vit", head=None, **overrides):
     generator = torch.Generator().manual_seed(7)
     for layer in layers_of(model):
         v = torch.randn(layer.sigma_v.shape, generator=generator)
-        blocks = reference.blocks_of(layer.weight.detach(), layer.num_blocks, layer.block_dim)
+        blocks = reference.blocks_of(layer.weight.detach(), layer.num_parts, layer.parts.dim)
         u = torch.stack([block @ each for block, each in zip(blocks, v, strict=True)])
         layer.sigma_u.copy_(u / u.norm(dim=1, keepdim=True))
         layer.sigma_v.copy_(v / v.norm(dim=1, keepdim=True))
         layer.sigma.copy_(
-            reference.sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.block_dim)
+            reference.sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.parts.dim)
         )
     return model
 
@@ -64,7 +64,7 @@ def same(triples, others):
 def num_refreshes(layer, old_triple, weight=None):
     """How many power iterations on the present weight lead from the old triple to the present."""
     weight = layer.weight.detach() if weight is None else weight
-    blocks = reference.blocks_of(weight.double(), layer.num_blocks, layer.block_dim)
+    blocks = reference.blocks_of(weight.double(), layer.num_parts, layer.parts.dim)
     v = old_triple[2].double()
     matches = [0] if all(
         torch.equal(old, getattr(layer, name))
@@ -529,6 +529,51 @@ def test_two_optimizers_may_share_a_model(matrices_first):
         not torch.equal(old, layer.gamma)
         for old, layer in zip(gammas, layers_of(model), strict=True)
     )
+
+
+def by_names(model, *without):
+    """Groups as many scripts build them: no decay for names that have one of these in them."""
+    named = list(model.named_parameters())
+    plain = [p for name, p in named if any(part in name for part in without)]
+    decayed = [p for name, p in named if not any(part in name for part in without)]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+
+
+def warnings_of_decay(optimizer, model, steps=3):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            backward(model)
+            optimizer.step()
+    return [str(w.message) for w in caught if "weight_decay" in str(w.message)]
+
+
+@pytest.mark.parametrize("build", [torch.optim.AdamW, torch.optim.SGD, hf_stable.AdamW2])
+def test_a_decayed_gamma_is_warned_of_once_with_the_remedy(build):
+    model = patched("bert")
+    optimizer = build(by_names(model, "bias", "LayerNorm.weight"), lr=1e-3)
+    (message,) = warnings_of_decay(optimizer, model)
+    num_layers = len(layers_of(model))
+    assert f"weight_decay=0.1 is applied to gamma of {num_layers} reparametrised" in message
+    assert repr(layers_of(model)[0].layer_name) in message
+    # The remedies that it names.
+    for groups in (
+        by_names(model, "bias", "LayerNorm.weight", "gamma"),
+        hf_stable.parameter_groups(model, weight_decay=0.1),
+    ):
+        assert not warnings_of_decay(build(groups, lr=1e-3), model)
+
+
+def test_a_gamma_that_another_optimizer_decays_is_warned_of():
+    model = patched("vit")
+    matrices = {id(layer.weight) for layer in layers_of(model)}
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    first = torch.optim.SGD([layer.weight for layer in layers_of(model)], lr=0.1)
+    second = torch.optim.AdamW(rest, lr=1e-3, weight_decay=0.2)
+    backward(model)
+    first.step()
+    (message,) = warnings_of_decay(second, model)
+    assert "weight_decay=0.2" in message
 
 
 # Several processes

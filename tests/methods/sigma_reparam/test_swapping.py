@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from reference import sigma_reparam_svd as reference
-from single_layers import moved_layer, sigma_layer
+from single_layers import equal_parts, moved_layer, sigma_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,9 +17,9 @@ from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, fold_layer, 
 
 
 def test_preparing_touches_nothing_and_installing_keeps_identities(made):
-    plain, num_blocks, _ = made
+    plain, num_parts, _ = made
     before, weight = copy.deepcopy(plain.__dict__), plain.weight
-    state = prepare(plain, num_blocks=num_blocks, name="a.b")
+    state = prepare(plain, parts=equal_parts(num_parts), name="a.b")
     assert type(plain) in SIGMA_CLASSES and plain.__dict__.keys() == before.keys()
     assert torch.equal(plain.weight, before["_parameters"]["weight"])
     layer = install(plain, state, [])
@@ -31,7 +31,7 @@ def test_preparing_touches_nothing_and_installing_keeps_identities(made):
 def test_prepared_triples_are_exact(fused):
     torch.manual_seed(0)
     layer = Conv1D(450, 160)
-    state = prepare(layer, num_blocks=fused)
+    state = prepare(layer, parts=equal_parts(fused))
     for block, sigma, u, v in zip(
         layer.weight.chunk(fused, 1), state.sigma, state.u, state.v, strict=True
     ):
@@ -94,13 +94,13 @@ def test_a_sigma_layer_is_not_prepared_twice(made):
         prepare(sigma_layer(made))
 
 
-def test_a_zero_block_is_refused():
+def test_a_zero_part_is_refused():
     layer = nn.Linear(4, 6)
     with torch.no_grad():
         layer.weight[2:4] = 0
     with pytest.raises(ValueError, match=r"head: its \(6, 4\) weight has an all-zero"):
-        prepare(layer, num_blocks=3, name="head")
-    assert prepare(layer, num_blocks=1).sigma > 0  # as a whole it is no zero matrix
+        prepare(layer, parts=equal_parts(3), name="head")
+    assert prepare(layer).sigma > 0  # as a whole it is no zero matrix
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -108,4 +108,4 @@ def test_a_non_finite_weight_is_refused(made, value):
     with torch.no_grad():
         made[0].weight.view(-1)[3] = value
     with pytest.raises(ValueError, match="cannot reparametrise a layer: .* NaN or infinite"):
-        prepare(made[0], num_blocks=made[1])
+        prepare(made[0], parts=equal_parts(made[1]))

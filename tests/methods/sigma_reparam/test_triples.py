@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hf_stable
-from hf_stable.measures.matrices import as_matrix, split_blocks
+from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam import triples as settling
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.triples import settle
@@ -27,12 +27,12 @@ def patched(model_type: str = "gpt2", **options: Any) -> nn.Module:
 
 def exact_weight(layer) -> torch.Tensor:
     """The effective weight with sigma by a full SVD of the weight as it is."""
-    blocks = split_blocks(as_matrix(layer.weight.detach()), layer.num_blocks, layer.block_dim)
+    blocks = local_matrices(layer.weight.detach(), layer.parts)
     scaled = [
         block * (gamma / torch.linalg.matrix_norm(block, 2))
         for block, gamma in zip(blocks, layer.gamma.detach(), strict=True)
     ]
-    return torch.cat(scaled, layer.block_dim).view_as(layer.weight)
+    return torch.cat(scaled, layer.parts.dim).view_as(layer.weight)
 
 
 def with_exact_sigmas(model: nn.Module) -> nn.Module:

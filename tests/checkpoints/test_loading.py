@@ -39,7 +39,7 @@ def test_load_keeps_options_and_fits_the_base_model(tmp_path):
     base = hf_stable.load(transformers.GPT2Model, tmp_path)
     assert len(sigma_layers(base)) == len(sigma_layers(model)) == 4
     assert torch.equal(base.h[0].attn.c_attn.gamma, model.transformer.h[0].attn.c_attn.gamma)
-    assert base.h[0].attn.c_attn.num_blocks == 1
+    assert base.h[0].attn.c_attn.num_parts == 1
 
 
 def test_load_in_another_dtype(tmp_path):
