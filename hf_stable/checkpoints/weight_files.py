@@ -186,9 +186,16 @@ def _files_of(path: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: it is no index of shards ({error!r})") from error
     for name in names:
+        if not isinstance(name, str) or not _is_inside(path.parent / name, path.parent):
+            raise ValueError(f"{path} is damaged: it names {name!r}, which is not in its folder")
         if not (path.parent / name).is_file():
             raise FileNotFoundError(f"{path.parent / name} is missing, which {path.name} names")
     return [path.parent / name for name in names]
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Say whether a path stays below a folder, whatever links lead there."""
+    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
 
 
 def _read_headers(path: Path, files: list[Path]) -> WeightFiles:
@@ -197,6 +204,10 @@ def _read_headers(path: Path, files: list[Path]) -> WeightFiles:
     for each in files:
         with _opened(each) as file:
             for name in file.keys():
+                if name in file_of:
+                    raise ValueError(
+                        f"{each} and {file_of[name]} both hold {name!r}, and only one can be meant"
+                    )
                 file_of[name] = each
                 shapes[name] = tuple(file.get_slice(name).get_shape())
     return WeightFiles(path, file_of, shapes)
