@@ -63,6 +63,11 @@ class ModelAdamW2(AdamW2):
             [[places.get(id(param)) for param in group["params"]] for group in self.param_groups],
         )
 
+    @property
+    def num_given_groups(self) -> int:
+        """The number of groups as they were given."""
+        return len(self._parting.sizes)
+
     def per_group(self, values: Sequence[Any]) -> list[Any]:
         """Return one value for each group of this optimizer.
 
@@ -74,9 +79,9 @@ class ModelAdamW2(AdamW2):
         """
         if len(values) == len(self.param_groups):
             return list(values)
-        if len(values) != len(self._parting.sizes):
+        if len(values) != self.num_given_groups:
             raise ValueError(
-                f"{len(values)} values are neither one for each of the {len(self._parting.sizes)} "
+                f"{len(values)} values are neither one for each of the {self.num_given_groups} "
                 f"given groups nor one for each of the {len(self.param_groups)} made of them"
             )
         return [values[index] for index in self._parting.indices()]

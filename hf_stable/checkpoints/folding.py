@@ -12,8 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
-from hf_stable._file_names import SIDECAR_FILE, TRAINER_STATE_FILE
-from hf_stable._json import to_json
+from hf_stable import modeling_hf_stable
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._whole_files import write_whole
 from hf_stable.checkpoints.described_models import empty_base_model
 from hf_stable.checkpoints.fsdp_shards import (
     find_distributed,
@@ -23,16 +24,12 @@ from hf_stable.checkpoints.fsdp_shards import (
     save_folded,
 )
 from hf_stable.checkpoints.pairing import pair_layers
+from hf_stable.checkpoints.processing_files import DESCRIPTIONS, PROCESSING_FILES, copy_files
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
-from hf_stable.monitor.log_file import FILE_NAME as LOG_FILE
 
 __all__ = ["FoldReport", "fold_checkpoint"]
-
-_TRAINING_FILES = (TRAINER_STATE_FILE, LOG_FILE)
-_PICKLES = (".bin", ".pt", ".pth")
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ def fold_checkpoint(
     them would bring them back.
 
     What FSDP saved in shards (SHARDED_STATE_DICT) is put together, patched or not, in the memory
-    that one copy of the weights takes. It has no config of its own, and torch reads its list of
-    shards as a pickle: fold only runs that you trust.
+    that one copy of the weights takes. It has no config of its own.
 
     Args:
         source: folder of a patched model, or one with FSDP's shards.
@@ -121,6 +117,7 @@ def _fold_files(source: Path, target: Path) -> int:
     if weights.raw_layers:
         _refuse_lost_norms(source, weights)
         _write_folded(weights, target)
+        _check_written(weights, target)
         return len(weights.raw_layers)
     if sidecar is None:
         raise ValueError(
@@ -129,6 +126,7 @@ def _fold_files(source: Path, target: Path) -> int:
         )
     num_layers = _check(weights, sidecar)
     _copy_weights(weights, target)
+    _check_written(weights, target)
     return num_layers
 
 
@@ -160,35 +158,69 @@ def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    for file in source.iterdir():
-        if (
-            file.is_file()
-            and not file.name.endswith(_WEIGHT_FILES)
-            and file.suffix not in _PICKLES
-            and file.name not in _TRAINING_FILES
-        ):
-            shutil.copy2(file, target)
+    names = PROCESSING_FILES | DESCRIPTIONS
+    # What the weights of a distributed checkpoint come with is written already.
+    copy_files(source, target, names - {path.name for path in target.iterdir()})
+    if _model_type(target).startswith(MODEL_TYPE_PREFIX):
+        # Ours, not what lies in the folder under its name.
+        shutil.copyfile(
+            modeling_hf_stable.__file__, target / Path(modeling_hf_stable.__file__).name
+        )
 
 
 def _copy_weights(weights: WeightFiles, target: Path) -> None:
+    """Copy weights that are plain, file by file."""
+    names = _names_for(weights.files)
     for file in weights.files:
-        shutil.copy2(file, target)
-    for index in weights.path.glob("*.safetensors.index.json"):
-        shutil.copy2(index, target)
+        shutil.copyfile(file, target / names[file])
+    _write_index({name: names[file] for name, file in weights.file_of.items()}, target)
 
 
 def _write_folded(weights: WeightFiles, target: Path) -> None:
     """Fold raw weights file by file under their own names, and index them if there are several."""
     weight_map: dict[str, str] = {}
+    names = _names_for(weights.files)
     for file in weights.files:
-        names = [
+        plain = [
             name
             for name, where in weights.file_of.items()
             if where == file and not weights.belongs_to_raw_layer(name)
         ]
-        tensors = {name: weights.read_effective(name) for name in names}
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    if len(weights.files) > 1:
+        tensors = {name: weights.read_effective(name) for name in plain}
+        save_file(tensors, target / names[file], metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, names[file])
+    _write_index(weight_map, target)
+
+
+def _names_for(files: list[Path]) -> dict[Path, str]:
+    """Give weights files the names that transformers gives them: two folders may share names."""
+    if len(files) == 1:
+        return {files[0]: "model.safetensors"}
+    total = len(files)
+    return {
+        file: f"model-{number:05d}-of-{total:05d}.safetensors"
+        for number, file in enumerate(files, start=1)
+    }
+
+
+def _write_index(weight_map: dict[str, str], target: Path) -> None:
+    if len(set(weight_map.values())) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(to_json(index, indent=2) + "\n")
+        with write_whole(target / "model.safetensors.index.json") as file:
+            file.write(json.dumps(index, indent=2) + "\n")
+
+
+def _check_written(source: WeightFiles, target: Path) -> None:
+    """Raise ValueError unless a folder has every tensor of the plain model in its shape."""
+    expected = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not source.belongs_to_raw_layer(name)
+    }
+    written = open_weights(target).shapes
+    if written != expected:
+        differing = sorted(expected.items() ^ written.items())
+        raise ValueError(
+            f"{source.path} has {len(expected)} tensors, of which not all came out as they are "
+            f"(first: {differing[0][0]!r}); nothing was kept. Save the model again and fold that"
+        )

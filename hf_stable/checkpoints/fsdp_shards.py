@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_stable.architectures.paths import state_dict_name
 from hf_stable.checkpoints.described_models import empty_model
+from hf_stable.checkpoints.shard_lists import SafeReader
 from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
@@ -42,7 +43,8 @@ Folder = str | os.PathLike[str]
 def find_distributed(folder: Folder) -> Path | None:
     """Return the distributed checkpoint of a model that a folder is or holds, if any."""
     for path in (Path(folder), Path(folder) / _MODEL_FOLDER):
-        if (path / _METADATA).is_file():
+        # A file of that name alone, beside weights of another kind, is none.
+        if (path / _METADATA).is_file() and any(path.glob("*.distcp")):
             return path
     return None
 
@@ -50,7 +52,7 @@ def find_distributed(folder: Folder) -> Path | None:
 def read_distributed(path: Folder) -> dict[str, Tensor]:
     """Read the tensors of a distributed checkpoint whole, on the CPU.
 
-    torch keeps the list of shards as a pickle, which can run code: read only what you trust.
+    torch keeps the list of shards as a pickle; `SafeReader` runs nothing that stands in it.
 
     Args:
         path: the folder that has `.metadata`.
@@ -63,7 +65,7 @@ def read_distributed(path: Folder) -> dict[str, Tensor]:
         ValueError: if the folder is damaged, or holds no tensor.
     """
     try:
-        reader = dcp.FileSystemReader(path)
+        reader = SafeReader(path)
         known = reader.read_metadata().state_dict_metadata
         wanted = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,22 +15,13 @@ from hf_stable._wording import nearest
 from hf_stable.checkpoints.described_models import named_class
 from hf_stable.checkpoints.exporting import CARD_FILE, export, push_to_hub
 from hf_stable.checkpoints.loading import load
+from hf_stable.checkpoints.processing_files import PROCESSING_FILES, copy_files
 from hf_stable.checkpoints.provenance import has_training
 from hf_stable.checkpoints.weight_files import open_weights
 
-__all__ = ["DTYPES", "export_saved", "load_saved", "push_saved"]
+__all__ = ["DTYPES", "export_saved", "list_published", "load_saved", "push_saved"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-PROCESSING_FILES = (
-    "*token*.json",
-    "tokenizer.model",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*processor_config.json",
-)
-"""What tokenizers and processors leave beside a model."""
 
 Folder = str | os.PathLike[str]
 
@@ -95,6 +86,23 @@ def export_saved(
     return tuple(sorted(os.listdir(output)))
 
 
+def list_published(
+    source: Folder, *, dtype: str | None = None, max_shard_size: int | str = "50GB"
+) -> dict[str, int]:
+    """Return what `export_saved` would write and `push_saved` upload: sizes in bytes by name.
+
+    It is written to a temporary folder and looked at there; nothing is sent anywhere.
+
+    Raises:
+        FileNotFoundError: if there is no model in `source`.
+        ValueError: as `export_saved` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        export_saved(source, folder, dtype=dtype, max_shard_size=max_shard_size)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
 def push_saved(
     source: Folder,
     repo_id: str,
@@ -134,12 +142,8 @@ class _FilesBeside:
         self.folder = Path(folder)
 
     def save_pretrained(self, target: Folder) -> None:
-        for pattern in PROCESSING_FILES:
-            for file in self.folder.glob(pattern):
-                shutil.copy(file, target)
-        card = self.folder / CARD_FILE
-        if card.is_file() and not (Path(target) / CARD_FILE).exists():
-            shutil.copy(card, target)
+        has_card = (Path(target) / CARD_FILE).exists()
+        copy_files(self.folder, target, PROCESSING_FILES | ({CARD_FILE} if not has_card else set()))
 
 
 def _refuse_raw(folder: Folder, names: Iterable[str]) -> None:

@@ -61,6 +61,9 @@ Dtype = Annotated[
     str | None, typer.Option(help="Cast the weights: fp32, fp16 or bf16; by default as they are.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weights file.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List the files and their sizes, and do nothing.")
+]
 
 
 @room.command(epilog=examples("hf-stable export runs/checkpoint-500 exported --dtype bf16"))
@@ -69,6 +72,7 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     dtype: Dtype = None,
     max_shard_size: ShardSize = "50GB",
+    dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -80,6 +84,8 @@ def export(
     """
     from hf_stable.checkpoints.saved_models import export_saved
 
+    if dry_run:
+        return _list(source, dtype, max_shard_size, as_json)
     with show_progress("Exporting"), contextlib.redirect_stdout(sys.stderr):
         files = export_saved(source, output, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
@@ -99,6 +105,7 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of a new repository.")
     ] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -108,10 +115,26 @@ def push(
     """
     from hf_stable.checkpoints.saved_models import push_saved
 
+    if dry_run:
+        return _list(source, dtype, max_shard_size, as_json)
     with show_progress("Uploading"), contextlib.redirect_stdout(sys.stderr):
         url = push_saved(source, repo, private=private, dtype=dtype, max_shard_size=max_shard_size)
     if as_json:
         print_json({"source": str(source), "url": url})
     else:
         print(url)
+    return SUCCESS
+
+
+def _list(source: Path, dtype: str | None, max_shard_size: str, as_json: bool) -> int:
+    """Show what would be written or uploaded."""
+    from hf_stable.checkpoints.saved_models import list_published
+
+    with show_progress("Looking"), contextlib.redirect_stdout(sys.stderr):
+        files = list_published(source, dtype=dtype, max_shard_size=max_shard_size)
+    if as_json:
+        print_json({"source": str(source), "files": files})
+    else:
+        print(f"{source} would be published as:")
+        print(*(f"  {name}  {size:,} bytes" for name, size in files.items()), sep="\n")
     return SUCCESS

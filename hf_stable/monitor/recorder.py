@@ -1,5 +1,7 @@
 """The recorder that fills a probe's records from what it is shown.
 
+Longer than others: all of it works on the same sums.
+
 Measures come from `entropy` and `block_terms`. `observing` makes the model show what is recorded. A
 measure that fails is a missing value with a reason: it never ends a forward.
 """
@@ -95,13 +97,17 @@ class Recorder:
         self._handles: list[Any] = []
         self._bounded: dict[str, Attention] = {}
         for found in blocks:
-            for name, attention in found.attentions():
-                self._layers[found.module.get_submodule(attention.module)] = name
-                if "entropy_bound" in terms and found.has_plain_logits(attention):
-                    self._bounded[name] = attention
-                    self._queries_of[found.module.get_submodule(attention.query)] = name
-                    if attention.is_cross:
-                        self._keys_of[found.module.get_submodule(attention.key)] = name
+            self._name_attention(found)
+
+    def _name_attention(self, found: FoundBlock) -> None:
+        """Name a block's attention, and note what its bound needs."""
+        for name, attention in found.attentions():
+            self._layers[found.module.get_submodule(attention.module)] = name
+            if "entropy_bound" in self._terms and found.has_plain_logits(attention):
+                self._bounded[name] = attention
+                self._queries_of[found.module.get_submodule(attention.query)] = name
+                if attention.is_cross:
+                    self._keys_of[found.module.get_submodule(attention.key)] = name
 
     @property
     def wants_attention(self) -> bool:

@@ -11,6 +11,7 @@ from hf_stable.trainer import (  # noqa: F401  (each puts its changes on the lis
     model_surgery,
     resuming,
     saving,
+    schedules,
     training,
 )
 from hf_stable.trainer.changes import adding, make

@@ -1,5 +1,6 @@
 """Plain folders out of patched ones, without building the model."""
 
+import json
 import shutil
 import warnings
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DEFAULT_HEADS, METHOD, sgd_steps, tiny_batch, tiny_model
 
 import hf_stable
+from hf_stable.checkpoints import folding
 from hf_stable.checkpoints.folding import fold_checkpoint
 from hf_stable.commands.main import main
 
@@ -224,3 +226,61 @@ def test_shards_that_cannot_be_folded_say_why(tmp_path):
     with pytest.raises(ValueError, match="is no whole distributed checkpoint"):
         fold_checkpoint(source, output, good)
     assert not output.exists()
+
+
+def in_two_folders(model, source):
+    """Save raw weights in two files of one name, as an index may name them."""
+    model.config.save_pretrained(source)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {k: v.clone() for k, v in model.state_dict().items() if k not in tied}
+    names = sorted(tensors)
+    weight_map = {}
+    for place, part in (("a", names[::2]), ("b", names[1::2])):
+        (source / place).mkdir()
+        save_file({name: tensors[name] for name in part}, source / place / "model.safetensors")
+        weight_map |= dict.fromkeys(part, f"{place}/model.safetensors")
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index, weight_map
+
+
+@pytest.mark.parametrize("model_type", ["gpt2"])
+def test_files_of_one_name_in_two_folders_lose_no_tensor(model, tmp_path):
+    source, output = tmp_path / "raw", tmp_path / "plain"
+    in_two_folders(model, source)
+    fold_checkpoint(source, output)
+    torch.testing.assert_close(logits(load_plain(model, output)), logits(model))
+    assert len(list(output.glob("model-0000*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("model_type", ["gpt2"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(model, tmp_path):
+    source = tmp_path / "raw"
+    index, weight_map = in_two_folders(model, source)
+    (source / "b").rename(tmp_path / "b")
+    there = {k: v.replace("b/", "../b/") for k, v in weight_map.items()}
+    index.write_text(json.dumps({"weight_map": there}))
+    with pytest.raises(ValueError, match=r"names '\.\./b/model.safetensors', which is not in its"):
+        fold_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2"])
+def test_a_tensor_in_two_files_is_refused(model, tmp_path):
+    source = tmp_path / "raw"
+    in_two_folders(model, source)
+    (first, name) = (source / "a" / "model.safetensors", "transformer.wpe.weight")
+    both = load_file(first) | {name: torch.zeros(32, 16)}
+    save_file(both, first)
+    other = source / "b" / "model.safetensors"
+    save_file(load_file(other) | {name: torch.ones(32, 16)}, other)
+    with pytest.raises(ValueError, match=f"both hold '{name}'"):
+        fold_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2"])
+def test_what_was_written_is_compared_with_what_was_read(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(folding.shutil, "copyfile", lambda a, b, **_: save_file({}, b))
+    with pytest.raises(ValueError, match="not all came out as they are"):
+        fold_checkpoint(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -125,7 +125,7 @@ import tiny_training, test_rollbacks as t
 tiny_training.Trainer = t.Diverges
 class Kill(t.transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if monitor.rollbacks.count == 1 and state.global_step == 5:
+        if monitor.rollbacks.count == 1 and state.global_step == 7:  # before the next checkpoint
             os.kill(os.getpid(), signal.SIGKILL)
 trainer, monitor = t.diverging(sys.argv[3], callbacks=[Kill()] if sys.argv[4] == "kill" else [])
 trainer.train(resume_from_checkpoint=sys.argv[4] != "kill")

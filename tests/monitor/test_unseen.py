@@ -15,6 +15,7 @@ from tiny_training import make_trainer, same_state
 from torch import nn
 
 import hf_stable
+from hf_stable.measures.entropy import attention_entropy
 from hf_stable.monitor import recorder as recording
 from hf_stable.monitor.log_file import read_log
 from hf_stable.monitor.probing import probe
@@ -125,6 +126,44 @@ def test_a_part_that_cannot_be_observed_is_named_with_its_reason(tmp_path):
         with probe(model, terms=["entropy"]) as records:
             model(**inputs(model))
     assert "encoder.layers.0" in records.entropy
+
+
+@pytest.mark.parametrize("cap", [None, 0.05])
+def test_capped_logits_are_measured_as_the_model_has_them(cap):
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=37, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=32,
+        attn_logit_softcapping=cap, attn_implementation="eager", initializer_range=0.5,
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    ids = torch.arange(1, 13)[None]
+    attentions = model(ids, output_attentions=True).attentions
+    with probe(model, terms=["entropy", "rank"], maps="all") as records:
+        model(ids)
+    for maps, entropy, kept in zip(
+        attentions, records.entropy.values(), records.maps.values(), strict=True
+    ):
+        torch.testing.assert_close(entropy, attention_entropy(maps).nanmean((0, 2)))
+        torch.testing.assert_close(kept, maps[0])
+    uniform = torch.arange(1, 13).log().mean().item()  # what a cap near zero leaves
+    assert (entropy.max().item() > 0.99 * uniform) == (cap is not None)
+
+
+def test_attention_with_sinks_is_named_and_ends_no_forward():
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=2,
+        num_experts_per_tok=1, layer_types=["full_attention", "full_attention"],
+        pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match="was not seen.*layers.0.self_attn.*has sinks"):
+        with probe(model, terms=["entropy"]) as records:
+            model(torch.arange(1, 13)[None])
+    assert records.to_dict() == {}
 
 
 # nn.DataParallel

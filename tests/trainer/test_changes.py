@@ -40,6 +40,11 @@ TARGETS = {
     "transformers.trainer_callback:PrinterCallback.on_log",
     "transformers.trainer_callback:ProgressCallback.on_log",
     "transformers.trainer:_parse_optim_args",
+    "torch.optim.lr_scheduler:LambdaLR.__init__",
+    "torch.optim.lr_scheduler:MultiplicativeLR.__init__",
+    "torch.optim.lr_scheduler:OneCycleLR.__init__",
+    "torch.optim.lr_scheduler:CyclicLR.__init__",
+    "torch.optim.lr_scheduler:ReduceLROnPlateau.__init__",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
     "peft.peft_model:PeftModel.__init__",
 }

@@ -265,6 +265,57 @@ def test_schedules_act_on_every_group(scheduler, tmp_path):
     assert rates("adamw2") == rates("adamw_torch")
 
 
+class PerGroup(Trainer):
+    """A lambda for each of the Trainer's two groups, as its overriders write it."""
+
+    kind = "LambdaLR"
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        optimizer = self.optimizer if optimizer is None else optimizer
+        options = {
+            "LambdaLR": dict(lr_lambda=[lambda step: 0.5, lambda step: 0.25]),
+            "MultiplicativeLR": dict(lr_lambda=[lambda step: 0.5, lambda step: 0.25]),
+            "OneCycleLR": dict(max_lr=[0.5, 0.25], total_steps=10),
+            "CyclicLR": dict(base_lr=[0.5, 0.25], max_lr=[0.6, 0.3], cycle_momentum=False),
+            "ReduceLROnPlateau": dict(min_lr=[0.5, 0.25]),
+        }
+        kind = getattr(torch.optim.lr_scheduler, self.kind)
+        self.lr_scheduler = kind(optimizer, **options[self.kind])
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize(
+    "kind", ["LambdaLR", "MultiplicativeLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau"]
+)
+def test_a_schedule_of_a_value_per_group_spreads_it_over_what_they_were_parted_into(kind, tmp_path):
+    model = tiny_model("gpt2")
+    trainer = make_trainer(model, tmp_path, optim="adamw2", learning_rate=1.0, weight_decay=0.1)
+    trainer.__class__ = type(kind, (PerGroup,), {"kind": kind})
+    trainer.create_optimizer_and_scheduler(10)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    assert len(optimizer.param_groups) > 2
+    decayed = [group["weight_decay"] > 0 for group in optimizer.param_groups]
+    expected = [0.5 if is_decayed else 0.25 for is_decayed in decayed]
+    assert set(expected) == {0.5, 0.25}
+    if kind == "ReduceLROnPlateau":
+        assert scheduler.min_lrs == expected
+        return
+    if kind == "OneCycleLR":
+        assert [group["max_lr"] for group in optimizer.param_groups] == expected
+        return
+    if kind == "MultiplicativeLR":
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == expected
+
+
+def test_a_schedule_of_another_number_of_values_is_still_refused(tmp_path):
+    optimizer = built(tiny_model("gpt2"), tmp_path)
+    with pytest.raises(ValueError, match="lr_lambdas"):
+        torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0] * 7)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
 # A checkpoint that AdamW wrote
 
 

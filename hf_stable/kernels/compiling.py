@@ -1,0 +1,67 @@
+"""Compiled code, from numba's cache or made now and announced. Imports numba: on first use only."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from numba import cfunc
+from numba.core import event
+
+from hf_stable.kernels import entries, leading, passes, pointers, rows, tables
+
+__all__ = ["compiled"]
+
+
+class _Announcement(event.Listener):
+    """Says on stderr that something is compiled, once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_made = False
+
+    def on_start(self, event: Any) -> None:
+        """Print the line, the first time."""
+        if not self.is_made:
+            self.is_made = True
+            print(
+                f"hf_stable compiles {self.name} for this machine, once; that takes some seconds",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def on_end(self, event: Any) -> None:
+        """Say nothing."""
+
+
+@cache
+def compiled(name: str) -> Callable[[int], None]:
+    """Return a compiled function of `passes` or `leading`, which takes the address of a head.
+
+    It holds no lock of the interpreter. Numba keeps it in `__pycache__`, in the user's cache folder
+    where that cannot be written, or where NUMBA_CACHE_DIR says; where nothing can be written, each
+    process compiles anew.
+
+    Args:
+        name: `"lead_"` or `"work_"` and a dtype.
+    """
+    function = getattr(leading if name.startswith("lead") else passes, name)
+    # Numba's cache knows a function by its name and its own file; what it calls may change too.
+    function.__qualname__ = f"{name}_{_fingerprint():08x}"
+    with event.install_listener("numba:compile", _Announcement(" for ".join(name.split("_")))):
+        made = cfunc("void(int64)", cache=True, **entries.COMPILED)(function)
+    entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64)(made.address)
+    entry.made = made  # whose memory the code lies in
+    return entry
+
+
+@cache
+def _fingerprint() -> int:
+    """Return a number that changes with the source of anything that is compiled."""
+    files = (entries, leading, passes, pointers, rows, tables)
+    return crc32(b"".join(Path(str(each.__file__)).read_bytes() for each in files))

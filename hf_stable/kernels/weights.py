@@ -1,0 +1,32 @@
+"""What the kernels need to know of a weight that AdamW2 steps; `adamw2.rule` has it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from hf_stable.measures.parts import Parts
+
+__all__ = ["RuledWeight"]
+
+
+class RuledWeight(Protocol):
+    """A parameter with its gradient, its state and the options of its group.
+
+    Attributes:
+        param: the parameter.
+        grad: its gradient.
+        state: `step`, `exp_avg`, `exp_avg_sq`, and for its k parts `weight_v` and `update_v`, (k,
+            n) each (a narrower part's vector is followed by zeros), `exempt` and `effective_lr`.
+        group: options as `AdamW2` has them.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+    @property
+    def parts(self) -> Parts:
+        """Where the matrices of the parameter lie."""
