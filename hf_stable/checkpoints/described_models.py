@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from textwrap import shorten
 from typing import Any
 
@@ -24,6 +24,7 @@ from hf_stable.modeling_hf_stable import CLASS_PREFIX
 __all__ = ["empty_base_model", "empty_model", "implementations", "named_class", "read_config"]
 
 Source = str | os.PathLike[str]
+Revise = Callable[[dict[str, Any]], dict[str, Any]]
 
 _IMPLEMENTATIONS = tuple(
     f"{mark}{what}_implementation{end}"
@@ -56,7 +57,7 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     )
 
 
-def read_config(source: Source) -> PreTrainedConfig:
+def read_config(source: Source, revise: Revise = lambda content: content) -> PreTrainedConfig:
     """Read a config without the implementations of attention and experts that it asks for.
 
     These may name a kernel on the Hub, which would be fetched and run. Code that lies beside a
@@ -64,12 +65,13 @@ def read_config(source: Source) -> PreTrainedConfig:
 
     Args:
         source: folder, file or name on the Hub of a config.json.
+        revise: called with what stands in it, returns what counts, or refuses it (ValueError).
 
     Raises:
         OSError: if there is no such config.
         ValueError: if it is damaged, or of no model of transformers.
     """
-    content = _content_of(source)
+    content = revise(_content_of(source))
     model_type = content.get("model_type")
     try:
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -84,18 +86,19 @@ def implementations(source: Source) -> list[str]:
     return sorted(set(_named_implementations(_content_of(source))))
 
 
-def empty_model(source: Source) -> PreTrainedModel:
+def empty_model(source: Source, revise: Revise = lambda content: content) -> PreTrainedModel:
     """Build the model of a config without memory for its weights, on the device "meta".
 
     Args:
         source: folder, file or name on the Hub of a config.json.
+        revise: as in `read_config`.
 
     Raises:
         ValueError: if it names no class of transformers under `architectures`, or describes no
             model that can be built.
         OSError: if there is no such config.
     """
-    config = read_config(source)
+    config = read_config(source, revise)
     return _build(named_class(config, source), config, source)
 
 
@@ -120,7 +123,11 @@ def _build(model_class: Any, config: PreTrainedConfig, source: Source) -> PreTra
 
 def _no_model(source: Source, error: Exception) -> str:
     reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-    return f"{os.fspath(source)} describes no model that transformers can build: {reason}"
+    return f"{_path_of(source)} describes no model that transformers can build: {reason}"
+
+
+def _path_of(source: Source) -> str:
+    return os.path.join(source, "config.json") if os.path.isdir(source) else os.fspath(source)
 
 
 def _content_of(source: Source) -> dict[str, Any]:
@@ -130,7 +137,7 @@ def _content_of(source: Source) -> dict[str, Any]:
         OSError: if there is none.
         ValueError: if it is damaged.
     """
-    path = os.path.join(source, "config.json") if os.path.isdir(source) else source
+    path = _path_of(source)
     if not os.path.isfile(path):
         return PreTrainedConfig.get_config_dict(source)[0]  # on the Hub, or an error that says so
     try:

@@ -5,6 +5,8 @@ A card that is there already is kept. Only the section between two comments is o
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -28,6 +30,8 @@ from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.modeling_hf_stable import CLASS_PREFIX
 
 __all__ = ["amend_card", "read_card"]
+
+_SPECIAL = re.compile(r"([\[\]|`])")
 
 START, END = "<!-- hf_stable: start -->", "<!-- hf_stable: end -->"
 
@@ -98,7 +102,7 @@ def amend_card(
     training = training or TrainingRecord()
     if card is None:
         header = ModelCardData().to_yaml()
-        card = ModelCard(f"---\n{header}\n---\n\n# {name.rpartition('/')[2]}\n")
+        card = ModelCard(f"---\n{header}\n---\n\n# {_plain(name.rpartition('/')[2])}\n")
     _amend_header(card.data, model, training)
     section = f"{START}\n{_section(model, name, training, picture)}\n{END}\n"
     ours = re.compile(rf"{re.escape(START)}.*?{re.escape(END)}\n?", re.DOTALL)
@@ -139,11 +143,15 @@ def _section(model: Any, name: str, training: TrainingRecord, picture: str | Non
         f"### How to load it\n\n```python\n{_loading(model, name)}\n```",
     ]
     if training.settings:
-        rows = "\n".join(f"- {key}: {_shown(value)}" for key, value in training.settings.items())
+        settings = training.settings.items()
+        rows = "\n".join(f"- {_plain(key)}: {_shown(value)}" for key, value in settings)
         parts.append(f"### Training\n\n{rows}")
     if training.metrics:
         table = make_markdown_table(
-            [{"metric": key, "value": _shown(value)} for key, value in training.metrics.items()]
+            [
+                {"metric": _plain(key), "value": _shown(value)}
+                for key, value in training.metrics.items()
+            ]
         )
         parts.append(f"### Final metrics\n\n{table.rstrip()}")
     if picture:
@@ -164,7 +172,7 @@ def _changes(model: Any) -> str:
         )
     if is_standalone(model) or needs_standalone_form(model):
         norms = "; ".join(
-            f"`{path}` of every `{owner}`"
+            f"{_code(path)} of every {_code(owner)}"
             for owner, paths in removed_by_class(model).items()
             for path in paths
         )
@@ -174,16 +182,17 @@ def _changes(model: Any) -> str:
             "back."
         )
     if configs := patch_configs(model):
-        lines.append(f"Patched with {', '.join(f'`{config}`' for config in configs)}.")
+        lines.append(f"Patched with {', '.join(map(_code, configs))}.")
     if folded := folded_methods(model):
         lines.append(
-            f"Trained with {', '.join(f'`{config}`' for config in folded.values())} and folded: "
+            f"Trained with {', '.join(map(_code, folded.values()))} and folded: "
             "what sigmaReparam scales is multiplied out, so the layers are plain ones."
         )
     return "\n".join(lines)
 
 
 def _loading(model: Any, name: str) -> str:
+    path = json.dumps(name).replace("<", "\\u003c")  # no comment that could be taken for ours
     own_class, auto_class = type(model).__name__.removeprefix(CLASS_PREFIX), _auto_class(model)
     if not isinstance(model, PreTrainedModel):
         return (
@@ -193,19 +202,30 @@ def _loading(model: Any, name: str) -> str:
         )
     if not (is_standalone(model) or needs_standalone_form(model)):
         loader = auto_class or own_class
-        return f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{name}")'
+        return f"from transformers import {loader}\n\nmodel = {loader}.from_pretrained({path})"
     if auto_class is None:
         loader = f"{CLASS_PREFIX}{own_class}"
         return (
             f"from hf_stable.modeling_hf_stable import {loader}\n\n"
-            f'model = {loader}.from_pretrained("{name}")'
+            f"model = {loader}.from_pretrained({path})"
         )
     return (
         f"from transformers import {auto_class}\n\n"
-        f'model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)\n'
+        f"model = {auto_class}.from_pretrained({path}, trust_remote_code=True)\n"
         "# not needed after `import hf_stable`: trust_remote_code"
     )
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Return a text of someone else as Markdown that shows it: no HTML, comment, link or column."""
+    return _SPECIAL.sub(r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _code(value: Any) -> str:
+    """Return a text of someone else as code within a line, which it cannot end, nor our section."""
+    line = " ".join(str(value).split()).replace("`", "'").replace("<!--", "<! --")
+    return f"`{line}`"

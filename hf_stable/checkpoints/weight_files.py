@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class WeightFiles:
     path: Path
     file_of: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
+    _open: _OpenFile = field(default_factory=lambda: _OpenFile(), compare=False, repr=False)
 
     @property
     def files(self) -> list[Path]:
@@ -82,8 +83,11 @@ class WeightFiles:
         Raises:
             ValueError: if its file is damaged.
         """
-        with _opened(self.file_of[name]) as file:
-            return file.get_tensor(name)
+        path = self.file_of[name]
+        with _naming(path):
+            tensor = self._open.file(path).get_tensor(name)
+        self._open.has_read += tensor.nbytes
+        return tensor
 
     def read_effective(self, name: str) -> Tensor:
         """Read what a model computes with: of a patched layer's raw weight `gamma / sigma * W`.
@@ -99,14 +103,12 @@ class WeightFiles:
 
     def read_first_row(self, name: str) -> Tensor:
         """Read the first entry along dimension 0 of one tensor, (1, ...), and no more."""
-        with _opened(self.file_of[name]) as file:
-            return file.get_slice(name)[0:1]
+        path = self.file_of[name]
+        with _naming(path):
+            return self._open.file(path).get_slice(name)[0:1]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Read every tensor, one after the other.
-
-        The file is opened anew for each: an open one keeps all it has read mapped into memory.
-        """
+        """Read every tensor, one after the other."""
         for name in self.file_of:
             yield name, self.read(name)
 
@@ -128,12 +130,15 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFiles:
             if (path / name).is_file():
                 return _read_headers(path, _files_of(path / name))
         sidecar = set(_sidecar_files(path))
-        files = [file for file in sorted(path.glob("*.safetensors")) if file not in sidecar]
+        there = [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
+        files = [file for file in there if file not in sidecar]
         if not files:
             raise ValueError(f"{path} holds no safetensors weights{_what_instead(path)}")
         return _read_headers(path, files)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a local folder or file")
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a regular file, and is not read")
     if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
         raise ValueError(f"{path} is no safetensors file{_about_pickles([path])}")
     return _read_headers(path, _files_of(path))
@@ -168,7 +173,8 @@ def remove_stale_weights(folder: str | os.PathLike[str]) -> None:
 
 def _sidecar_files(folder: Path) -> list[Path]:
     """Return the files of a folder's sidecar: itself and its shards."""
-    return sorted(folder.glob(f"{SIDECAR_FILE.removesuffix('.safetensors')}*.safetensors"))
+    files = folder.glob(f"{SIDECAR_FILE.removesuffix('.safetensors')}*.safetensors")
+    return sorted(file for file in files if file.is_file())
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -207,12 +213,35 @@ def _read_headers(path: Path, files: list[Path]) -> WeightFiles:
     return WeightFiles(path, file_of, shapes)
 
 
+MOST_MAPPED = 1 << 26
+"""Bytes read from a file before it is opened anew: an open one keeps all of them in memory."""
+
+
+class _OpenFile:
+    """The file that was read last, which stays open: opening one reads all of its header."""
+
+    def __init__(self) -> None:
+        self.has_read = 0
+        self._path: Path | None = None
+        self._file: Any = None
+
+    def file(self, path: Path) -> Any:
+        if path != self._path or self.has_read > MOST_MAPPED:
+            self._file, self._path, self.has_read = safe_open(path, framework="pt"), path, 0
+        return self._file
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a file, and name it if it turns out to be damaged: safetensors' own error does not."""
+    with _naming(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name a file that turns out to be damaged: safetensors' own error does not."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error})") from error
 

@@ -79,7 +79,7 @@ def _ceilings(run: RunRecords, number: int) -> list[Curve]:
     padded) the most uniform head gives the mean of log T over rows most closely.
     """
     found: dict[str, float] = {}
-    for layer in run.layers:
+    for layer in run.drawn_layers:
         best = (0.0, math.nan)
         for probe in run.probes:
             entropies = probe.quantities.get("entropy", {}).get(layer)
@@ -105,7 +105,7 @@ def _ceilings(run: RunRecords, number: int) -> list[Curve]:
             f"layer {names[layer]}: ceiling, log T = {value:.3g}",
             [(min(steps), value), (max(steps), value)],
             number,
-            run.layers.index(layer),
+            run.drawn_layers[layer],
             style="dashed",
         )
         for layer, value in found.items()

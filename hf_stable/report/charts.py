@@ -126,6 +126,7 @@ class Section:
         text: how to read it, one or two sentences.
         charts: its charts.
         small: whether they are small multiples.
+        left_out: sentences on what is there and not drawn.
     """
 
     key: str
@@ -133,6 +134,7 @@ class Section:
     text: str
     charts: tuple[Chart, ...]
     small: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def variants(self) -> list[str]:

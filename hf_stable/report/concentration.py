@@ -81,8 +81,9 @@ def _of_layers(run: RunRecords, number: int, probe: Probe) -> Chart:
     names = run.short_names
     found = _curves(probe)
     curves = [
-        Curve(f"layer {names[layer]}", points, number, run.layers.index(layer))
+        Curve(f"layer {names[layer]}", points, number, run.drawn_layers[layer])
         for layer, points in found.items()
+        if layer in run.drawn_layers
     ]
     again = f", after rollback {probe.attempt}" if probe.attempt else ""
     lost = len(probe.quantities["sec_curve"]) - len(found)

@@ -22,7 +22,7 @@ def layer_curves(run: RunRecords, number: int, quantity: str) -> list[Curve]:
     names = run.short_names
     curves = [
         Curve(f"layer {names[layer]}", segments(run.probed(quantity, layer)), number, position)
-        for position, layer in enumerate(run.layers)
+        for layer, position in run.drawn_layers.items()
     ]
     # A block without a parameter (beta of an RMSNorm) has no curve rather than one of NaN.
     return [curve for curve in curves if any(math.isfinite(y) for _, y in curve.points)]

@@ -13,6 +13,7 @@ from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_la
 from hf_stable.report.maps import MapSeries
 from hf_stable.report.payload import RUN_COLOURS
 from hf_stable.report.run_records import RunRecords
+from hf_stable.report.values import evenly
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,9 @@ DASHES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (8, 3, 1, 3)))
 """As many as on the page, where eight colours come with them: 24 runs look different."""
 
 TITLE_SIZE, LEGEND_SIZE = 10, 7
+
+MOST_LABELS = 64
+"""Entries of a legend."""
 
 LABEL_WIDTH = 40
 """Characters of a line in the legend."""
@@ -115,7 +119,9 @@ def _draw(section: Section, variant: str, charts: Sequence[Chart], layers: Seque
     title = (
         f"{section.title}: {variant}" if variant and len(section.variants) > 1 else section.title
     )
-    figure.suptitle(_wrapped(title, columns * width, TITLE_SIZE), fontsize=TITLE_SIZE)
+    said = "\n".join(_wrapped(each, columns * width, TITLE_SIZE)
+                     for each in (title, *section.left_out))  # fmt: skip
+    figure.suptitle(said, fontsize=TITLE_SIZE)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, chart in zip(panels, charts, strict=False):
         _draw_chart(panel, chart, layers, small=section.small)
@@ -129,7 +135,7 @@ def _draw_chart(panel: Axes, chart: Chart, layers: Sequence[str], *, small: bool
     size = 6 if small else 8
     for curve in chart.curves:
         steps, values = zip(*curve.points, strict=True)
-        panel.plot(steps, values, label=curve.label, **_line(curve, layers))
+        panel.plot(steps, values, label=_literal(curve.label), **_line(curve, layers))
     for mark in chart.marks:
         colour = RUN_COLOURS[mark.run % len(RUN_COLOURS)]
         if mark.kind == "nan":
@@ -138,7 +144,7 @@ def _draw_chart(panel: Axes, chart: Chart, layers: Sequence[str], *, small: bool
             )
         else:
             panel.axvline(mark.step, color=colour, linewidth=0.7, linestyle=":")
-    if chart.log:
+    if chart.log and any(value > 0 for curve in chart.curves for _, value in curve.points):
         _make_logarithmic(panel)
     if chart.axis.ticks:
         panel.set_xscale("log", base=2)
@@ -148,7 +154,7 @@ def _draw_chart(panel: Axes, chart: Chart, layers: Sequence[str], *, small: bool
     width, _ = SMALL_PANEL if small else PANEL
     panel.set_title(_wrapped(chart.title, width, size), fontsize=size)
     panel.set_xlabel(chart.axis.title, fontsize=size)
-    panel.set_ylabel(chart.unit, fontsize=size)
+    panel.set_ylabel(_literal(chart.unit), fontsize=size)
     panel.tick_params(labelsize=size - 1)
     panel.grid(alpha=0.3)
 
@@ -156,7 +162,12 @@ def _draw_chart(panel: Axes, chart: Chart, layers: Sequence[str], *, small: bool
 def _wrapped(text: str, width: float, size: float) -> str:
     """Break a title into lines that fit a width in inches."""
     # A letter is little more than half as wide as its type is high, in points of 1/72 inch.
-    return textwrap.fill(text, max(12, int(0.9 * width * 72 / (0.6 * size))))
+    return _literal(textwrap.fill(text, max(12, int(0.9 * width * 72 / (0.6 * size)))))
+
+
+def _literal(text: str) -> str:
+    """Return a text that matplotlib shows as it is: between dollar signs it expects formulas."""
+    return text.replace("$", r"\$")
 
 
 def _make_logarithmic(panel: Axes) -> None:
@@ -201,6 +212,8 @@ def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
+    # Colours go on evenly between those that are named.
+    seen = {label: seen[label] for label in evenly(list(seen), MOST_LABELS)}
     labels = [textwrap.fill(label, LABEL_WIDTH) for label in seen]
     for columns in range(min(6, len(seen)), 0, -1):
         legend = figure.legend(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,12 @@ def _quantity(name: str, by_layer: Any, step: int, found: LoggedRun) -> dict[str
         if whole is None:
             found.note(f"{to_text(name)} of {to_text(layer)}", step)
         else:
-            kept[to_text(layer)] = whole
+            kept[_name(layer)] = whole
     return kept
+
+
+# Every probe names the same layers.
+_name = lru_cache(1 << 16)(to_text)
 
 
 def _modes(value: Any) -> list[str] | None:
@@ -181,10 +186,14 @@ def _numbers(value: Any) -> float | list[float] | None:
 
     Logs of before 0.1.0 may have numbers as texts.
     """
-    if isinstance(value, list):
-        numbers = [_number(entry) for entry in value]
-        return None if None in numbers else [number for number in numbers if number is not None]
-    return _number(value)
+    if type(value) is float:
+        return value
+    if not isinstance(value, list):
+        return _number(value)
+    if all(type(entry) is float for entry in value):
+        return value
+    numbers = [_number(entry) for entry in value]
+    return None if None in numbers else [number for number in numbers if number is not None]
 
 
 def _number(value: Any) -> float | None:

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 from hf_stable._wording import short_names
 from hf_stable.monitor.terms import find_term
 from hf_stable.report.events import Event
-from hf_stable.report.values import to_number, worst_head
+from hf_stable.report.values import evenly, to_number, worst_head
 
-__all__ = ["AttentionMap", "Probe", "RunRecords"]
+__all__ = ["MOST_LAYERS", "AttentionMap", "Probe", "RunRecords"]
+
+MOST_LAYERS = 128
+"""Layers that charts show: as many as the deepest models have, and as a screen can tell apart."""
 
 
 class AttentionMap(NamedTuple):
@@ -103,6 +106,34 @@ class RunRecords:
     def short_names(self) -> dict[str, str]:
         """Return for each layer what tells it from the others."""
         return short_names(self.layers)
+
+    @cached_property
+    def drawn_layers(self) -> dict[str, int]:
+        """Return the layers that charts show and the position of each: all, if that is possible.
+
+        Of more than `MOST_LAYERS` those are taken in which alarms were raised, those whose entropy
+        fell lowest and whose sigma_1(Wq^T Wk) rose highest, and others evenly through the depth.
+        """
+        positions = {layer: position for position, layer in enumerate(self.layers)}
+        if len(positions) <= MOST_LAYERS:
+            return positions
+        alarmed = [alarm.layer for alarm in self.events if alarm.layer in positions]
+        chosen = dict.fromkeys(alarmed[: MOST_LAYERS // 4])
+        for quantity in ("entropy_normalised", "sigma_qk"):
+            chosen |= dict.fromkeys(self._worst_layers(quantity, MOST_LAYERS // 4))
+        chosen |= dict.fromkeys(evenly(self.layers, MOST_LAYERS - len(chosen)))
+        return {layer: positions[layer] for layer in sorted(chosen, key=positions.__getitem__)}
+
+    def _worst_layers(self, quantity: str, count: int) -> list[str]:
+        """Return so many layers with the worst values of a quantity at any probe."""
+        worst: dict[str, float] = {}
+        sign = 1 if find_term(quantity).low_is_bad else -1
+        for probe in self.probes:
+            for layer, heads in probe.quantities.get(quantity, {}).items():
+                value = sign * worst_head(quantity, heads)[0]
+                if value < worst.get(layer, math.inf):
+                    worst[layer] = value
+        return sorted(worst, key=worst.__getitem__)[:count]
 
     @property
     def is_unfinished(self) -> bool:

@@ -76,7 +76,7 @@ def _rate_charts(run: RunRecords, number: int) -> list[Chart]:
             layer = _layer_of(weight, positions)
             if layer is None:
                 panels.setdefault(OUTSIDE, []).append(Curve(weight, points, number))
-            else:
+            elif layer in run.drawn_layers:
                 curve = Curve(f"layer {names[layer]}", points, number, positions[layer])
                 panels.setdefault(weight.removeprefix(f"{layer}."), []).append(curve)
     if not panels:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from hf_stable.monitor.terms import find_term
 
-__all__ = ["curve_points", "to_number", "to_step", "to_text", "worst_head"]
+__all__ = ["curve_points", "evenly", "to_number", "to_step", "to_text", "worst_head"]
+
+Item = TypeVar("Item")
 
 MOST_SIZES = 32
 """Entries of a `sec_curve` that a head can have: it is of sizes up to its dimension."""
@@ -76,3 +79,10 @@ def to_text(value: Any) -> str:
         " " if c in "\t\n\r" else "\ufffd" if unicodedata.category(c) in NOT_SHOWN else c
         for c in cut
     )
+
+
+def evenly(items: Sequence[Item], count: int) -> list[Item]:
+    """Return so many items, two or more, from the first to the last; all if they are fewer."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]

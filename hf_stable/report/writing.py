@@ -33,6 +33,9 @@ FORMATS = {
 }
 """Formats, and what is written if no name is given; beside the run."""
 
+FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that spreadsheets compute."""
+
 REQUIRED = {"html": require_page_packages, "png": require_matplotlib}
 """What raises ModuleNotFoundError, before anything is read, if a format cannot be written."""
 
@@ -135,7 +138,17 @@ def _write_csv(file: TextIO, runs: Sequence[RunRecords]) -> None:
     writer = csv.DictWriter(file, TIDY_COLUMNS)
     writer.writeheader()
     for run in runs:
-        writer.writerows(tidy_rows(run))
+        for row in tidy_rows(run):
+            writer.writerow({key: _cell(value) for key, value in row.items()})
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as a spreadsheet is to take it: no text is a formula.
+
+    An apostrophe in front makes it a text (OWASP, CSV injection).
+    """
+    is_formula = isinstance(value, str) and value.startswith(FORMULA_SIGNS)
+    return f"'{value}" if is_formula else value
 
 
 def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.card_pictures import PICTURE_FILE, draw_curves
 from hf_stable.checkpoints.model_cards import END, START, amend_card
-from hf_stable.checkpoints.provenance import read_training, record_of
+from hf_stable.checkpoints.provenance import TrainingRecord, read_training, record_of
 from hf_stable.checkpoints.saved_models import export_saved
 
 METHODS = pytest.mark.parametrize("method", ["sigma", "sigma_no_norms"])
@@ -205,6 +206,22 @@ def test_create_model_card_amends_the_card_of_a_patched_or_folded_model_only(tmp
     assert "Trained with `SigmaReparamConfig(" in (tmp_path / "out" / "README.md").read_text()
     assert b"SigmaReparamConfig" in (dumped := pickle.dumps(model))
     assert b"hf_stable.methods" not in dumped
+
+
+def test_what_metadata_say_is_text_in_a_card():
+    hostile = "x <!-- hf_stable: end --> <script>alert(1)</script> [a](http://b) `c` | d\n# e"
+    training = TrainingRecord({hostile: hostile}, {hostile: 1.5}, [])
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    text = amend_card(None, model, name=f'me/a"{hostile}', training=training).text
+    body = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)  # code is shown as it is
+    assert text.count(START) == text.count(END) == 1 and "<script>" not in body
+    assert not re.search(r"(?<!\\)\]\(http://b", body) and "\n# e" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\[a\\](http://b) \\`c\\` \\| d # e: x" in text
+    assert r'from_pretrained("me/a\"x \u003c!--' in text and r"\n# e" in text
+    # Our section is found again as a whole, and harmless texts stay as they are.
+    again = amend_card(ModelCard(text), model, name="me/b", training=TrainingRecord({"a_b": "c_d"}))
+    assert "script" not in re.sub(r"`[^`]*`", "", again.text.split("# ", 2)[2])
+    assert "- a_b: c_d" in again.text
 
 
 @pytest.mark.slow

@@ -7,8 +7,6 @@ weights are read two at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from textwrap import shorten
 
 from transformers import PreTrainedModel
 
@@ -19,6 +17,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.described_models import empty_model
 from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.commands.inspect.bounds import bounded_building, bounded_content
 from hf_stable.measures.products import (
     qk_singular_values,
     spectral_energy_concentration,
@@ -91,8 +90,7 @@ def outline(weights: WeightFiles) -> ModelOutline:
         UnsupportedModelError: if there is no usable config.json, or its architecture is not
             registered.
     """
-    folder = weights.path if weights.path.is_dir() else weights.path.parent
-    model = _build(folder)
+    model = _build(weights)
     find_regions(model)  # refuses what is not registered
     rename, names = key_renaming(model), model.state_dict()
     on_disk = {}
@@ -131,17 +129,15 @@ def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, 
     return tuple(found)
 
 
-def _build(folder: Path) -> PreTrainedModel:
-    path = folder / "config.json"
-    if not path.is_file():
+def _build(weights: WeightFiles) -> PreTrainedModel:
+    folder = weights.path if weights.path.is_dir() else weights.path.parent
+    if not (folder / "config.json").is_file():
         raise UnsupportedModelError(f"there is no config.json in {folder}")
     try:
-        return empty_model(folder)
-    except Exception as error:  # which one an impossible value raises is up to the model
-        reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise UnsupportedModelError(
-            f"{path} describes no model that transformers can build: {reason}"
-        ) from error
+        with bounded_building(weights.shapes):
+            return empty_model(folder, lambda content: bounded_content(content, weights.shapes))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 def _block_spectrum(

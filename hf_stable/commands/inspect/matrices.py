@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,9 +57,18 @@ def is_finite(tensor: Tensor) -> bool:
     """Say whether no entry is NaN or infinite; integers have no such entries."""
     if not tensor.is_floating_point():
         return True
-    # torch knows no isfinite for most types of eight bits.
-    entries = tensor.float() if tensor.element_size() == 1 else tensor
-    return bool(torch.isfinite(entries).all())
+    return all(bool(torch.isfinite(part).all()) for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's entries in parts, so that what is worked out of them takes little memory."""
+    for part in tensor.reshape(-1).split(1 << 20):
+        # torch knows no isfinite for most types of eight bits.
+        yield part.float() if part.element_size() < 4 else part
+
+
+def _norm(matrix: Tensor) -> float:
+    return math.hypot(*(part.norm().item() for part in _parts(matrix)))
 
 
 def largest_sigma(matrix: Tensor) -> float:
@@ -100,8 +111,6 @@ def inspect_matrix(
     matrices = local_matrices(tensor, parts)
     sigma = tuple(map(largest_sigma, matrices))
     ranks = tuple(
-        (matrix.float().norm() / value).square().item()
-        for matrix, value in zip(matrices, sigma, strict=True)
-        if value
+        (_norm(matrix) / value) ** 2 for matrix, value in zip(matrices, sigma, strict=True) if value
     )
     return LayerSpectrum(name, shape, dtype, sigma, ranks, gamma, raw_sigma)

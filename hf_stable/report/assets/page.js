@@ -54,7 +54,7 @@
       const colour = isLayer ? layerColour(layerLabel(curve)) : plain ? run.colour : css("--soft");
       const few = curve.y.length <= 40;
       return {
-        type: "scatter", x: payload.steps[curve.x], y: curve.y, name: curve.label,
+        type: "scatter", x: payload.steps[curve.x], y: curve.y, name: literal(curve.label),
         mode: few && plain ? "lines+markers" : "lines", connectgaps: false,
         marker: { size: small ? 3 : 4 },
         line: {
@@ -62,7 +62,7 @@
           dash: curve.style === "dashed" ? "dash" : curve.style === "dotted" ? "dot"
             : isLayer || single ? "solid" : run.dash,
         },
-        hovertemplate: `${chart.axis.name} %{x}: %{y:.4g}<extra>%{fullData.name}</extra>`,
+        hovertemplate: `${literal(chart.axis.name)} %{x}: %{y:.4g}<extra>%{fullData.name}</extra>`,
         visible: isShown(curve),
       };
     });
@@ -84,9 +84,11 @@
     return drawn;
   }
 
+  // plotly takes some markup in all texts, links among it: what runs say is none.
+  const literal = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+
   function wrapped(text) {
-    const escaped = text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
-    return escaped.replace(/(.{1,60})(\s|$)/g, "$1<br>");
+    return literal(text).replace(/(.{1,60})(\s|$)/g, "$1<br>");
   }
 
   function layout(chart, small) {
@@ -105,14 +107,14 @@
       font: { color: css("--text"), family: "system-ui, sans-serif", size: 12 },
       margin: small ? { l: 8, r: 6, t: 6, b: 8 } : { l: 10, r: 12, t: BUTTONS, b: 10 },
       xaxis: {
-        ...axis, title: { text: small ? chart.axis.name : chart.axis.title, font: { size: small ? 10 : 12 }, standoff: 4 },
+        ...axis, title: { text: literal(small ? chart.axis.name : chart.axis.title), font: { size: small ? 10 : 12 }, standoff: 4 },
         ...(chart.axis.ticks.length ? { type: "log", tickvals: chart.axis.ticks }
           : { rangemode: "tozero", nticks: small ? 4 : 8 }),
         exponentformat: "none",
       },
       yaxis: {
         ...axis, type: chart.log ? "log" : "linear", nticks: small ? 5 : 8,
-        title: { text: chart.unit, font: { size: small ? 10 : 12 }, standoff: 6 },
+        title: { text: literal(chart.unit), font: { size: small ? 10 : 12 }, standoff: 6 },
         dtick: chart.log && spansDecades(chart) ? 1 : undefined,
         range: chart.limits || undefined,
       },
