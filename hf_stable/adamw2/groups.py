@@ -107,7 +107,9 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
         return rules
     for layer in layers:
         if not layer.parts.is_whole and layer.weight is not None:
-            rules.setdefault(id(layer.weight), parts_options({"parts": layer.parts}))
+            rules.setdefault(
+                id(layer.weight), parts_options({"parts": layer.parts}) | {"parts": layer.parts}
+            )
     return rules
 
 

@@ -163,6 +163,8 @@ def parts_options(group: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for `blocks` or `block_dim` that say nothing, or something else than `parts`.
     """
+    if "parts" in group and not _are_parts(group["parts"]):
+        return {}  # `check_options` says so
     parts = Parts.of(group["parts"]) if "parts" in group else None
     if "blocks" in group or "block_dim" in group:
         blocks, dim = group.get("blocks", 1), group.get("block_dim", 0)
