@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
+from hf_stable.architectures import registry, supported_architectures
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.monitor import terms
 from recipes.evidence import lateness
@@ -37,9 +38,29 @@ def late() -> list[str]:
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
 
 
+def models() -> list[str]:
+    """Return every model type that an entry is shipped for, with its norms and what is left out."""
+    lines = [
+        "| model type | norms in front | norms behind | left out | transformers |",
+        "|---|---|---|---|---|",
+    ]
+    for name in supported_architectures():
+        entry = registry._registry[name]
+        kinds = (
+            any(block.pre_norms for block in entry.blocks),
+            any(block.post_norms for block in entry.blocks),
+        )
+        norms = ("yes" if kind else "" for kind in kinds)
+        left_out = "; ".join(f"`{each.path}`: {each.reason}" for each in entry.left_out)
+        cells = (f"`{name}`", *norms, left_out, entry.transformers)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
+    "models": ("docs/guides/supported-models.md", models),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

@@ -18,6 +18,7 @@ from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_stat
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
 from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
 from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
+from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = ["AdamW2"]
@@ -108,6 +109,7 @@ class AdamW2(Optimizer):
             fused=fused,
         )
         check_options(defaults)
+        self._workspaces: Workspaces = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -174,13 +176,13 @@ class AdamW2(Optimizer):
         for weights in plain:
             params, group = [weight.param for weight in weights], weights[0].group
             adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
-        update(ruled)
+        update(ruled, self._workspaces)
         update_adapters(adapters)
         return loss
 
     def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
         """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
-        params, weights = group["params"], []
+        params, weights, parts = group["params"], [], Parts.of(group["parts"])
         for index, param in enumerate(params):
             grad = param.grad
             if grad is None:
@@ -189,7 +191,7 @@ class AdamW2(Optimizer):
                 raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
             same = len(params) == len(shapes) and param.shape == shapes[index]
             refuse_flattened(param, replaced=not same)
-            weights.append(Weight(param, grad, self.state[param], group))
+            weights.append(Weight(param, grad, self.state[param], group, parts))
         return weights
 
     def effective_lr(self) -> dict[Any, float | list[float]]:
@@ -260,6 +262,7 @@ class AdamW2(Optimizer):
         super().__setstate__(state)
         # torch comes here after loading too, when the parameters may have been replaced.
         self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
+        self.__dict__.setdefault("_workspaces", {})
 
 
 def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:

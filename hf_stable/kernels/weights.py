@@ -20,13 +20,11 @@ class RuledWeight(Protocol):
         state: `step`, `exp_avg`, `exp_avg_sq`, and for its k parts `weight_v` and `update_v`, (k,
             n) each (a narrower part's vector is followed by zeros), `exempt` and `effective_lr`.
         group: options as `AdamW2` has them.
+        parts: where the matrices of the parameter lie.
     """
 
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     group: dict[str, Any]
-
-    @property
-    def parts(self) -> Parts:
-        """Where the matrices of the parameter lie."""
+    parts: Parts

@@ -70,8 +70,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     config does nothing.
 
     Args:
-        model: a supported `PreTrainedModel`, before any optimizer is built on it and before it is
-            wrapped, sharded or compiled.
+        model: a supported `PreTrainedModel`, before its parameters are collected for an optimizer's
+            groups and before it is wrapped, sharded or compiled.
         method: a method's name, its config, or a sequence of such, applied together.
         **options: fields of the config, where `method` is a single name.
 
@@ -96,7 +96,9 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
                 f"{config}, {_way_to_undo(model, config)}"
             )
     missing = [config for config in configs if config.method not in present]
-    plans = [METHODS[config.method][1](model, config) for config in missing]
+    plans: list[PatchPlan] = []
+    for config in missing:  # a comprehension has a frame of its own, which warnings would name
+        plans.append(METHODS[config.method][1](model, config))
     if missing:
         _warn_if_continuing(model)
     present |= {config.method: config for config in missing}

@@ -38,19 +38,23 @@ def block(name: str) -> str:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_own_architecture_block_makes_a_llama_patchable():
-    config = transformers.LlamaConfig(
+def test_own_architecture_block_makes_a_model_patchable():
+    config = transformers.HeliumConfig(
         vocab_size=11,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.HeliumForCausalLM(config).eval()
     ids = torch.arange(6)[None]
     before = model(ids).logits
-    with pytest.raises(hf_stable.UnsupportedModelError, match="llama"):
+    with pytest.raises(hf_stable.UnsupportedModelError, match="helium"):
         hf_stable.patch(model, "sigma_reparam")
     exec(block("own-architecture"), {})
     hf_stable.patch(model, "sigma_reparam")
@@ -71,31 +75,41 @@ def test_own_architecture_block_makes_a_llama_patchable():
 @pytest.mark.usefixtures("own_registry")
 def test_an_own_architecture_without_norms_is_exported_as_the_table_says(tmp_path):
     exec(block("own-architecture"), {})
-    config = transformers.LlamaConfig(
+    config = transformers.HeliumConfig(
         vocab_size=11,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    model = hf_stable.patch(transformers.LlamaForCausalLM(config).eval(), "remove_pre_layernorm")
+    model = hf_stable.patch(transformers.HeliumForCausalLM(config).eval(), "remove_pre_layernorm")
     hf_stable.export(model, tmp_path / "exported")
     model.save_pretrained(tmp_path / "saved")
     auto_class, ids = transformers.AutoModelForCausalLM, torch.arange(6)[None]
     for folder in (tmp_path / "exported", tmp_path / "saved"):
         with pytest.raises(StrictDataclassFieldValidationError, match="LayerNorms of this model"):
-            transformers.LlamaForCausalLM.from_pretrained(folder)
+            transformers.HeliumForCausalLM.from_pretrained(folder)
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             auto_class.from_pretrained(folder, trust_remote_code=False)
         loaded = auto_class.from_pretrained(folder, trust_remote_code=True)
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
-    loaded = hf_stable.load(transformers.LlamaForCausalLM, tmp_path / "saved")
+    loaded = hf_stable.load(transformers.HeliumForCausalLM, tmp_path / "saved")
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
 def test_the_two_commands_install_torch_first():
     for name in ("main-job", "tests"):
         assert block(name).startswith("pip install torch==2.13.0 && pip install -e ")
+
+
+def test_the_number_of_shipped_models_is_that_of_the_registry():
+    number = len(hf_stable.supported_architectures())
+    assert f"\n{number} model types are shipped" in README.read_text()
 
 
 def test_rates_of_alarms_are_those_of_the_replayed_runs():

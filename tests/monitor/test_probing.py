@@ -668,7 +668,8 @@ def test_compiled_models_keep_their_graph(fullgraph):
         assert executed_graphs() == [graph]
 
 
-def test_other_architectures_have_their_attention_measured():
+def test_other_architectures_have_their_attention_measured(own_registry):
+    del registry._registry["llama"]
     model = tiny_llama()
     ids = torch.arange(1, 13)[None]
     with pytest.raises(UnsupportedModelError, match=r"'llama'.*pass terms=\['entropy'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from hf_stable._wording import nearest
+from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
 from hf_stable.measures.parts import WHOLE
@@ -28,6 +30,10 @@ __all__ = [
     "refresh",
     "sigma_layers",
 ]
+
+
+_UNASKED = ("tied to", "experts")
+"""How the reasons begin that are the model's and not the caller's."""
 
 
 @method_options
@@ -99,7 +105,9 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
             f"heads={config.heads!r}{why}; the patterns are matched against names such as "
             f"{', '.join(map(repr, names[:3]))}"
         )
-    return plan_layers(chosen, config)
+    plan = plan_layers(chosen, config)
+    _warn_if_partial(model, chosen, reasons, config)
+    return plan
 
 
 def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> SigmaReparamPlan:
@@ -162,6 +170,41 @@ def choose_layers(
         else:
             chosen.append(layer)
     return chosen, reasons
+
+
+def _warn_if_partial(
+    model: nn.Module,
+    chosen: list[FoundLayer],
+    reasons: dict[str, str],
+    config: SigmaReparamConfig,
+) -> None:
+    """Warn where layers stay plain that nobody has asked to leave out."""
+    unasked = {
+        name: reason
+        for name, reason in reasons.items()
+        if reason.startswith(_UNASKED) and _is_asked_for(name, config)
+    }
+    heads = {layer.name for layer in find_layers(model) if "head" in layer.roles}
+    if config.heads == "skip":
+        unasked = {name: reason for name, reason in unasked.items() if name not in heads}
+    outside = {
+        each.name: each.reason
+        for each in find_uncovered(model)
+        if each.reason.startswith("outside")
+    }
+    if len(outside) > len(chosen) + len(reasons):
+        unasked |= outside  # most of the model is of no registered architecture
+    if unasked:
+        total = len(chosen) + len(reasons) + len(outside)
+        named = "; ".join(f"{name!r} ({unasked[name]})" for name in list(unasked)[:3])
+        number = f"{'is' if len(unasked) == 1 else 'are'} {len(unasked)}"
+        warnings.warn(
+            f"{len(chosen)} of {total} matrices are patched. Not patched, though nothing was said "
+            f"to leave them out, {number}: {named}{' ...' if len(unasked) > 3 else ''}. "
+            "hf_stable.describe(model) lists all; exclude=[...] says that it is meant",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _refuse_idle_patterns(config: SigmaReparamConfig, names: list[str]) -> None:

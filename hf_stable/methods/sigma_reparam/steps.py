@@ -218,8 +218,10 @@ def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]
     if missing:
         raise RuntimeError(
             f"{len(missing)} reparametrised layers (first: {missing[0].layer_name!r}) have their "
-            "weight in the optimizer but not their gamma, which would never be trained. Call "
-            "hf_stable.patch before the optimizer is built and before the model is wrapped"
+            "weight in the optimizer but not their gamma, which would never be trained. The "
+            "parameters were collected before hf_stable.patch added gamma. Call it first, then "
+            "collect the groups (model.named_parameters()), build the optimizer and wrap the "
+            "model"
         )
     if not torch.distributed.is_initialized():
         return

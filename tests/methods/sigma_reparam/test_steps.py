@@ -441,8 +441,19 @@ def test_an_optimizer_built_before_the_patch_is_an_error_at_its_first_step():
     with pytest.raises(
         RuntimeError,
         match=r"13 reparametrised layers \(first: 'vit.embeddings.patch_embeddings.projection'\) "
-        "have their weight in the optimizer but not their gamma.* before the optimizer is built",
+        "have their weight in the optimizer but not their gamma.*then collect the groups",
     ):
+        optimizer.step()
+
+
+def test_groups_collected_before_the_patch_are_told_from_the_optimizer():
+    """The optimizer is built after the patch, from parameters that were collected before it."""
+    model = tiny_model("vit")
+    groups = [{"params": list(model.parameters()), "lr": 0.1}]
+    hf_stable.patch(model, "sigma_reparam")
+    optimizer = torch.optim.SGD(groups)
+    backward(model)
+    with pytest.raises(RuntimeError, match="parameters were collected before hf_stable.patch"):
         optimizer.step()
 
 
