@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import local_tensor
+from hf_stable.kernels.choosing import Workspaces, step_by_kernels
 from hf_stable.measures.matrices import (
     RowShard,
     matrices_of,
@@ -67,17 +68,13 @@ GPU_BATCH_NUMEL = 1 << 26
 
 @dataclass(slots=True)
 class Weight:
-    """A parameter with its gradient, its state and the options of its group."""
+    """A parameter with its gradient, its state, the options of its group, and its parts."""
 
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     group: dict[str, Any]
-
-    @property
-    def parts(self) -> Parts:
-        """Where the matrices of the parameter lie."""
-        return Parts.of(self.group["parts"])
+    parts: Parts
 
     @property
     def num_parts(self) -> int:
@@ -177,13 +174,18 @@ def at_most(bound: Tensor, lr: float | Tensor) -> Tensor:
     return bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
 
 
-def update(weights: list[Weight]) -> None:
-    """Step weights under Rule 1, in place.
+def update(weights: list[Weight], workspaces: Workspaces) -> None:
+    """Step weights under Rule 1, in place: by kernels, and by torch what they do not take.
 
-    Working memory: a copy of the largest batch (three on a GPU, whose power iterations stack
-    weights and updates), and of the local rows of all sharded weights.
+    Those are the weights that are new to the rule, sharded ones, and what is not contiguous in
+    memory. Working memory of torch: a copy of the largest batch (three on a GPU, whose power
+    iterations stack weights and updates), and of the local rows of all sharded weights.
+
+    Args:
+        weights: with their state prepared.
+        workspaces: what the kernels keep from step to step.
     """
-    work = list(_batches(weights))
+    work = list(_batches(step_by_kernels(weights, workspaces)))
     sizes: defaultdict[Any, int] = defaultdict(int)
     for (first, *others), *_ in work:
         key, numel = (first.param.device, first.param.dtype), first.param.numel()
