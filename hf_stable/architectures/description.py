@@ -46,6 +46,8 @@ class Attention:
             the attention has a module for that.
         biased: whether the model adds to the logits, within the attention and unseen from outside,
             or does anything else to them that Wq, Wk and the scale do not tell.
+        bypassed: whether it uses the weights of its projections without their forward (WavLM), in
+            which gamma would have no effect: they are left as they are.
         query_scale: attribute of `module` by which it multiplies the queries before it hands them
             to the attention function, where that gets a scale of 1 instead (OPT).
     """
@@ -61,6 +63,7 @@ class Attention:
     rotary: bool | None = None
     normed: bool | None = None
     biased: bool = False
+    bypassed: bool = False
     query_scale: str | None = None
 
 
