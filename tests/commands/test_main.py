@@ -300,7 +300,7 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
     launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
-    assert len(launched) == 2 and not any(change["active"] for change in launched)
+    assert len(launched) == 3 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 
