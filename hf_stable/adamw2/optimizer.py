@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
-from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
+from hf_stable.adamw2.options import (
+    as_numbers,
+    check_group,
+    check_options,
+    parts_options,
+    refuse_flattened,
+)
 from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
 from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.parts import WHOLE, Parts
@@ -45,8 +51,8 @@ class AdamW2(Optimizer):
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
             group may set any of the options below, and also `parts`: where the matrices of a fused
             weight lie, each with its own rate (GPT-2's `c_attn`: `hf_stable.spectral.Parts((1, 1,
-            1), dim=1)`). A group that sets `lora_scale` holds LoRA's factors; see
-            `hf_stable.lora_groups`.
+            1), dim=1)`, or in short `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
+            LoRA's factors; see `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
         betas: decay of the running means of the gradient and of its square; tensors of one
             element are read once.
@@ -99,6 +105,8 @@ class AdamW2(Optimizer):
             tau=tau,
             power_iterations=power_iterations,
             parts=WHOLE.to_plain(),
+            blocks=1,
+            block_dim=0,
             lora_scale=None,
             lora_transposed=False,
             maximize=maximize,
@@ -120,14 +128,14 @@ class AdamW2(Optimizer):
                 weights.
             TypeError: for parameters that are not real floating-point tensors.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
-            param_group["params"] = list(param_group["params"])
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+            given = param_group["params"]
+            param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
             if "betas" in param_group:
                 param_group["betas"] = as_numbers(param_group["betas"])
+            param_group |= parts_options(param_group)
             check_group(params, self.defaults | param_group)
-            if "parts" in param_group:  # plain data, for files that are read without the class
-                param_group["parts"] = Parts.of(param_group["parts"]).to_plain()
         super().add_param_group(param_group)
         self._shapes = _shapes(self.param_groups)
 

@@ -58,7 +58,7 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     raise ValueError(
-        f"the config in {os.fspath(source)!r} has {names!r} under 'architectures', whose first "
+        f"{_path_of(source)} has {names!r} under 'architectures', whose first "
         "entry is no model class of transformers. Give the config of the model that was trained, "
         "head included, or load the model in Python with its own class"
     )

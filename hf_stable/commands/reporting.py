@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import (
     indented,
     make_console,
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from hf_stable.report.writing import WrittenReport
 
 __all__ = ["room"]
+
+LEAST = (
+    "rollbacks", "alarms", "divergence step", "time", "best loss", "max sigma1(Wq^T Wk)",
+    "min entropy (nats)", "accuracy",
+)  # fmt: skip
+"""Columns that a narrow terminal does without, the least important first."""
 
 room = typer.Typer()
 
@@ -43,6 +49,7 @@ def report(
     format: Annotated[
         str, typer.Option(help="html, one page that opens offline; png, json or csv.")
     ] = "html",
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -62,17 +69,17 @@ def report(
         ]
         print_json({"files": list(map(str, written.files)), "runs": rows})
     else:
-        _print_report(written)
+        _print_report(written, wide)
     failed = any(row.verdict.state == "failed" for row in written.summaries)
     return NO if failed else SUCCESS
 
 
-def _print_report(written: WrittenReport) -> None:
+def _print_report(written: WrittenReport, wide: bool) -> None:
     """Print a row for each run, what led to its verdict, and what was written."""
     from hf_stable.report.summary import TABLE_COLUMNS, table_cells
 
-    console = make_console()
-    table = make_table(*TABLE_COLUMNS)
+    console = make_console(wide=wide)
+    table = make_table(*TABLE_COLUMNS, least=LEAST)
     for row in written.summaries:
         table.add_row(*table_cells(row))
     console.print(table)

@@ -8,11 +8,20 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from hf_stable.kernels import cpu, gpu
-from hf_stable.kernels.weights import RuledWeight
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight
 
-__all__ = ["CHOICES", "SWITCH", "Workspaces", "chosen", "describe_paths", "step_by_kernels"]
+__all__ = [
+    "CHOICES",
+    "SWITCH",
+    "Workspaces",
+    "chosen",
+    "describe_paths",
+    "refresh_by_kernels",
+    "step_by_kernels",
+]
 
 SWITCH = "HF_STABLE_KERNELS"
 """The environment variable that chooses."""
@@ -28,6 +37,7 @@ Workspaces = MutableMapping[tuple[torch.dtype, torch.device], Any]
 """What the kernels keep from step to step, by dtype and device. It is no state."""
 
 Ruled = TypeVar("Ruled", bound=RuledWeight)
+Tracked = TypeVar("Tracked", bound=TrackedWeight)
 
 
 def chosen() -> str:
@@ -72,6 +82,27 @@ def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ru
         del workspaces[key]
     for key, (path, own) in taken.items():
         workspaces[key] = path.step_weights(own, workspaces.get(key))
+    return left
+
+
+def refresh_by_kernels(layers: Sequence[Tracked], keep: Tensor | None) -> list[Tracked]:
+    """Move the triples of layers whose weight a kernel takes, and return the others untouched.
+
+    Args:
+        layers: whose triples are to be moved.
+        keep: where this tensor of one element is not zero, everything stays as it is.
+    """
+    paths, left = _paths(), []
+    taken: dict[tuple[Any, ...], tuple[ModuleType, list[Tracked]]] = {}
+    for layer in layers:
+        path = next((path for path in paths if path.tracks(layer, keep)), None)
+        if path is None:
+            left.append(layer)
+            continue
+        key = layer.weight.dtype, layer.weight.device, layer.power_iterations
+        taken.setdefault(key, (path, []))[1].append(layer)
+    for path, own in taken.values():
+        path.refresh_layers(own, keep)
     return left
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_stable.measures.parts import Parts
 
-__all__ = ["RuledWeight"]
+__all__ = ["RuledWeight", "TrackedWeight"]
 
 
 class RuledWeight(Protocol):
@@ -28,3 +28,31 @@ class RuledWeight(Protocol):
     state: dict[str, Tensor]
     group: dict[str, Any]
     parts: Parts
+
+
+class TrackedWeight(Protocol):
+    """A layer whose weight has a singular triple for each of its k parts.
+
+    Attributes:
+        parts: where they lie.
+        power_iterations: how many the triple is moved by.
+    """
+
+    parts: Parts
+    power_iterations: int
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+
+    @property
+    def sigma(self) -> Tensor:
+        """(k,) values of `u.T W v`."""
+
+    @property
+    def sigma_u(self) -> Tensor:
+        """(k, m) left vectors; a smaller part's are followed by zeros."""
+
+    @property
+    def sigma_v(self) -> Tensor:
+        """(k, n) right vectors, likewise."""

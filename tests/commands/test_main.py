@@ -286,7 +286,7 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     out = capsys.readouterr().out
     for wrap in listed():
         assert wrap.target in out and wrap.reason in out
-    assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
+    assert torch.__version__ in out and ", ".join(hf_stable.supported_architectures()) in out
     assert main(["doctor", "--json"]) == SUCCESS
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
@@ -300,7 +300,7 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
     launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
-    assert len(launched) == 2 and not any(change["active"] for change in launched)
+    assert len(launched) == 3 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 

@@ -54,6 +54,7 @@ class SigmaLayer(nn.Module):
         sigma_u: (k, m) left singular vectors of the parts; a smaller part's are followed by zeros.
         sigma_v: (k, n) right singular vectors.
         parts: where the parts lie in `weight`.
+        power_iterations: how many the triple is moved by after a step.
         layer_name: qualified name in the model, for messages.
         serial_number: which of the process's sigma layers it is, oldest first.
         plain_class: the class that it was and will be, where that is not exactly the plain one.
@@ -68,6 +69,7 @@ class SigmaLayer(nn.Module):
     sigma_u: Tensor
     sigma_v: Tensor
     parts: Parts
+    power_iterations: int
     plain_class: type[nn.Module]
     layer_name: str
     serial_number: int

@@ -46,6 +46,7 @@ __all__ = [
 _ALIGNMENT = 64  # bytes, of what torch allocates
 _OWN_ATTRIBUTES = (
     "parts",
+    "power_iterations",
     "plain_class",
     "layer_name",
     "serial_number",
@@ -74,6 +75,7 @@ class SigmaState:
     v: Tensor
     parts: Parts
     name: str
+    power_iterations: int = 1
 
 
 def sigma_class_of(plain: type) -> type[SigmaLayer] | None:
@@ -179,6 +181,7 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
     layer.parts, layer.plain_class = state.parts, plain_class
+    layer.power_iterations = state.power_iterations
     stored = as_tensor(state.parts)
     if stored is not None:
         layer.register_buffer(PARTS_TENSOR, stored.to(state.sigma.device))
