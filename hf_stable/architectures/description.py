@@ -174,6 +174,8 @@ class Architecture:
         left_out: matrices that are left as they are by decision.
         plain_layers: names of classes derived from `nn.Linear` that compute the plain product
             (`FalconLinear`), so that gamma / sigma can scale their weight.
+        is_unseen: whether its attention is computed by code of its own, past the attention
+            interface of transformers, so that a probe sees none of it (it warns).
         transformers: versions of transformers that the entry fits, as in requirements (">=5.12").
     """
 
@@ -184,6 +186,7 @@ class Architecture:
     norms: tuple[Member, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     plain_layers: tuple[str, ...] = ()
+    is_unseen: bool = False
     transformers: str = ""
 
     @property

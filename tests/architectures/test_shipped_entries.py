@@ -13,12 +13,9 @@ from torch import nn
 import hf_stable
 from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.coverage import find_uncovered
-from hf_stable.architectures.finding import find_blocks, find_layers, find_norms
+from hf_stable.architectures.finding import find_blocks, find_layers, find_norms, find_regions
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-
-OUTSIDE_THE_INTERFACE = ("bloom", "falcon", "gpt_neo", "deberta-v2", "swinv2", "wavlm")
-"""Their attention is computed by code of their own, so a probe sees none of it, and says so."""
 
 ELSEWHERE = {"bert", "gpt2", "swin", "vit"}  # in test_contract, head by head
 COMPOSITES = {  # entries for what joins models that have entries of their own
@@ -132,7 +129,7 @@ OWN_MAPS = ("clip", "siglip", "vit_mae", "segformer", "albert", "speech_to_text"
 
 @pytest.mark.slow
 def test_entropy_and_spectra_are_right(name):
-    if name in OUTSIDE_THE_INTERFACE:
+    if any(region.architecture.is_unseen for region in find_regions(build(name))):
         model = build(name)
         with pytest.warns(UserWarning, match="attention"), hf_stable.probe(model) as records:
             output_with_gradient(model, name)
