@@ -123,6 +123,7 @@ class FoundLayer:
         roles: what its parts are for; of a stack of experts, what those of each expert are for.
         parts: where they lie in the weight.
         parameter: attribute of the module that is the weight.
+        bypassed: whether the model uses the weight without the layer's forward.
     """
 
     name: str
@@ -130,6 +131,7 @@ class FoundLayer:
     roles: tuple[Role, ...]
     parts: Parts = WHOLE
     parameter: str = "weight"
+    bypassed: bool = False
 
     @property
     def num_parts(self) -> int:
@@ -290,7 +292,8 @@ def _found_layer(
         dim = 1 if found.block.transposed_experts else 0
         return FoundLayer(name, module, roles, Parts((1,) * len(roles), 1, dim, True), attribute)
     parts = parts_of_projection(found.module, target, roles, attention)
-    return FoundLayer(name, target, roles, parts)
+    bypassed = attention is not None and attention.bypassed
+    return FoundLayer(name, target, roles, parts, bypassed=bypassed)
 
 
 def _members_of(region: Region) -> Iterator[tuple[str, Role]]:

@@ -251,6 +251,31 @@ def test_a_gradient_spike_in_a_new_direction_is_mostly_seen(size, allowed):
     assert max(ratios[:25] + ratios[28:]) / 0.004 < 1.05
 
 
+def relative_changes(shape, size):
+    """What three steps change of sigma1 of a weight of this size, each as a share of it."""
+    (param,) = make_params({"a": shape}, dtype=torch.float32)
+    with torch.no_grad():
+        param.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * size)
+    optimizer = AdamW2([param], lr=1e30, tau=0.01, weight_decay=0.0, eps=0.0)
+    changes = []
+    for seed in range(3):
+        set_grads([param], seed)
+        before = param.detach().double().clone()
+        optimizer.step()
+        changes.append(paper.sigma1(param.detach().double() - before) / paper.sigma1(before))
+    return changes
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (300, 260)], ids=str)
+def test_the_bound_holds_as_far_as_the_card_says(shape):
+    """sigma1 of these is between 7 and 34 times their size: 1e-18 to 1e18 and a little beyond."""
+    usual = relative_changes(shape, 1.0)
+    assert max(usual) < 0.012
+    for size in (1e-19, 1e17):
+        assert relative_changes(shape, size) == pytest.approx(usual, rel=1e-4)
+    assert relative_changes(shape, 1e21) != pytest.approx(usual, rel=0.1)  # the card's limit
+
+
 # ---- what the paper leaves open ----
 
 

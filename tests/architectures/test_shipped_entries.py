@@ -13,18 +13,19 @@ from torch import nn
 import hf_stable
 from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.coverage import find_uncovered
-from hf_stable.architectures.finding import find_blocks, find_layers, find_norms
+from hf_stable.architectures.finding import find_blocks, find_layers, find_norms, find_regions
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-
-OUTSIDE_THE_INTERFACE = ("bloom", "falcon", "gpt_neo", "deberta-v2", "swinv2", "wavlm")
-"""Their attention is computed by code of their own, so a probe sees none of it, and says so."""
 
 ELSEWHERE = {"bert", "gpt2", "swin", "vit"}  # in test_contract, head by head
 COMPOSITES = {  # entries for what joins models that have entries of their own
     "encoder-decoder", "gemma3", "llava", "speech-encoder-decoder", "vision-encoder-decoder",
     "vision-text-dual-encoder",
 }  # fmt: skip
+
+
+LATE = 0.2
+"""How far a tracked sigma may be behind in the first steps (the method card has what is usual)."""
 
 
 @pytest.fixture(params=MODELS)
@@ -63,11 +64,10 @@ def trained(name):
     model = hf_stable.patch(build(name).train(), "sigma_reparam")
     before = {n: m.gamma.detach().clone() for n, m in model.named_modules()
               if isinstance(m, SigmaLayer)}  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(3):
         optimizer.zero_grad()
         outputs_of(model, batch(name)).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval(), before
 
@@ -85,17 +85,21 @@ def test_patched_trained_saved_and_reloaded(name, tmp_path):
     assert torch.equal(output(patched, name), expected)
     report = hf_stable.describe(patched)
     skipped = [row for row in report.layers if row.skipped is not None]
-    assert all(row.skipped.startswith(("tied", "a head", "experts")) for row in skipped)
+    assert all(
+        row.skipped.startswith(("tied", "a head", "experts", "the model uses its weight"))
+        for row in skipped
+    )
 
     model, before = trained(name)
-    moved = [not torch.equal(model.get_submodule(n).gamma, g) for n, g in before.items()]
-    assert sum(moved) > len(moved) / 2  # a path that a batch does not take moves nothing
+    assert not [
+        n for n, gamma in before.items() if torch.equal(model.get_submodule(n).gamma, gamma)
+    ]
     for layer in model.modules():
         if isinstance(layer, SigmaLayer):
             exact = [
                 torch.linalg.matrix_norm(m, 2) for m in local_matrices(layer.weight, layer.parts)
             ]
-            torch.testing.assert_close(layer.sigma, torch.stack(exact), rtol=0.05, atol=1e-6)
+            torch.testing.assert_close(layer.sigma, torch.stack(exact), rtol=LATE, atol=1e-6)
     answer = output(model, name)
     assert not torch.allclose(answer, expected, rtol=1e-3, atol=1e-4)
 
@@ -125,7 +129,7 @@ OWN_MAPS = ("clip", "siglip", "vit_mae", "segformer", "albert", "speech_to_text"
 
 @pytest.mark.slow
 def test_entropy_and_spectra_are_right(name):
-    if name in OUTSIDE_THE_INTERFACE:
+    if any(region.architecture.is_unseen for region in find_regions(build(name))):
         model = build(name)
         with pytest.warns(UserWarning, match="attention"), hf_stable.probe(model) as records:
             output_with_gradient(model, name)

@@ -166,6 +166,8 @@ def choose_layers(
         weight_name = f"{layer.name}.weight"
         if layer.parameter != "weight":
             reasons[layer.name] = "experts in one parameter, which sigma_reparam leaves out"
+        elif layer.bypassed:
+            reasons[layer.name] = "the model uses its weight without the layer's forward"
         elif weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"
         elif "head" in layer.roles and config.heads == "skip":
