@@ -205,5 +205,5 @@ def test_adamw2_knows_every_part(name):
         pairs = zip(*(local_matrices(side, layer.parts) for side in sides), strict=True)
         for old, new in pairs:
             share = torch.linalg.matrix_norm(new - old, 2) / torch.linalg.matrix_norm(old, 2)
-            # Ten power iterations from nothing miss sigma1 of a small random matrix by some percent.
+            # Ten power iterations from nothing miss sigma1 of a small matrix by some percent.
             assert share <= 0.01 * COLD, layer.name
