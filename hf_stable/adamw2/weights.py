@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,15 +64,21 @@ def prepare_state(weight: Weight) -> None:
         state["step"] = state["step"].to(param.device)  # ZeroRedundancyOptimizer loads it so
     if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
         return
-    shapes = shapes_of(param, weight.parts)
-    size = (len(shapes), max(width for _, width in shapes))
+    size = _size_of_vectors(param.shape, weight.parts)
     if "weight_v" in state and state["weight_v"].shape == size:
         return
     for key in RULE_STATE:
         state.pop(key, None)
     dtype = spectral_dtype(param.dtype)
     rows = torch.zeros(size, dtype=dtype, device=param.device)
-    for row, (_, width) in zip(rows, shapes, strict=True):
+    for row, (_, width) in zip(rows, shapes_of(param, weight.parts), strict=True):
         row[:width] = generic_vector(width, dtype=dtype, device=param.device)
     for key in ("weight_v", "update_v"):
         state[key] = rows.clone()
+
+
+@cache
+def _size_of_vectors(shape: torch.Size, parts: Parts) -> tuple[int, int]:
+    """Return the size of the power vectors of a weight; worked out once for each shape."""
+    shapes = shapes_of(torch.empty(shape, device="meta"), parts)
+    return len(shapes), max(width for _, width in shapes)
