@@ -28,14 +28,22 @@ from hf_stable.architectures.finding import (
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.measures.parts import Parts
 from hf_stable.monitor import terms
+from hf_stable.trainer.changes import ON_IMPORT
 from recipes.evidence import lateness
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def changes() -> list[str]:
-    """Return what importing hf_stable changes, and why."""
-    return changes_as_markdown(list_changes()).splitlines()
+    """Return what importing hf_stable and its commands change, and why.
+
+    The order is fixed here: that of the list follows what was imported first.
+    """
+    rows = sorted(
+        list_changes(),
+        key=lambda row: (row.made_by != ON_IMPORT, row.made_by, row.target, row.reason),
+    )
+    return changes_as_markdown(rows).splitlines()
 
 
 def monitored() -> list[str]:

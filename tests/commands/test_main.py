@@ -6,6 +6,7 @@ import platform
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -203,6 +204,17 @@ def test_inspect_says_no_to_a_matrix_with_nan(capsys, tmp_path):
     save_file({"a.weight": torch.full((2, 2), float("nan"))}, tmp_path / "model.safetensors")
     assert main(["inspect", str(tmp_path)]) == NO
     assert "NaN" in capsys.readouterr().out
+
+
+def test_fold_leaves_behind_what_only_serves_to_go_on(capsys, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    for name in ("random_states_0.pkl", "optimizer.bin", "scheduler.pt", ".env"):
+        (source / name).write_bytes(b"private")
+    (source / "generation_config.json").write_text("{}")
+    assert main(["fold", str(source), str(tmp_path / "plain"), "--json"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["files"] == [
+        "config.json", "generation_config.json", "model.safetensors"
+    ]  # fmt: skip
 
 
 def test_fold_writes_a_plain_folder(capsys, checkpoint, tmp_path):

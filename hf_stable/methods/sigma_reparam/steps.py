@@ -201,7 +201,7 @@ def _decays(group: dict[str, Any]) -> bool:
     return decay is not None and float(decay) != 0.0
 
 
-def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]) -> None:
+def _check_gammas_are_trained(layers: Sequence[LayerWithTriple], owned: set[int]) -> None:
     """Raise if the weight of a layer moves but its gamma never will, or not in step with others.
 
     A frozen gamma is warned of: it may be meant, or left over from a weight that was frozen too.
@@ -239,6 +239,11 @@ def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]
             "collect the groups (model.named_parameters()), build the optimizer and wrap the "
             "model"
         )
+    _check_gammas_are_averaged(layers)
+
+
+def _check_gammas_are_averaged(layers: Iterable[LayerWithTriple]) -> None:
+    """Raise if DDP averages the weight of a layer over ranks but not its gamma."""
     if not torch.distributed.is_initialized():
         return
     for ddp in _live_instances(DistributedDataParallel):
