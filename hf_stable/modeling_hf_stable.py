@@ -137,7 +137,8 @@ def weight_guard(model: nn.Module, norms: dict[str, list[str]]) -> dict[str, Ten
     names = {id(module): name for name, module in model.named_modules()}
     for owner, path in locate_norms(model, norms):
         place = f"{names[id(owner)]}.{path}.weight".removeprefix(".")
-        return {place: torch.zeros(1)}
+        dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+        return {place: torch.zeros(1, dtype=next(dtypes, None))}
     return {}
 
 
