@@ -14,18 +14,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from hf_stable.architectures import registry, supported_architectures
+from tiny_architectures import MODELS, build
+
+from hf_stable.architectures.finding import (
+    Region,
+    find_blocks,
+    find_layers,
+    find_norms,
+    find_regions,
+)
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
+from hf_stable.measures.parts import Parts
 from hf_stable.monitor import terms
+from hf_stable.trainer.changes import ON_IMPORT
 from recipes.evidence import lateness
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def changes() -> list[str]:
-    """Return what importing hf_stable changes, and why."""
-    return changes_as_markdown(list_changes()).splitlines()
+    """Return what importing hf_stable and its commands change, and why.
+
+    The order is fixed here: that of the list follows what was imported first.
+    """
+    rows = sorted(
+        list_changes(),
+        key=lambda row: (row.made_by != ON_IMPORT, row.made_by, row.target, row.reason),
+    )
+    return changes_as_markdown(rows).splitlines()
 
 
 def monitored() -> list[str]:
@@ -39,22 +57,55 @@ def late() -> list[str]:
 
 
 def models() -> list[str]:
-    """Return every model type that an entry is shipped for, with its norms and what is left out."""
+    """Return what holds for every model type that an entry is shipped for.
+
+    It is read off a tiny model of each; the contract of the entries holds them to it.
+    """
     lines = [
-        "| model type | norms in front | norms behind | left out | transformers |",
-        "|---|---|---|---|---|",
+        "| model type | sigmaReparam | fused parts, each with a gamma and a rate | attention "
+        "| entropy bound | norms that can go |",
+        "|---|---|---|---|---|---|",
     ]
-    for name in supported_architectures():
-        entry = registry._registry[name]
-        kinds = (
-            any(block.pre_norms for block in entry.blocks),
-            any(block.post_norms for block in entry.blocks),
-        )
-        norms = ("yes" if kind else "" for kind in kinds)
-        left_out = "; ".join(f"`{each.path}`: {each.reason}" for each in entry.left_out)
-        cells = (f"`{name}`", *norms, left_out, entry.transformers)
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    rows: dict[str, str] = {}
+    for name in MODELS:
+        model = build(name)
+        for region in find_regions(model):
+            if region.architecture.blocks:
+                rows.setdefault(region.architecture.model_type, _row(region))
+    return lines + [rows[name] for name in sorted(rows)]
+
+
+def _row(region: Region) -> str:
+    entry, inside = region.architecture, set(map(id, region.module.modules()))
+    layers = [each for each in find_layers(region.module) if id(each.module) in inside]
+    blocks = find_blocks(region.module)
+    out = {"experts": any(each.parameter != "weight" for each in layers),
+           "attention": any(each.bypassed for each in layers)}  # fmt: skip
+    without = [what for what, is_out in out.items() if is_out]
+    fused = sorted({_parts(each.parts) for each in layers if not each.parts.is_whole})
+    bound = all(b.has_plain_logits(a) for b in blocks for _, a in b.attentions())
+    placements = {norm.placement for norm in find_norms(region.module)}
+    methods = {"pre": "`remove_pre_layernorm`", "post": "`remove_layernorm`",
+               "branch": "`remove_layernorm`"}  # fmt: skip
+    cells = (
+        f"`{entry.model_type}`",
+        f"all but {' and '.join(without)}" if without else "yes",
+        ", ".join(fused),
+        "spectra only" if entry.is_unseen else "yes",
+        "yes" if bound and not entry.is_unseen else "",
+        ", ".join(sorted({methods[each] for each in placements & methods.keys()})),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _parts(parts: Parts) -> str:
+    if parts.stacked:
+        return "each expert" if len(parts.shares) == 1 else "gate and up of each expert"
+    if len(parts.shares) == 2:
+        return "gate and up"
+    if parts.is_interleaved:
+        return "q, k, v per head"
+    return "q, k, v"
 
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {

@@ -27,7 +27,7 @@ def to_json(content: Any, **layout: Any) -> str:
 
     Args:
         content: what `json.dumps` takes.
-        layout: of its options `indent` and `separators`.
+        layout: of its options, such as `indent` and `separators`.
     """
     return json.dumps(as_json_value(content), allow_nan=False, **layout)
 

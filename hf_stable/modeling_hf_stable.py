@@ -6,18 +6,21 @@ its config `HfStableGPT2Config` of model_type "hf_stable_gpt2".
 
 In config.json a sentence stands where a number belongs: the epsilon of the norms, or, where a
 config has none, a scale of the initialisation. The classes of transformers themselves would bring
-the norms back; they refuse the folder and show the sentence.
+the norms back; they refuse the folder and show the sentence. Handed a config without it, they
+refuse the weights: one of the norms has a gain there, of a size that no norm has.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 CLASS_PREFIX = "HfStable"
 MODEL_TYPE_PREFIX = "hf_stable_"
@@ -57,11 +60,23 @@ def _model_members(native: Any) -> dict[str, Any]:
         for owner, path in locate_norms(self, config.removed_layernorms):
             parent, _, attribute = path.rpartition(".")
             setattr(owner.get_submodule(parent), attribute, nn.Identity())
+        # The guard is for other classes: here it is nobody's.
+        guard = weight_guard(self, config.removed_layernorms)
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {*ignored, *map(re.escape, guard)}
+
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> Any:
+        """Save as the native class does, with what makes it refuse the weights."""
+        given = kwargs.pop("state_dict", None)
+        state_dict = dict(self.state_dict() if given is None else given)
+        state_dict |= weight_guard(self, self.config.removed_layernorms)
+        return native.save_pretrained(self, save_directory, state_dict=state_dict, **kwargs)
 
     config_name = CLASS_PREFIX + native.config_class.__name__
     return {
         "__doc__": f"`{native.__name__}` without the norms in `config.removed_layernorms`.",
         "__init__": __init__,
+        "save_pretrained": save_pretrained,
         "config_class": globals().get(config_name) or __getattr__(config_name),
     }
 
@@ -110,6 +125,20 @@ def guarded_field(config_class: Any) -> str:
     if not epsilons and not scales:
         raise TypeError(f"{config_class.__name__} has no number that a sentence could stand for")
     return (epsilons + scales)[0]
+
+
+def weight_guard(model: nn.Module, norms: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Return one tensor under the name of a norm's gain, which fits no norm.
+
+    Args:
+        model: without the norms.
+        norms: paths of norms by the class that has them, as in `config.removed_layernorms`.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for owner, path in locate_norms(model, norms):
+        place = f"{names[id(owner)]}.{path}.weight".removeprefix(".")
+        return {place: torch.zeros(1)}
+    return {}
 
 
 def locate_norms(model: nn.Module, norms: dict[str, list[str]]) -> list[tuple[nn.Module, str]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
-from hf_stable.architectures.finding import find_layers
+from hf_stable.adamw2.options import parts_options
+from hf_stable.architectures.finding import find_layers, find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
 
 __all__ = ["lora_groups", "parameter_groups", "parameter_rules", "part_groups"]
@@ -75,7 +77,8 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     or later; and for LoRA on embeddings. Embeddings that are bare parameters (ViT's `cls_token`
     and `position_embeddings`) are under the rule, by their l2 norm.
 
-    Fused projections that the model's architecture names get `parts`; of an
+    Fused projections that the model's architecture names get `parts` (with `blocks` and
+    `block_dim`, the same in two numbers); of an
     unregistered architecture, matrices are taken whole.
     """
     rules: dict[int, dict[str, Any]] = {
@@ -89,12 +92,24 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
         if isinstance(module, nn.Embedding)
     }
     try:
-        layers = find_layers(model)
+        find_regions(model)
     except UnsupportedModelError:
+        return rules
+    try:
+        layers = find_layers(model)
+    except UnsupportedModelError as error:
+        warnings.warn(
+            f"AdamW2 takes the fused projections of this {type(model).__name__} whole, with one "
+            f"rate for all their parts, since the entry of its architecture does not fit: {error}",
+            UserWarning,
+            stacklevel=2,
+        )
         return rules
     for layer in layers:
         if not layer.parts.is_whole and layer.weight is not None:
-            rules.setdefault(id(layer.weight), {"parts": layer.parts})
+            rules.setdefault(
+                id(layer.weight), parts_options({"parts": layer.parts}) | {"parts": layer.parts}
+            )
     return rules
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_stable.adamw2.options import as_numbers, check_group
-from hf_stable.adamw2.rule import LORA_STATE, MOMENTS, RULE_STATE
+from hf_stable.adamw2.weights import LORA_STATE, MOMENTS, RULE_STATE
 from hf_stable.measures.matrices import shapes_of, spectral_dtype
 from hf_stable.measures.parts import Parts
 

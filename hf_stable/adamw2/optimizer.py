@@ -16,8 +16,16 @@ from torch.optim import Optimizer
 
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
-from hf_stable.adamw2.options import as_numbers, check_group, check_options, refuse_flattened
-from hf_stable.adamw2.rule import Weight, adam_step, prepare_state, update
+from hf_stable.adamw2.options import (
+    as_numbers,
+    check_group,
+    check_options,
+    parts_options,
+    refuse_flattened,
+)
+from hf_stable.adamw2.rule import adam_step, update
+from hf_stable.adamw2.weights import Weight, prepare_state
+from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = ["AdamW2"]
@@ -44,8 +52,8 @@ class AdamW2(Optimizer):
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
             group may set any of the options below, and also `parts`: where the matrices of a fused
             weight lie, each with its own rate (GPT-2's `c_attn`: `hf_stable.spectral.Parts((1, 1,
-            1), dim=1)`). A group that sets `lora_scale` holds LoRA's factors; see
-            `hf_stable.lora_groups`.
+            1), dim=1)`, or in short `blocks=3, block_dim=1`). A group that sets `lora_scale` holds
+            LoRA's factors; see `hf_stable.lora_groups`.
         lr: highest learning rate; a float or a one-element tensor.
         betas: decay of the running means of the gradient and of its square; tensors of one
             element are read once.
@@ -98,6 +106,8 @@ class AdamW2(Optimizer):
             tau=tau,
             power_iterations=power_iterations,
             parts=WHOLE.to_plain(),
+            blocks=1,
+            block_dim=0,
             lora_scale=None,
             lora_transposed=False,
             maximize=maximize,
@@ -108,6 +118,7 @@ class AdamW2(Optimizer):
             fused=fused,
         )
         check_options(defaults)
+        self._workspaces: Workspaces = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,14 +129,14 @@ class AdamW2(Optimizer):
                 weights.
             TypeError: for parameters that are not real floating-point tensors.
         """
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], Tensor | set):
-            param_group["params"] = list(param_group["params"])
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+            given = param_group["params"]
+            param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
             if "betas" in param_group:
                 param_group["betas"] = as_numbers(param_group["betas"])
+            param_group |= parts_options(param_group)
             check_group(params, self.defaults | param_group)
-            if "parts" in param_group:  # plain data, for files that are read without the class
-                param_group["parts"] = Parts.of(param_group["parts"]).to_plain()
         super().add_param_group(param_group)
         self._shapes = _shapes(self.param_groups)
 
@@ -174,13 +185,13 @@ class AdamW2(Optimizer):
         for weights in plain:
             params, group = [weight.param for weight in weights], weights[0].group
             adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
-        update(ruled)
+        update(ruled, self._workspaces)
         update_adapters(adapters)
         return loss
 
     def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
         """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
-        params, weights = group["params"], []
+        params, weights, parts = group["params"], [], Parts.of(group["parts"])
         for index, param in enumerate(params):
             grad = param.grad
             if grad is None:
@@ -189,7 +200,7 @@ class AdamW2(Optimizer):
                 raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
             same = len(params) == len(shapes) and param.shape == shapes[index]
             refuse_flattened(param, replaced=not same)
-            weights.append(Weight(param, grad, self.state[param], group))
+            weights.append(Weight(param, grad, self.state[param], group, parts))
         return weights
 
     def effective_lr(self) -> dict[Any, float | list[float]]:
@@ -260,6 +271,7 @@ class AdamW2(Optimizer):
         super().__setstate__(state)
         # torch comes here after loading too, when the parameters may have been replaced.
         self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
+        self.__dict__.setdefault("_workspaces", {})
 
 
 def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:

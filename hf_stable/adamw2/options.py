@@ -13,7 +13,14 @@ from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 from hf_stable.measures.parts import Parts
 
-__all__ = ["as_numbers", "check_group", "check_options", "parse_options", "refuse_flattened"]
+__all__ = [
+    "as_numbers",
+    "check_group",
+    "check_options",
+    "parse_options",
+    "parts_options",
+    "refuse_flattened",
+]
 
 _PARSERS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
 _TRAINER_FIELDS = {
@@ -139,6 +146,43 @@ def _check_implementation(options: dict[str, Any]) -> None:
             )
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+
+
+def parts_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group that say where the matrices of its weights lie, all of them.
+
+    `parts` says it in full; `blocks` and `block_dim` say it of equal blocks along one dimension.
+    Either is made from the other: plain data, for files that are read without a class.
+
+    Args:
+        group: with one of the two, with both, or with neither.
+
+    Returns:
+        `parts`, `blocks` and `block_dim`; nothing for a group with neither.
+
+    Raises:
+        ValueError: for `blocks` or `block_dim` that say nothing, or something else than `parts`.
+    """
+    if "parts" in group and not _are_parts(group["parts"]):
+        return {}  # `check_options` says so
+    parts = Parts.of(group["parts"]) if "parts" in group else None
+    if "blocks" in group or "block_dim" in group:
+        blocks, dim = group.get("blocks", 1), group.get("block_dim", 0)
+        if not _is_count(blocks) or dim not in (0, 1):
+            raise ValueError(
+                f"AdamW2 cannot use blocks={blocks!r} along block_dim={dim!r}: give an integer "
+                ">= 1, and 0 or 1"
+            )
+        equal = Parts((1,) * blocks, dim=dim)
+        if parts is not None and (len(parts.shares), parts.dim) != (blocks, equal.dim):
+            raise ValueError(
+                f"blocks={blocks} along block_dim={dim} say something else than {parts}: leave "
+                "them out"
+            )
+        parts = parts or equal
+    if parts is None:
+        return {}
+    return {"parts": parts.to_plain(), "blocks": len(parts.shares), "block_dim": parts.dim}
 
 
 def check_group(params: Sequence[Any], options: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,40 +15,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import local_tensor
+from hf_stable.adamw2.weights import MOMENTS, Weight
+from hf_stable.kernels.choosing import Workspaces, step_by_kernels
 from hf_stable.measures.matrices import (
     RowShard,
-    matrices_of,
-    shapes_of,
     spectral_dtype,
     spread_values,
 )
-from hf_stable.measures.parts import Parts
-from hf_stable.measures.power_iteration import generic_vector, power_step
+from hf_stable.measures.power_iteration import power_step
 
 __all__ = [
     "COLD_ITERATIONS",
-    "LORA_STATE",
-    "MOMENTS",
-    "RULE_STATE",
-    "Weight",
     "adam_step",
     "at_most",
     "move",
-    "prepare_state",
     "target_scale",
     "update",
 ]
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What torch's AdamW keeps per weight beside `step`; the same here."""
-
-LORA_STATE = ("merged_v", "linear_v", "quadratic_v")
-"""What Rule 1 for LoRA keeps with B: right vectors of the merged weight and of the two parts of its
-change, (n,) each."""
-
-RULE_STATE = ("weight_v", "update_v", *LORA_STATE, "exempt", "effective_lr")
-"""What Rule 1 adds, for each of the k parts of a weight: right vectors of W and U, (k, n) each (a
-narrower part's are followed by zeros); whether it is exempt and its last rate, (k,) each."""
 
 COLD_ITERATIONS = 10
 """Power iterations at the first step of a weight, whose vectors start from nothing."""
@@ -63,60 +45,6 @@ the cache when it is applied.
 
 GPU_BATCH_NUMEL = 1 << 26
 """The same elsewhere, where launches count: 256 MB of float32 working memory a batch."""
-
-
-@dataclass(slots=True)
-class Weight:
-    """A parameter with its gradient, its state and the options of its group."""
-
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
-    group: dict[str, Any]
-
-    @property
-    def parts(self) -> Parts:
-        """Where the matrices of the parameter lie."""
-        return Parts.of(self.group["parts"])
-
-    @property
-    def num_parts(self) -> int:
-        """How many matrices the parameter stands for."""
-        return len(shapes_of(self.param, self.parts))
-
-    def matrices(self, tensor: Tensor) -> list[Tensor | RowShard]:
-        """Return the matrices of a tensor that is laid out like the parameter, to be read."""
-        return matrices_of(tensor.reshape(1) if tensor.ndim == 0 else tensor, self.parts)
-
-    def vectors(self, key: str) -> list[Tensor]:
-        """View the power vectors that the state has under a key, each as long as its matrix."""
-        rows, shapes = self.state[key], shapes_of(self.param, self.parts)
-        return [row[:width] for row, (_, width) in zip(rows, shapes, strict=True)]
-
-
-def prepare_state(weight: Weight) -> None:
-    """Create what the state of a weight lacks: all of it, or what Rule 1 adds."""
-    param, state = weight.param, weight.state
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        for key in MOMENTS:
-            state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    elif state["step"].device != param.device:
-        state["step"] = state["step"].to(param.device)  # ZeroRedundancyOptimizer loads it so
-    if math.isinf(weight.group["tau"]) or weight.group["lora_scale"] is not None:
-        return
-    shapes = shapes_of(param, weight.parts)
-    size = (len(shapes), max(width for _, width in shapes))
-    if "weight_v" in state and state["weight_v"].shape == size:
-        return
-    for key in RULE_STATE:
-        state.pop(key, None)
-    dtype = spectral_dtype(param.dtype)
-    rows = torch.zeros(size, dtype=dtype, device=param.device)
-    for row, (_, width) in zip(rows, shapes, strict=True):
-        row[:width] = generic_vector(width, dtype=dtype, device=param.device)
-    for key in ("weight_v", "update_v"):
-        state[key] = rows.clone()
 
 
 def adam_step(
@@ -177,13 +105,18 @@ def at_most(bound: Tensor, lr: float | Tensor) -> Tensor:
     return bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
 
 
-def update(weights: list[Weight]) -> None:
-    """Step weights under Rule 1, in place.
+def update(weights: list[Weight], workspaces: Workspaces) -> None:
+    """Step weights under Rule 1, in place: by kernels, and by torch what they do not take.
 
-    Working memory: a copy of the largest batch (three on a GPU, whose power iterations stack
-    weights and updates), and of the local rows of all sharded weights.
+    Those are the weights that are new to the rule, sharded ones, and what is not contiguous in
+    memory. Working memory of torch: a copy of the largest batch (three on a GPU, whose power
+    iterations stack weights and updates), and of the local rows of all sharded weights.
+
+    Args:
+        weights: with their state prepared.
+        workspaces: what the kernels keep from step to step.
     """
-    work = list(_batches(weights))
+    work = list(_batches(step_by_kernels(weights, workspaces)))
     sizes: defaultdict[Any, int] = defaultdict(int)
     for (first, *others), *_ in work:
         key, numel = (first.param.device, first.param.dtype), first.param.numel()
@@ -191,7 +124,7 @@ def update(weights: list[Weight]) -> None:
             sizes[key] = max(sizes[key], numel * (1 + len(others)))
     workspace = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
     for together in work:
-        _step_together(together, workspace)
+        _step_batch(together, workspace)
 
 
 def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
@@ -220,7 +153,7 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
         yield list(groups.values())
 
 
-def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -> None:
+def _step_batch(together: list[list[Weight]], workspace: dict[Any, Tensor]) -> None:
     """Step weights that share their power iterations; comments name lines of Algorithm 1."""
     # Lines 3 to 5: the moments, and targets that are multiples of -U_t.
     targets = []
@@ -233,7 +166,7 @@ def _step_together(together: list[list[Weight]], workspace: dict[Any, Tensor]) -
         together, targets, sigma_weights, sigma_targets, strict=True
     ):
         # Lines 7 to 9: one rate for each matrix.
-        rates = _clip(weights, sigma_weight, sigma_target / target_scale(weights[0]))
+        rates = _clip_rates(weights, sigma_weight, sigma_target / target_scale(weights[0]))
         # Lines 10 to 14.
         move(weights, own_targets, rates)
 
@@ -289,7 +222,7 @@ def _spectral_norms(
     return stacks[: len(together)], stacks[len(together) :]
 
 
-def _clip(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+def _clip_rates(weights: list[Weight], sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
     """Return `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6) for every matrix, and store it.
 
     A NaN stays a NaN: an update of unknown size must not pass as a small one.

@@ -36,5 +36,6 @@ register_architecture(
             Member("LegacyDebertaV2PredictionHeadTransform", "LayerNorm"),
             Member("DebertaV2LMPredictionHead", "LayerNorm"),
         ),
+        is_unseen=True,
     )
 )  # fmt: skip

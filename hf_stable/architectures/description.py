@@ -46,6 +46,8 @@ class Attention:
             the attention has a module for that.
         biased: whether the model adds to the logits, within the attention and unseen from outside,
             or does anything else to them that Wq, Wk and the scale do not tell.
+        bypassed: whether it uses the weights of its projections without their forward (WavLM), in
+            which gamma would have no effect: they are left as they are.
         query_scale: attribute of `module` by which it multiplies the queries before it hands them
             to the attention function, where that gets a scale of 1 instead (OPT).
     """
@@ -61,6 +63,7 @@ class Attention:
     rotary: bool | None = None
     normed: bool | None = None
     biased: bool = False
+    bypassed: bool = False
     query_scale: str | None = None
 
 
@@ -171,6 +174,8 @@ class Architecture:
         left_out: matrices that are left as they are by decision.
         plain_layers: names of classes derived from `nn.Linear` that compute the plain product
             (`FalconLinear`), so that gamma / sigma can scale their weight.
+        is_unseen: whether its attention is computed by code of its own, past the attention
+            interface of transformers, so that a probe sees none of it (it warns).
         transformers: versions of transformers that the entry fits, as in requirements (">=5.12").
     """
 
@@ -181,6 +186,7 @@ class Architecture:
     norms: tuple[Member, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     plain_layers: tuple[str, ...] = ()
+    is_unseen: bool = False
     transformers: str = ""
 
     @property

@@ -6,10 +6,6 @@ from hf_stable.architectures.registry import register_architecture
 from hf_stable.architectures.vit import PLAIN_MLP, patch_block
 
 _NORMS = ("norm1", "norm2")
-_SWIGLU: MlpPaths = {
-    "mlp_in": ("mlp.weights_in", "mlp.weights_in"),
-    "mlp_out": ("mlp.weights_out",),
-}
 _UP_DOWN: MlpPaths = {"mlp_in": ("mlp.up_proj",), "mlp_out": ("mlp.down_proj",)}
 
 for _model_type, _prefix in {
@@ -19,7 +15,7 @@ for _model_type, _prefix in {
     register_architecture(
         Architecture(
             _model_type,
-            tuple(patch_block(f"{_prefix}Layer", mlp, _NORMS) for mlp in (PLAIN_MLP, _SWIGLU)),
+            tuple(patch_block(f"{_prefix}Layer", mlp, _NORMS) for mlp in (PLAIN_MLP, GATED)),
             layers=members(_prefix, "PatchEmbeddings.projection"),
             heads=members(_prefix, "ForImageClassification.classifier"),
             norms=members(_prefix, "Model.layernorm", "Backbone.layernorm"),

@@ -123,7 +123,7 @@ class FoundLayer:
         roles: what its parts are for; of a stack of experts, what those of each expert are for.
         parts: where they lie in the weight.
         parameter: attribute of the module that is the weight.
-        is_plain: whether the entry says that the module's class computes the plain product.
+        bypassed: whether the model uses the weight without the layer's forward.
     """
 
     name: str
@@ -131,7 +131,7 @@ class FoundLayer:
     roles: tuple[Role, ...]
     parts: Parts = WHOLE
     parameter: str = "weight"
-    is_plain: bool = False
+    bypassed: bool = False
 
     @property
     def num_parts(self) -> int:
@@ -200,15 +200,14 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     """
     found: dict[str, FoundLayer] = {}
     for region in find_regions(model):
-        plain = region.architecture.plain_layers
         for block in _blocks_of(region):
             for path, roles, attention in _matrices_of(block):
                 name = join(block.name, path)
-                found[name] = _found_layer(block, name, path, roles, attention, plain)
+                found[name] = _found_layer(block, name, path, roles, attention)
         for name, role in _members_of(region):
             layer = region.modules[name]
             if not isinstance(layer, nn.Identity):  # a head with num_labels=0
-                found[name] = FoundLayer(name, layer, (role,), is_plain=_is_one_of(layer, plain))
+                found[name] = FoundLayer(name, layer, (role,))
     order = {id(module): index for index, module in enumerate(model.modules())}
     return sorted(found.values(), key=lambda layer: order[id(layer.module)])
 
@@ -284,7 +283,6 @@ def _found_layer(
     path: str,
     roles: tuple[Role, ...],
     attention: Attention | None,
-    plain: tuple[str, ...],
 ) -> FoundLayer:
     owner = owner_of(found.module, path)
     assert owner is not None  # `choose_block` has seen it
@@ -294,11 +292,8 @@ def _found_layer(
         dim = 1 if found.block.transposed_experts else 0
         return FoundLayer(name, module, roles, Parts((1,) * len(roles), 1, dim, True), attribute)
     parts = parts_of_projection(found.module, target, roles, attention)
-    return FoundLayer(name, target, roles, parts, is_plain=_is_one_of(target, plain))
-
-
-def _is_one_of(module: nn.Module, names: tuple[str, ...]) -> bool:
-    return type(module).__name__ in names
+    bypassed = attention is not None and attention.bypassed
+    return FoundLayer(name, target, roles, parts, bypassed=bypassed)
 
 
 def _members_of(region: Region) -> Iterator[tuple[str, Role]]:

@@ -39,6 +39,7 @@ register_architecture(
         _block("BloomBlock", _attention("self_attention", biased=True), _TWO_NORMS),
         heads=members("Bloom", *_HEADS),
         norms=members("Bloom", "Model.word_embeddings_layernorm", "Model.ln_f"),
+        is_unseen=True,
     )
 )
 register_architecture(
@@ -52,5 +53,6 @@ register_architecture(
         heads=members("Falcon", *_HEADS),
         norms=members("Falcon", "Model.ln_f"),
         plain_layers=("FalconLinear",),
+        is_unseen=True,
     )
 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.architectures.description import Attention
+from hf_stable.architectures.paths import weight_holder
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.matrices import as_matrix
 from hf_stable.measures.parts import Parts
@@ -83,7 +84,7 @@ def part_of_role(block: nn.Module, attention: Attention, role: Role, weight: Ten
     layer, roles = block.get_submodule(path), roles_at(attention, path)
     parts = parts_of_projection(block, layer, roles, attention)
     matrix = parts.matrices(as_matrix(weight))[roles.index(role)]
-    return matrix.T if isinstance(layer, Conv1D) else matrix
+    return matrix.T if isinstance(weight_holder(layer), Conv1D) else matrix
 
 
 def parts_of_projection(
@@ -97,7 +98,7 @@ def parts_of_projection(
         roles: what the parts are for, in their order in the weight.
         attention: the attention that the layer belongs to, or None.
     """
-    dim = 1 if isinstance(layer, Conv1D) else 0
+    dim = 1 if isinstance(weight_holder(layer), Conv1D) else 0
     shares, repeats = [1] * len(roles), 1
     if attention is not None and "query" in roles and len(roles) > 1:
         heads, key_heads = count_heads(block, attention), count_key_heads(block, attention)

@@ -65,6 +65,7 @@ register_architecture(
             "ForQuestionAnswering.qa_outputs",
         ),  # fmt: skip
         norms=(Member("GPTNeoModel", "ln_f"),),
+        is_unseen=True,
     )
 )
 register_architecture(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 __all__ = ["class_names", "has_path", "join", "modules_of_class", "named_modules", "owner_of",
-           "plain_name", "state_dict_name"]  # fmt: skip
+           "plain_name", "state_dict_name", "weight_holder"]  # fmt: skip
 
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 """What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
@@ -78,3 +78,15 @@ def has_path(module: nn.Module, path: str) -> bool:
 def join(prefix: str, path: str) -> str:
     """Return the name of what is at a path in the module of a name; "" is the model itself."""
     return f"{prefix}.{path}" if prefix else path
+
+
+def weight_holder(layer: nn.Module) -> nn.Module:
+    """Return the module that keeps a layer's weight: the layer, or one that a wrapper has inside.
+
+    PEFT's wrappers show the weight of the layer that they compute with.
+    """
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return layer
+    holders = (m for m in layer.modules() if any(p is weight for p in m.parameters(recurse=False)))
+    return next(holders, layer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from torch import nn
 
 from hf_stable.architectures.description import Architecture, Block
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
@@ -13,6 +14,7 @@ from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 __all__ = [
     "UnsupportedModelError",
     "architecture_of",
+    "is_plain_linear",
     "model_type_of",
     "register_architecture",
     "supported_architectures",
@@ -69,6 +71,12 @@ def register_architecture(architecture: Architecture, *, overwrite: bool = False
 def supported_architectures() -> list[str]:
     """Return the registered model types that the installed transformers fits, sorted."""
     return sorted(name for name, entry in _registry.items() if _fits(entry))
+
+
+def is_plain_linear(layer_class: type) -> bool:
+    """Say whether an entry declares that a class derived from `nn.Linear` is a plain product."""
+    declared = {name for entry in _registry.values() for name in entry.plain_layers}
+    return issubclass(layer_class, nn.Linear) and layer_class.__name__ in declared
 
 
 def model_type_of(module: Any) -> str | None:

@@ -32,6 +32,7 @@ register_architecture(
         layers=members("Swinv2", *_LAYERS),
         heads=members("Swinv2", *_HEADS),
         norms=members("Swinv2", *_NORMS),
+        is_unseen=True,
         left_out=(
             LeftOut(
                 "Swinv2SelfAttention",

@@ -21,7 +21,7 @@ _ATTENTION = attention_within("attention", "q_proj", "k_proj", "v_proj", "out_pr
 def _block(class_name: str, is_pre: bool, biased: bool) -> Block:
     return Block(
         class_name,
-        (replace(_ATTENTION, biased=biased),),
+        (replace(_ATTENTION, biased=biased, bypassed=biased),),
         mlp_in=("feed_forward.intermediate_dense",),
         mlp_out=("feed_forward.output_dense",),
         pre_norms=_NORMS if is_pre else (),
@@ -57,6 +57,7 @@ def _register(model_type: str, prefix: str, left_out: tuple[LeftOut, ...] = ()) 
                 prefix, "FeatureProjection.layer_norm", "Encoder.layer_norm",
                 "EncoderStableLayerNorm.layer_norm", optional=True,
             ),
+            is_unseen=biased,
             left_out=(
                 LeftOut(
                     f"{prefix}PositionalConvEmbedding",

@@ -53,9 +53,13 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
     saved = _state_for(model, folder)
     names = {plain_name(name): name for name in model.state_dict()}
     loaded: set[str] = set()
+    # In the place of a norm that was removed, a file may have a guard against other classes.
+    guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Identity)}
 
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         _rename_keys(state_dict, names, rename)
+        for name in guards & state_dict.keys():
+            del state_dict[name]
         loaded.update(state_dict)
 
     with ExitStack() as hooks:

@@ -21,7 +21,14 @@ from hf_stable import modeling_hf_stable
 from hf_stable._json import from_json
 from hf_stable.modeling_hf_stable import CLASS_PREFIX
 
-__all__ = ["empty_base_model", "empty_model", "implementations", "named_class", "read_config"]
+__all__ = [
+    "empty_base_model",
+    "empty_model",
+    "implementations",
+    "named_class",
+    "read_config",
+    "read_content",
+]
 
 Source = str | os.PathLike[str]
 Revise = Callable[[dict[str, Any]], dict[str, Any]]
@@ -51,7 +58,7 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     raise ValueError(
-        f"the config in {os.fspath(source)!r} has {names!r} under 'architectures', whose first "
+        f"{_path_of(source)} has {names!r} under 'architectures', whose first "
         "entry is no model class of transformers. Give the config of the model that was trained, "
         "head included, or load the model in Python with its own class"
     )
@@ -71,7 +78,7 @@ def read_config(source: Source, revise: Revise = lambda content: content) -> Pre
         OSError: if there is no such config.
         ValueError: if it is damaged, or of no model of transformers.
     """
-    content = revise(_content_of(source))
+    content = revise(read_content(source))
     model_type = content.get("model_type")
     try:
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -83,7 +90,7 @@ def read_config(source: Source, revise: Revise = lambda content: content) -> Pre
 
 def implementations(source: Source) -> list[str]:
     """Return the implementations of attention and experts that a config asks for, Hub or not."""
-    return sorted(set(_named_implementations(_content_of(source))))
+    return sorted(set(_named_implementations(read_content(source))))
 
 
 def empty_model(source: Source, revise: Revise = lambda content: content) -> PreTrainedModel:
@@ -130,7 +137,7 @@ def _path_of(source: Source) -> str:
     return os.path.join(source, "config.json") if os.path.isdir(source) else os.fspath(source)
 
 
-def _content_of(source: Source) -> dict[str, Any]:
+def read_content(source: Source) -> dict[str, Any]:
     """Return what stands in a config.json.
 
     Raises:

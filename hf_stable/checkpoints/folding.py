@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,8 +13,9 @@ from transformers import CONFIG_MAPPING
 
 from hf_stable import modeling_hf_stable
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._json import to_json
 from hf_stable._whole_files import write_whole
-from hf_stable.checkpoints.described_models import empty_base_model
+from hf_stable.checkpoints.described_models import empty_base_model, read_content
 from hf_stable.checkpoints.fsdp_shards import (
     find_distributed,
     lost_norms,
@@ -94,6 +94,7 @@ def fold_checkpoint(
             else f"{source} has no FSDP shards: it is folded with the config.json in it; leave out "
             "the config"
         )
+    lacks_norms = _model_type(source).startswith(MODEL_TYPE_PREFIX)
     check_writable(output.parent)
     # Everything is written beside the output and renamed into place: all of it or nothing.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
@@ -107,7 +108,6 @@ def fold_checkpoint(
             _copy_others(source, partial)
         partial.replace(output)
     files = tuple(sorted(file.name for file in output.iterdir()))
-    lacks_norms = _model_type(output).startswith(MODEL_TYPE_PREFIX)
     return FoldReport(str(source), str(output), num_layers, lacks_norms, files)
 
 
@@ -142,8 +142,9 @@ def _refuse_lost_norms(source: Path, weights: WeightFiles) -> None:
 
 def _model_type(folder: Path) -> str:
     """Return the model_type of the config in a folder, "" where there is none."""
-    path = folder / "config.json"
-    return json.loads(path.read_text()).get("model_type", "") if path.is_file() else ""
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_content(folder).get("model_type", ""))
 
 
 def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:
@@ -207,7 +208,7 @@ def _write_index(weight_map: dict[str, str], target: Path) -> None:
     if len(set(weight_map.values())) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         with write_whole(target / "model.safetensors.index.json") as file:
-            file.write(json.dumps(index, indent=2) + "\n")
+            file.write(to_json(index, indent=2) + "\n")
 
 
 def _check_written(source: WeightFiles, target: Path) -> None:

@@ -27,7 +27,7 @@ from hf_stable.methods.sigma_reparam.method import (
     choose_layers,
     plan_layers,
 )
-from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, SigmaState, check_plain
+from hf_stable.methods.sigma_reparam.swapping import SigmaState, check_plain, sigma_class_of
 from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS
 from hf_stable.methods.undoing import undoing
 
@@ -112,7 +112,7 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         module: Any = modules.get(name) if name is not None else None
         parts = saved.layer(key)
         resized = may_differ and module is not None and module.weight.shape != parts["weight"].shape
-        if name is None or type(module) not in SIGMA_CLASSES or resized:
+        if name is None or sigma_class_of(type(module)) is None or resized:
             placing.left_out.append(key)
             continue
         check_plain(module, name)

@@ -6,7 +6,6 @@ A card that is there already is kept. Only the section between two comments is o
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modelcard import METRIC_TAGS, make_markdown_table
 
+from hf_stable._json import to_json
 from hf_stable.checkpoints.provenance import TrainingRecord, base_model_of
 from hf_stable.methods.config import folded_methods
 from hf_stable.methods.layernorms.removal import needs_standalone_form
@@ -192,7 +192,7 @@ def _changes(model: Any) -> str:
 
 
 def _loading(model: Any, name: str) -> str:
-    path = json.dumps(name).replace("<", "\\u003c")  # no comment that could be taken for ours
+    path = to_json(name).replace("<", "\\u003c")  # no comment that could be taken for ours
     own_class, auto_class = type(model).__name__.removeprefix(CLASS_PREFIX), _auto_class(model)
     if not isinstance(model, PreTrainedModel):
         return (

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._wording import nearest
-from hf_stable.checkpoints.described_models import named_class
+from hf_stable.checkpoints.described_models import named_class, read_config
 from hf_stable.checkpoints.exporting import CARD_FILE, export, push_to_hub
 from hf_stable.checkpoints.loading import load
 from hf_stable.checkpoints.processing_files import PROCESSING_FILES, copy_files
@@ -37,12 +37,13 @@ def load_saved(folder: Folder) -> PreTrainedModel:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: {os.fspath(folder)} is no folder of a model")
-    model_class = named_class(AutoConfig.from_pretrained(folder), path)
+    config = read_config(folder)  # without what it asks for of attention: this only looks
+    model_class = named_class(config, path)
     if os.path.isfile(os.path.join(folder, SIDECAR_FILE)):
         return load(model_class, folder)
     if any(Path(folder).glob("*.safetensors")):
         _refuse_raw(folder, open_weights(folder).shapes)
-    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    model, info = model_class.from_pretrained(folder, config=config, output_loading_info=True)
     _refuse_raw(folder, info["unexpected_keys"])  # of a pickle, whose names only loading tells
     return model
 

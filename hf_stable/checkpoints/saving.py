@@ -18,9 +18,10 @@ from hf_stable.checkpoints.sidecar import remove_state, write_state
 from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.checkpoints.weight_files import remove_stale_weights
 from hf_stable.methods.layernorms.removal import needs_standalone_form
-from hf_stable.methods.layernorms.standalone import standalone_form
+from hf_stable.methods.layernorms.standalone import removed_by_class, standalone_form
 from hf_stable.methods.patching import configs_by_part, is_patched
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.modeling_hf_stable import weight_guard
 
 __all__ = ["check_writable", "save", "save_held"]
 
@@ -67,6 +68,9 @@ def save(
         options["state_dict"], raw = fold_state_dict(model, given)
     if guarded:
         options["save_original_format"] = False  # the names that the modeling file expects
+        own = options["state_dict"]
+        given = model.state_dict() if own is None else own
+        options["state_dict"] = {**given, **weight_guard(model, removed_by_class(model))}
     with standalone_form(model) if guarded else nullcontext():
         result = write()
     # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).

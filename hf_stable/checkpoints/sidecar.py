@@ -27,7 +27,14 @@ from hf_stable.checkpoints.saved_state import WAY_OUT, Configs, SavedState, chec
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
 
-__all__ = ["FORMAT_VERSION", "read_provenance", "read_state", "remove_state", "write_state"]
+__all__ = [
+    "FORMAT_VERSION",
+    "checksum",
+    "read_provenance",
+    "read_state",
+    "remove_state",
+    "write_state",
+]
 
 FORMAT_VERSION = 1
 
@@ -70,7 +77,7 @@ def write_state(
         "hf_stable_version": version("hf-stable"),
         "configs": next(iter(as_data.values()), []),
         "parts": as_data,
-        "checksum": _checksum(tensors),
+        "checksum": checksum(tensors),
         "provenance": dict(provenance or {}),
     }
     files = {
@@ -110,7 +117,7 @@ def read_state(folder: Folder) -> SavedState:
     with _naming_damage(path):
         description, tensors = _read_file(path)
     found, written_by = description.get("format_version"), description.get("hf_stable_version")
-    if isinstance(found, int) and found > FORMAT_VERSION:
+    if type(found) is int and found > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {found}, written by hf_stable {written_by}; this version reads up "
             f"to {FORMAT_VERSION}. Upgrade hf_stable"
@@ -118,12 +125,14 @@ def read_state(folder: Folder) -> SavedState:
     with _naming_damage(path):
         for shard in _shards(description):
             tensors |= _read_file(os.path.join(folder, shard))[1]
-        if _checksum(tensors) != description["checksum"]:
+        if checksum(tensors) != description["checksum"]:
             raise ValueError("the checksum does not fit the content")
         check_layers(tensors)
         provenance = description.get("provenance", {})
-        if not isinstance(provenance, dict) or not isinstance(written_by, str):
+        if not (isinstance(provenance, dict) and isinstance(written_by, str)):
             raise ValueError("its provenance or version is of a wrong type")
+        if type(found) is not int:
+            raise ValueError(f"its format is {found!r}, no number")
         return SavedState(path, _parts(description), tensors, written_by, provenance)
 
 
@@ -179,12 +188,13 @@ def _shards(description: Mapping[str, Any]) -> list[str]:
     return shards
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
-    checksum = 0
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of tensors and their names."""
+    value = 0
     for name in sorted(tensors):
         data = tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-        checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
-    return checksum
+        value = zlib.crc32(data, zlib.crc32(name.encode(), value))
+    return value
 
 
 def _replace_file(path: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "SUCCESS",
     "Debug",
     "Json",
+    "Wide",
     "complain",
     "examples",
 ]
@@ -26,6 +27,9 @@ SUCCESS, NO, BAD_INPUT, CRASH, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Wide = Annotated[
+    bool, typer.Option("--wide", help="Print tables whole, however wide the terminal is.")
+]
 
 
 def examples(*lines: str) -> str:

@@ -64,7 +64,6 @@ app = typer.Typer(
     epilog=EPILOG,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _commands in (demo, launch, preflight, inspect, reporting, watching, publishing, bench, doctor):

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hf_stable.commands.conventions import SUCCESS, Debug, Json, examples
-from hf_stable.commands.terminal import print_json, show_progress
+from hf_stable.commands.terminal import print_json, print_lines, show_progress
 
 __all__ = ["room"]
 
@@ -47,10 +47,10 @@ def fold(
     if as_json:
         print_json(asdict(report))
     else:
-        print(f"{report.num_layers} patched layers are plain in {report.output}:")
-        print(*(f"  {name}" for name in report.files), sep="\n")
+        print_lines(f"{report.num_layers} patched layers are plain in {report.output}:")
+        print_lines(*(f"  {name}" for name in report.files))
         if report.lacks_norms:
-            print("Removed LayerNorms stay removed: load it with trust_remote_code=True.")
+            print_lines("Removed LayerNorms stay removed: load it with trust_remote_code=True.")
     return SUCCESS
 
 
@@ -91,8 +91,8 @@ def export(
     if as_json:
         print_json({"source": str(source), "output": str(output), "files": files})
     else:
-        print(f"{output} can be published:")
-        print(*(f"  {name}" for name in files), sep="\n")
+        print_lines(f"{output} can be published:")
+        print_lines(*(f"  {name}" for name in files))
     return SUCCESS
 
 
@@ -122,7 +122,7 @@ def push(
     if as_json:
         print_json({"source": str(source), "url": url})
     else:
-        print(url)
+        print_lines(url)
     return SUCCESS
 
 
@@ -135,6 +135,6 @@ def _list(source: Path, dtype: str | None, max_shard_size: str, as_json: bool) -
     if as_json:
         print_json({"source": str(source), "files": files})
     else:
-        print(f"{source} would be published as:")
-        print(*(f"  {name}  {size:,} bytes" for name, size in files.items()), sep="\n")
+        print_lines(f"{source} would be published as:")
+        print_lines(*(f"  {name}  {size:,} bytes" for name, size in files.items()))
     return SUCCESS

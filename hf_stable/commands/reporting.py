@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hf_stable._wording import printable
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import (
     indented,
     make_console,
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from hf_stable.report.writing import WrittenReport
 
 __all__ = ["room"]
+
+LEAST = (
+    "rollbacks", "alarms", "divergence step", "time", "best loss", "max sigma1(Wq^T Wk)",
+    "min entropy (nats)", "accuracy",
+)  # fmt: skip
+"""Columns that a narrow terminal does without, the least important first."""
 
 room = typer.Typer()
 
@@ -51,6 +57,7 @@ def report(
         typer.Option("--follow", help="Write the page anew as the runs go on, until all ended."),
     ] = False,
     every: Annotated[float, typer.Option(help="Seconds from look to look of --follow.")] = 10.0,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -73,7 +80,7 @@ def report(
         ]
         print_json({"files": list(map(str, written.files)), "runs": rows})
     else:
-        _print_report(written)
+        _print_report(written, wide)
     failed = any(row.verdict.state == "failed" for row in written.summaries)
     return NO if failed else SUCCESS
 
@@ -99,12 +106,12 @@ def _follow(runs: list[Path], output: Path | None, format: str, every: float) ->
     return follow_report(runs, output, every=every, on_written=on_written)
 
 
-def _print_report(written: WrittenReport) -> None:
+def _print_report(written: WrittenReport, wide: bool) -> None:
     """Print a row for each run, what led to its verdict, and what was written."""
     from hf_stable.report.summary import TABLE_COLUMNS, table_cells
 
-    console = make_console()
-    table = make_table(*TABLE_COLUMNS)
+    console = make_console(wide=wide)
+    table = make_table(*TABLE_COLUMNS, least=LEAST)
     for row in written.summaries:
         table.add_row(*table_cells(row))
     console.print(table)

@@ -14,10 +14,19 @@ from torch import Tensor, nn
 from hf_stable.kernels import tables as t
 from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
 from hf_stable.kernels.threads import address_of, runner
-from hf_stable.kernels.weights import RuledWeight
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight
 from hf_stable.measures.matrices import spectral_dtype
 
-__all__ = ["Workspace", "is_available", "is_plain", "refresh_vectors", "step_weights", "takes"]
+__all__ = [
+    "Workspace",
+    "is_available",
+    "is_plain",
+    "refresh_layers",
+    "refresh_vectors",
+    "step_weights",
+    "takes",
+    "tracks",
+]
 
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 """Dtypes of weights that are compiled for."""
@@ -42,6 +51,7 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and not tensor.is_inference()  # counts no versions
     )
 
 
@@ -51,13 +61,13 @@ def takes(weight: RuledWeight) -> bool:
     lr = weight.group["lr"]
     if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
         return False
-    like_param = (weight.grad, state["exp_avg"], state["exp_avg_sq"])
-    return (
-        is_plain(param)
-        and all(is_plain(tensor) and tensor.dtype == dtype for tensor in like_param)
-        and all(is_plain(state[key]) for key in STATE[2:])
-        and lay_out(param.shape, weight.parts) is not None
-    )
+    for tensor in (param, weight.grad, state["exp_avg"], state["exp_avg_sq"]):
+        if tensor.dtype != dtype or not is_plain(tensor):
+            return False
+    for key in STATE[2:]:
+        if not is_plain(state[key]):
+            return False
+    return lay_out(param.shape, weight.parts) is not None
 
 
 class Workspace:
@@ -172,6 +182,41 @@ def refresh_vectors(
     _, sums, products = plan.area
     rooms = [torch.empty(size, dtype=spectral_dtype(dtype)) for size in (0, sums, products)]
     call.run(t.REFRESH_VECTORS, *rooms)
+    torch.autograd.graph.increment_version([*sigmas, *us, *vs])
+
+
+def tracks(layer: TrackedWeight, keep: Tensor | None) -> bool:
+    """Say whether `refresh_layers` can move the triple of a layer."""
+    weight, triple = layer.weight, (layer.sigma, layer.sigma_u, layer.sigma_v)
+    real = spectral_dtype(weight.dtype)
+    return (
+        weight.dtype in KINDS
+        and is_plain(weight)
+        and all(is_plain(tensor) and tensor.dtype == real for tensor in triple)
+        and (keep is None or keep.is_cpu)
+        and lay_out(weight.shape, layer.parts) is not None
+    )
+
+
+def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None:
+    """Move the triples of layers with weights of one dtype, by equally many power iterations.
+
+    Args:
+        layers: those that `tracks` says yes to.
+        keep: where this tensor of one element is not zero, nothing changes. It is on the CPU, so
+            that nobody waits for it.
+    """
+    if keep is not None and keep.detach().numpy().any():
+        return
+    layouts = [lay_out(layer.weight.shape, layer.parts) for layer in layers]
+    refresh_vectors(
+        [layer.weight for layer in layers],
+        [layout for layout in layouts if layout is not None],
+        [layer.sigma for layer in layers],
+        [layer.sigma_u for layer in layers],
+        [layer.sigma_v for layer in layers],
+        layers[0].power_iterations,
+    )
 
 
 def _layout(weight: RuledWeight) -> Layout:

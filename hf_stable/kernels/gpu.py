@@ -18,9 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_stable.kernels.layouts import Layout, lay_out
-from hf_stable.kernels.weights import RuledWeight
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight
 
-__all__ = ["Workspace", "is_available", "is_plain", "refresh_vectors", "step_weights", "takes"]
+__all__ = [
+    "Workspace",
+    "is_available",
+    "is_plain",
+    "refresh_layers",
+    "refresh_vectors",
+    "step_weights",
+    "takes",
+    "tracks",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that there are kernels for; all arithmetic is in float32."""
@@ -59,6 +68,7 @@ def is_plain(tensor: Tensor) -> bool:
         and (tensor.is_cuda or (tensor.is_cpu and _is_interpreted()))
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and not tensor.is_inference()  # counts no versions
     )
 
 
@@ -318,7 +328,36 @@ def refresh_vectors(
         workspace.launch(loops.settle_parts, "parts", lambda b, known=settled: known)  # type: ignore[misc]
     left = shared | common | dict(keep=keep)
     workspace.launch(loops.write_left_vectors, "chunks", lambda b: left)
+    torch.autograd.graph.increment_version([*sigmas, *us, *vs])
     return workspace
+
+
+def tracks(layer: TrackedWeight, keep: Tensor | None) -> bool:
+    """Say whether `refresh_layers` can move the triple of a layer."""
+    weight, triple = layer.weight, (layer.sigma, layer.sigma_u, layer.sigma_v)
+    layout = lay_out(weight.shape, layer.parts)
+    return (
+        weight.dtype in DTYPES
+        and is_plain(weight)
+        and all(is_plain(each) and each.dtype == torch.float32 for each in triple)
+        and all(each.device == weight.device for each in triple)
+        and layout is not None
+        and fits(layout)
+    )
+
+
+def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None:
+    """Move the triples of layers with weights of one dtype and device, as `cpu.refresh_layers`."""
+    layouts = [lay_out(layer.weight.shape, layer.parts) for layer in layers]
+    refresh_vectors(
+        [layer.weight for layer in layers],
+        [layout for layout in layouts if layout is not None],
+        [layer.sigma for layer in layers],
+        [layer.sigma_u for layer in layers],
+        [layer.sigma_v for layer in layers],
+        layers[0].power_iterations,
+        keep,
+    )
 
 
 def _tables(

@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_stable.architectures.coverage import Uncovered, find_uncovered
 from hf_stable.architectures.finding import find_layers, find_norms
+from hf_stable.architectures.paths import join, modules_of_class, named_modules
 from hf_stable.methods.config import MethodConfig
+from hf_stable.methods.layernorms.removal import RemovedNorm
 from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
@@ -46,12 +49,14 @@ class PatchReport:
         configs: the methods in force.
         layers: every matrix that the architecture names.
         removed_norms: names of the norms that are gone.
+        uncovered: matrices that no entry names, or that one leaves out, each with the reason.
     """
 
     model: str
     configs: tuple[MethodConfig, ...]
     layers: tuple[LayerReport, ...]
     removed_norms: tuple[str, ...] = ()
+    uncovered: tuple[Uncovered, ...] = ()
 
     @property
     def num_patched(self) -> int:
@@ -84,6 +89,12 @@ class PatchReport:
             lines.append(
                 f"{len(self.removed_norms)} norms removed: {', '.join(self.removed_norms)}"
             )
+        if self.uncovered:
+            lines.append(f"{len(self.uncovered)} more matrices, which no method touches:")
+            lines += [
+                f"  {each.name}  {'x'.join(map(str, each.shape))}  {each.reason}"
+                for each in self.uncovered
+            ]
         return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
@@ -104,7 +115,7 @@ def describe(model: nn.Module) -> PatchReport:
     rows = []
     for layer in find_layers(model):
         module: Any = layer.module
-        weight = getattr(module, "weight", None)  # a head may be replaced by anything
+        weight = layer.weight  # None: a head may be replaced by anything
         shape = () if weight is None else tuple(weight.shape)
         if isinstance(module, SigmaLayer):
             kind = type(module).__name__
@@ -113,6 +124,33 @@ def describe(model: nn.Module) -> PatchReport:
         else:
             reason = reasons.get(layer.name, otherwise) if weight is not None else "has no weight"
             rows.append(LayerReport(layer.name, type(module).__name__, shape, skipped=reason))
-    norms = find_norms(model)
-    removed = tuple(norm.name for norm in norms if isinstance(norm.module, nn.Identity))
-    return PatchReport(type(model).__name__, configs, tuple(rows), removed)
+    return PatchReport(
+        type(model).__name__, configs, tuple(rows), _removed(model), tuple(find_uncovered(model))
+    )
+
+
+def _removed_by_config(module: Any) -> dict[str, list[str]]:
+    return getattr(getattr(module, "config", None), "removed_layernorms", None) or {}
+
+
+def _removed(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of norms that were removed; some models have identities of their own."""
+    by_class = {
+        (name, path)
+        for module in model.modules()
+        for name, paths in getattr(
+            getattr(module, "config", None), "removed_layernorms", {}
+        ).items()
+        for path in paths
+    }
+    loaded_without = {
+        join(name, path)
+        for class_name, path in by_class
+        for name, _ in modules_of_class(named_modules(model), class_name)
+    }
+    return tuple(
+        norm.name
+        for norm in find_norms(model)
+        if isinstance(norm.module, RemovedNorm)
+        or (isinstance(norm.module, nn.Identity) and norm.name in loaded_without)
+    )

@@ -128,11 +128,14 @@ def _resolve(wrap: Wrap) -> Any:
 def _replace(wrap: Wrap) -> None:
     function, original = wrap.wrapper, pkgutil.resolve_name(wrap.target)
     assert function is not None
+    original = getattr(original, "__func__", original)  # of a class method, which is bound
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(original, *args, **kwargs)
 
     setattr(wrapper, _MARK, (*_wraps_around(original), wrap))
-    owner, _, name = wrap.target.replace(":", ".").rpartition(".")
-    setattr(pkgutil.resolve_name(owner), name, wrapper)
+    path, _, name = wrap.target.replace(":", ".").rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    is_of_class = isinstance(inspect.getattr_static(owner, name), classmethod)
+    setattr(owner, name, classmethod(wrapper) if is_of_class else wrapper)

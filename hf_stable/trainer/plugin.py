@@ -9,6 +9,7 @@ from hf_stable.methods.sigma_reparam.steps import hooks_are_installed
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 from hf_stable.trainer import (  # noqa: F401  (each puts its changes on the list)
     model_surgery,
+    raw_weights,
     resuming,
     saving,
     schedules,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,13 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.model_optimizer import part_schedule
-from hf_stable.checkpoints.completeness import is_complete, newest_complete
+from hf_stable.checkpoints.completeness import (
+    Expected,
+    damage_in,
+    is_complete,
+    missing_from,
+    newest_complete,
+)
 from hf_stable.checkpoints.continuing import restoring, restoring_where_possible
 from hf_stable.checkpoints.key_renaming import key_renaming
 from hf_stable.methods.patching import is_patched
@@ -21,6 +29,9 @@ from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.saving import has_adapters, is_adapted
 
 __all__ = ["watching_own_ways"]
+
+_training: ContextVar[Any] = ContextVar("hf_stable_training", default=None)
+"""The Trainer that is training, where there is one."""
 
 
 @wrapping(
@@ -51,9 +62,12 @@ def _load_best_model(original: Any, trainer: Any) -> None:
 
 @wrapping(
     "transformers.trainer:Trainer._load_optimizer_and_scheduler", "checkpoint",
-    reason='optim="adamw2" continues the schedule of a checkpoint that AdamW wrote',
+    reason='says which file of a checkpoint is missing or damaged; optim="adamw2" continues the '
+    "schedule that AdamW wrote",
 )  # fmt: skip
 def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        _check_resumed(trainer, checkpoint)
     original(trainer, checkpoint)
     optimizer = inner_optimizer(trainer.optimizer)
     part_schedule(trainer.lr_scheduler, optimizer)
@@ -91,19 +105,25 @@ def watching_own_ways(trainer: Any) -> Iterator[None]:
     Subclasses override these methods without calling the original, so it is the object that is
     watched while it trains.
     """
-    own = [n for n in _FOLDERS if getattr(type(trainer), n, None) is not getattr(Trainer, n)]
+    own = _own_ways(trainer)
     before = {name: trainer.__dict__.get(name) for name in own}
     busy: list[str] = []
+    token = _training.set(trainer)
     for name in own:
         load = getattr(trainer, name)
         trainer.__dict__[name] = _finding_sidecars(trainer, load, _FOLDERS[name], busy)
     try:
         yield
     finally:
+        _training.reset(token)
         for name, method in before.items():
             del trainer.__dict__[name]
             if method is not None:
                 trainer.__dict__[name] = method
+
+
+def _own_ways(trainer: Any) -> list[str]:
+    return [n for n in _FOLDERS if getattr(type(trainer), n, None) is not getattr(Trainer, n)]
 
 
 def _finding_sidecars(trainer: Any, load: Any, folder_of: Any, busy: list[str]) -> Any:
@@ -129,13 +149,50 @@ def _finding_sidecars(trainer: Any, load: Any, folder_of: Any, busy: list[str]) 
 )  # fmt: skip
 def _get_last_checkpoint(original: Any, folder: str) -> str | None:
     last = original(folder)
-    if last is None or is_complete(last):
+    expected = _expected_of(_training.get())
+    if last is None or is_complete(last, expected):
         return last
-    complete = newest_complete(folder)
+    complete = newest_complete(folder, expected)
     warnings.warn(
-        f"{last} was not saved to the end (its trainer_state.json or a weights file is missing or "
-        f"cut short); resuming from {complete or 'nothing'} instead",
+        f"{last} was not saved to the end: {_problem_with(last, expected)}; resuming from "
+        f"{complete or 'nothing'} instead",
         UserWarning,
         stacklevel=3,
     )
     return complete
+
+
+def _check_resumed(trainer: Any, checkpoint: str) -> None:
+    """Raise for a damaged checkpoint, and warn of one without which a run goes on as another."""
+    expected = _expected_of(trainer)
+    problem = _problem_with(checkpoint, expected)
+    if problem is None:
+        return
+    better = newest_complete(os.path.dirname(os.path.abspath(checkpoint)), expected)
+    advice = f"; {better} is complete" if better else ""
+    if damage_in(checkpoint):
+        raise ValueError(f"{checkpoint} cannot be resumed: {problem}{advice}")
+    warnings.warn(
+        f"{checkpoint}: {problem}. What is in there starts anew, so this is not the run that was "
+        f"interrupted{advice}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _problem_with(checkpoint: str, expected: Expected) -> str | None:
+    missing = missing_from(checkpoint, expected)
+    return f"it has no {', '.join(missing)}" if missing else damage_in(checkpoint)
+
+
+def _expected_of(trainer: Any) -> Expected:
+    """Return what a Trainer writes into each checkpoint; nothing is known of no Trainer."""
+    if trainer is None or trainer.args.save_only_model:
+        return Expected()
+    by_engine = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return Expected(
+        optimizer=not by_engine,
+        scaler=scaler is not None and not by_engine,
+        sidecar=is_patched(trainer.model) and not by_engine and not _own_ways(trainer),
+    )

@@ -21,7 +21,7 @@ import hf_stable
 from hf_stable.adamw2.lora_layers import find_lora_layers
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.adamw2.rule import LORA_STATE
+from hf_stable.adamw2.weights import LORA_STATE
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.parts import Parts
 

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.checkpoints import sidecar
+from hf_stable.commands.conventions import BAD_INPUT
+from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 
@@ -61,6 +64,73 @@ def test_damaged_sidecar(folder, damage):
     damage(folder / SIDECAR_FILE)
     with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged .*hf_stable\.patch"):
         load(folder)
+
+
+def without_gamma(tensors):
+    del tensors[next(key for key in tensors if key.endswith(".gamma"))]
+
+
+def with_short_u(tensors):
+    key = next(key for key in tensors if key.endswith(".sigma_u"))
+    tensors[key] = tensors[key][:, :-1].contiguous()
+
+
+def with_long_gamma(tensors):
+    key = next(key for key in tensors if key.endswith(".gamma"))
+    tensors[key] = tensors[key].repeat(2)
+
+
+def with_integers(tensors):
+    key = next(key for key in tensors if key.endswith(".sigma"))
+    tensors[key] = tensors[key].int()
+
+
+def with_a_stranger(tensors):
+    tensors["other"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "change", [without_gamma, with_short_u, with_long_gamma, with_integers, with_a_stranger]
+)
+def test_tensors_that_do_not_fit_together_whatever_the_checksum_says(change, folder, capsys):
+    path = folder / SIDECAR_FILE
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["hf_stable"])
+    change(tensors)
+    description["checksum"] = sidecar.checksum(tensors)
+    save_file(tensors, path, metadata={"hf_stable": json.dumps(description)})
+    with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged"):
+        load(folder)
+    assert main(["export", str(folder), str(folder / "out")]) == BAD_INPUT
+    assert SIDECAR_FILE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"configs": 5, "parts": 5}, {"parts": {"": [{"method": "no_such"}]}},
+        {"parts": {"": [{"method": "sigma_reparam", "init": []}]}}, {"parts": {"": ["text"]}},
+        {"parts": {"": [{}]}}, {"checksum": None}, {"format_version": "one"}, {"shards": 3},
+        {"shards": ["../secret.safetensors"]}, {"provenance": []}, {"hf_stable_version": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_metadata_of_wrong_types(changes, folder, capsys):
+    rewrite(folder / SIDECAR_FILE, lambda description: description.update(changes))
+    with pytest.raises(ValueError, match=rf"{SIDECAR_FILE} is damaged"):
+        load(folder)
+    assert main(["export", str(folder), str(folder / "out")]) == BAD_INPUT
+    assert SIDECAR_FILE in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"n_layer": NaN', "\ud800", "[" * 100_000])
+@pytest.mark.parametrize("command", ["export", "fold"])
+def test_a_damaged_config_is_named(command, text, folder, capsys):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert main([command, str(folder), str(folder.parent / command)]) == BAD_INPUT
+    assert "config.json is damaged" in " ".join(capsys.readouterr().err.split())
+    assert not (folder.parent / command).exists()
 
 
 def test_missing_shard_of_the_sidecar(tmp_path):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import tiny_model
 from torch.distributed.tensor import Replicate, distribute_tensor
-from trained_models import trained
+from trained_models import logits_of, trained
 
 import hf_stable
 from hf_stable.checkpoints.state_dicts import fold_state_dict
@@ -38,3 +39,25 @@ def test_folding_rounds_once_from_float32():
     assert saved.dtype == torch.bfloat16
     # Half a unit in the last of bfloat16's 8 bits, and a little for the float32 product.
     assert ((saved.double() - exact).abs() <= exact.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_plain_weights_are_taken_as_what_they_are(strict, model_type):
+    plain = tiny_model(model_type, seed=7).eval()
+    model = trained(model_type)
+    before = logits_of(model)
+    result = model.load_state_dict(plain.state_dict(), strict=strict)
+    assert not result.missing_keys and not result.unexpected_keys
+    torch.testing.assert_close(logits_of(model), logits_of(plain), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits_of(model), before, rtol=1e-2)
+    for _, layer in sigma_layers(model):
+        assert torch.equal(layer.gamma, layer.sigma)
+
+
+def test_a_weight_that_is_missing_is_still_said_to_be(model_type):
+    plain = tiny_model(model_type).state_dict()
+    model = trained(model_type)
+    name = f"{sigma_layers(model)[0][0]}.weight"
+    del plain[name]
+    with pytest.raises(RuntimeError, match=f"(?s)Missing key.*{name}.*gamma"):
+        model.load_state_dict(plain)

@@ -225,16 +225,16 @@ Trainer(model, arguments(), optimizers=(torch.optim.SGD(model.parameters()), Non
 
 def test_an_unsupported_model_is_refused_in_one_line(launch, capsys):
     script = tiny_script("""
-from transformers import T5Config, T5ForConditionalGeneration
-Trainer(T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1,
-                                            d_kv=8, vocab_size=9)), arguments())
+from transformers import MambaConfig, MambaForCausalLM
+config = MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9)
+Trainer(MambaForCausalLM(config), arguments())
 """)
     with pytest.raises(SystemExit) as end:
         launch("--patch", "sigma_reparam", script)
     assert end.value.code == BAD_INPUT
-    said = [line for line in capsys.readouterr().err.splitlines() if "t5" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "mamba" in line]
     assert len(said) == 1 and said[0].startswith("hf-stable: error: ")
-    with pytest.raises(ValueError, match="t5"):
+    with pytest.raises(ValueError, match="mamba"):
         launch("--debug", "--patch", "sigma_reparam", script)
 
 

@@ -6,6 +6,7 @@ import platform
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -205,6 +206,17 @@ def test_inspect_says_no_to_a_matrix_with_nan(capsys, tmp_path):
     assert "NaN" in capsys.readouterr().out
 
 
+def test_fold_leaves_behind_what_only_serves_to_go_on(capsys, checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint, tmp_path / "source")
+    for name in ("random_states_0.pkl", "optimizer.bin", "scheduler.pt", ".env"):
+        (source / name).write_bytes(b"private")
+    (source / "generation_config.json").write_text("{}")
+    assert main(["fold", str(source), str(tmp_path / "plain"), "--json"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["files"] == [
+        "config.json", "generation_config.json", "model.safetensors"
+    ]  # fmt: skip
+
+
 def test_fold_writes_a_plain_folder(capsys, checkpoint, tmp_path):
     output = tmp_path / "plain"
     assert main(["fold", str(checkpoint), str(output)]) == SUCCESS
@@ -286,7 +298,7 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     out = capsys.readouterr().out
     for wrap in listed():
         assert wrap.target in out and wrap.reason in out
-    assert torch.__version__ in out and "bert, gpt2, swin, vit" in out
+    assert torch.__version__ in out and ", ".join(hf_stable.supported_architectures()) in out
     assert main(["doctor", "--json"]) == SUCCESS
     report = json.loads(capsys.readouterr().out)
     assert report["is_healthy"]
@@ -300,7 +312,7 @@ def test_doctor_lists_versions_support_and_every_change(capsys):
     ]
     assert len(certain) > 8 and all(change["active"] for change in certain)
     launched = [change for change in report["changes"] if change["made_by"] == "hf-stable run"]
-    assert len(launched) == 2 and not any(change["active"] for change in launched)
+    assert len(launched) == 3 and not any(change["active"] for change in launched)
     assert "adamw2" in report["supported"]["optimizers"]
 
 

@@ -24,7 +24,7 @@ CORE_TESTS = [
     "tests/methods/sigma_reparam/test_steps.py",
     "tests/methods/test_patching.py",
     "tests/checkpoints/test_saving.py",
-    "tests/checkpoints/test_continuing.py",
+    "tests/checkpoints/test_loading.py",
     "tests/checkpoints/test_sidecar.py",
     "tests/checkpoints/test_state_dicts.py",
     "tests/checkpoints/test_bad_checkpoints.py",
@@ -58,14 +58,32 @@ def test_version_has_one_source():
     assert f"## {hf_stable.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_every_import_of_the_package_is_declared():
-    sources = [p.read_text() for p in (ROOT / "hf_stable").rglob("*.py")]
-    imported = {
+KERNELS = ROOT / "hf_stable" / "kernels"
+COMPILERS = {"numba", "llvmlite", "triton", "numpy"}
+"""What kernels are compiled by, and what comes with it: an extra's, so no other folder needs it."""
+
+
+def third_party_imports(paths) -> set[str]:
+    """Packages that files import at their top."""
+    found = {
         match.split(".")[0]
-        for source in sources
-        for match in re.findall(r"^(?:from|import) ([\w.]+)", source, flags=re.M)
+        for path in paths
+        for match in re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), flags=re.M)
     }
-    third_party = imported - set(sys.stdlib_module_names) - {"hf_stable"}
+    return found - set(sys.stdlib_module_names) - {"hf_stable"}
+
+
+def test_compilers_of_kernels_are_an_extras_and_no_other_folder_needs_them():
+    kernels = set(KERNELS.rglob("*.py"))
+    others = set((ROOT / "hf_stable").rglob("*.py")) - kernels
+    assert third_party_imports(kernels) - third_party_imports(others) <= COMPILERS
+    assert "numba" in third_party_imports(kernels)
+    assert any(r.startswith("numba>=") for r in PROJECT["optional-dependencies"]["fast"])
+
+
+def test_every_import_of_the_package_is_declared():
+    files = set((ROOT / "hf_stable").rglob("*.py")) - set(KERNELS.rglob("*.py"))
+    third_party = third_party_imports(files)
     declared = {re.match(r"[\w-]+", r).group().lower() for r in PROJECT["dependencies"]}
     origin = packages_distributions()  # yaml comes with PyYAML
     undeclared = {

@@ -230,6 +230,14 @@ def test_truncated_weights(checkpoint):
         resume(checkpoint)
 
 
+def fill_with_zeros(path, start=0, length=None):
+    """Overwrite a file as a file system does that lost what it had not written yet."""
+    content = bytearray(path.read_bytes())
+    end = len(content) if length is None else start + length
+    content[start:end] = bytes(end - start)
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -237,8 +245,29 @@ def test_truncated_weights(checkpoint):
         lambda folder: (folder / "trainer_state.json").write_text('{"epoch": 1.0, "glo'),
         lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
         lambda folder: (folder / SIDECAR_FILE).write_bytes(b"12345678"),
+        lambda folder: (folder / SIDECAR_FILE).unlink(),
+        lambda folder: (folder / "optimizer.pt").unlink(),
+        lambda folder: (folder / "scheduler.pt").unlink(),
+        lambda folder: (folder / "rng_state.pth").unlink(),
+        lambda folder: (folder / "optimizer.pt").write_bytes(b""),
+        lambda folder: fill_with_zeros(folder / "optimizer.pt"),
+        lambda folder: fill_with_zeros(folder / "rng_state.pth"),
+        lambda folder: fill_with_zeros(folder / "scheduler.pt", start=400, length=100),
     ],
-    ids=["no state", "half a state", "half weights", "half a sidecar"],
+    ids=[
+        "no state",
+        "half a state",
+        "half weights",
+        "half a sidecar",
+        "no sidecar",
+        "no optimizer",
+        "no scheduler",
+        "no random state",
+        "an empty optimizer",
+        "an optimizer of zeros",
+        "a random state of zeros",
+        "zeros in the scheduler",
+    ],
 )
 def test_incomplete_checkpoint_is_not_picked(damage, tmp_path):
     whole = run(tmp_path)
@@ -251,6 +280,30 @@ def test_incomplete_checkpoint_is_not_picked(damage, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run(tmp_path, resume=True)  # all complete again
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_file_of_the_checkpoint_that_is_asked_for_is_named(name, tmp_path):
+    run(tmp_path, max_steps=2)
+    fill_with_zeros(tmp_path / "checkpoint-2" / name)
+    with pytest.raises(ValueError, match=rf"{name} is damaged.*checkpoint-1 is complete"):
+        resume(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
+def test_what_the_checkpoint_that_is_asked_for_lacks_is_said(name, patched, tmp_path):
+    run(tmp_path, max_steps=1, patched=patched)
+    (tmp_path / "checkpoint-1" / name).unlink()
+    with pytest.warns(UserWarning, match=rf"has no {name}.*this is not the run that was"):
+        resume(tmp_path / "checkpoint-1", build("vit", patched))
+
+
+def test_a_run_that_saves_models_only_expects_no_more(tmp_path):
+    run(tmp_path, max_steps=2, save_only_model=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(tmp_path, max_steps=2, save_only_model=True, resume=True)
 
 
 def test_no_complete_checkpoint(tmp_path):

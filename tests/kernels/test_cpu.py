@@ -206,7 +206,7 @@ def test_zero_matrices_get_a_vector_that_sees_what_comes():
         lambda w: w.state.update(exp_avg=w.state["exp_avg"].t().contiguous().t()),
         lambda w: setattr(w, "param", w.param.to_sparse()),
         lambda w: setattr(w, "param", w.param.to("meta")),
-        lambda w: w.group.update(parts=Parts((1, 1), 3, dim=1).to_plain()),
+        lambda w: setattr(w, "parts", Parts((1, 1), 3, dim=1)),
     ],
 )
 def test_what_it_cannot_step_is_left_to_others(spoil):

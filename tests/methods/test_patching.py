@@ -309,7 +309,8 @@ def test_the_report_prints_as_a_table():
     out = f"{attention.c_proj.sigma.item():.4g}"
     expected = """
         GPT2LMHeadModel: 2 of 9 layers patched by SigmaReparamConfig(init='spectral', \
-        fused_qkv='split', heads='skip', include=None, exclude=('*.1.*', '*.mlp.*'))
+        fused_qkv='split', heads='skip', include=None, exclude=('*.1.*', '*.mlp.*'), \
+        power_iterations=1)
         layer kind shape sigma gamma
         transformer.h.0.attn.c_attn SigmaConv1D 16x48 PARTS PARTS
         transformer.h.0.attn.c_proj SigmaConv1D 16x16 OUT OUT
@@ -416,6 +417,14 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
     ),
     "unknown choice of fused_qkv": (
         same, ("sigma_reparam",), {"fused_qkv": True}, ValueError, "fused_qkv=True is not allowed",
+    ),
+    "no power iteration": (
+        same, ("sigma_reparam",), {"power_iterations": 0}, ValueError,
+        "power_iterations=0 is not allowed; give an integer >= 1",
+    ),
+    "power iterations that are no number": (
+        same, ("sigma_reparam",), {"power_iterations": True}, ValueError,
+        "power_iterations=True is not allowed",
     ),
     "pattern that is no sequence": (
         same, ("sigma_reparam",), {"include": "*.mlp.*"}, TypeError,

@@ -14,8 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_stable.architectures import registry
-from hf_stable.architectures.description import Architecture, Attention, Block
-from hf_stable.architectures.registry import UnsupportedModelError, register_architecture
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
 from hf_stable.monitor.probing import probe
@@ -356,25 +355,7 @@ def test_norms_that_were_removed_are_missing():
     assert len(records.norm_x) == len(records.sigma_qk) == 2
 
 
-def test_rms_norms_give_thirteen_terms_and_key_heads_are_shared(monkeypatch):
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    register_architecture(
-        Architecture(
-            "llama",
-            Block(
-                class_name="LlamaDecoderLayer",
-                attentions=(
-                    Attention(
-                        "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-                        "self_attn.o_proj", num_heads="config.num_attention_heads",
-                    ),
-                ),
-                mlp_in=("mlp.gate_proj", "mlp.up_proj"),
-                mlp_out=("mlp.down_proj",),
-                pre_norms=("input_layernorm", "post_attention_layernorm"),
-            ),
-        )
-    )  # fmt: skip
+def test_rms_norms_give_thirteen_terms_and_key_heads_are_shared():
     model = tiny_llama()
     batch = {"input_ids": torch.arange(1, 13)[None], "labels": torch.arange(1, 13)[None]}
     with probe(model) as records:
@@ -668,7 +649,8 @@ def test_compiled_models_keep_their_graph(fullgraph):
         assert executed_graphs() == [graph]
 
 
-def test_other_architectures_have_their_attention_measured():
+def test_other_architectures_have_their_attention_measured(own_registry):
+    del registry._registry["llama"]
     model = tiny_llama()
     ids = torch.arange(1, 13)[None]
     with pytest.raises(UnsupportedModelError, match=r"'llama'.*pass terms=\['entropy'"):

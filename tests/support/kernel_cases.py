@@ -19,10 +19,7 @@ class Weight:
     grad: torch.Tensor
     state: dict[str, torch.Tensor]
     group: dict[str, Any]
-
-    @property
-    def parts(self):
-        return Parts.of(self.group["parts"])
+    parts: Parts
 
 
 CASES = {
@@ -110,8 +107,7 @@ def make_weight(case, dtype, generator, **options):
         weight_v=vectors(),
         update_v=vectors(),
     )
-    group = GROUP | options | {"parts": parts.to_plain()}
-    return Weight(param, torch.zeros_like(param), state, group)
+    return Weight(param, torch.zeros_like(param), state, GROUP | options, parts)
 
 
 def set_gradients(weights, generator):
@@ -130,7 +126,7 @@ def copy_weight(weight, dtype=None):
         for key, value in weight.state.items()
     }
     param = weight.param.to(dtype or weight.param.dtype, copy=True)
-    return Weight(param, weight.grad, state, weight.group)
+    return Weight(param, weight.grad, state, weight.group, weight.parts)
 
 
 def same(first, second):

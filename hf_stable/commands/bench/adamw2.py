@@ -7,7 +7,8 @@ torch's foreach form, and the paper's algorithm written down plainly.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,10 +30,14 @@ from hf_stable.commands.bench.timing import (
     summarise,
     write_results,
 )
+from hf_stable.kernels.choosing import SWITCH, chosen
 
 __all__ = ["BASELINE", "AdamW2BenchSizes", "bench_adamw2", "measure_memory"]
 
 BASELINE = "AdamW fused"
+
+TORCH_ALONE = "AdamW2 by torch alone"
+"""The subject that uses no kernels."""
 
 Subject = Callable[[], dict[str, float]]
 
@@ -47,6 +52,8 @@ class AdamW2BenchSizes:
         vocabulary: tokens of GPT-2.
         batch: sequences in a GPT-2 training step.
         sequence: tokens in each of them.
+        narrow: (width, blocks) of GPT-2s whose step is many calls and few bytes; their vocabulary
+            is a hundredth.
         depths: numbers of blocks of the GPT-2s that show how the step grows with depth.
         depth_hidden: their width; their vocabulary is a hundredth.
     """
@@ -56,6 +63,7 @@ class AdamW2BenchSizes:
     vocabulary: int = 50257
     batch: int = 4
     sequence: int = 256
+    narrow: tuple[tuple[int, int], ...] = ((32, 12), (32, 128), (128, 12))
     depths: tuple[int, ...] = (12, 24, 48, 96)
     depth_hidden: int = 256
 
@@ -115,10 +123,11 @@ def bench_adamw2(
 
 
 def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Return state beside the moments and peak working memory of a step, by optimizer.
+    """Return state beside the moments and working memory of a step, by optimizer.
 
-    Both are shares of the bytes of the parameters. The second step is measured: the first one
-    creates the state.
+    Both are shares of the bytes of the parameters. The third step is measured: the first one
+    creates the state, and kernels make room for their work in the second. That room counts, for it
+    stays.
     """
     _set_gradients(model)
     total = sum(param.nbytes for param in model.parameters())
@@ -127,11 +136,16 @@ def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
         if name == "naive loop":
             continue
         optimizer.step()
+        optimizer.step()
         entries = [item for state in optimizer.state.values() for item in state.items()]
         extra = sum(value.nbytes for key, value in entries if not key.startswith("exp_avg"))
         with PeakBytes() as peak:
             optimizer.step()
-        shares[name] = {"extra state": extra / total, "working memory": peak.most / total}
+        # What kernels keep between steps is no state, but memory all the same.
+        workspaces = getattr(optimizer, "_workspaces", {}).values()
+        kept = sum(getattr(workspace, "nbytes", 0) for workspace in workspaces)
+        working = (peak.most + kept) / total
+        shares[name] = {"extra state": extra / total, "working memory": working}
     return shares
 
 
@@ -177,6 +191,7 @@ def _optimizers(model: nn.Module) -> dict[str, Optimizer]:
         "AdamW foreach": torch.optim.AdamW(params, foreach=True),
         "AdamW2": ModelAdamW2([dict(params=params)], structure=model),
         "AdamW2, embeddings too": AdamW2(params),
+        TORCH_ALONE: ModelAdamW2([dict(params=params)], structure=model),
         "naive loop": _NaiveAdamW2(params),
     }
 
@@ -194,6 +209,13 @@ def _cases(
             lambda: _steps(_gpt2(sizes.layers, sizes.hidden, sizes).to(device)),
         )
         cases[f"vit {label}"] = count, lambda: _steps(_vit(sizes).to(device))
+    for hidden, layers in sizes.narrow:
+
+        def narrow(hidden: int = hidden, layers: int = layers) -> dict[str, Subject]:
+            model = _gpt2(layers, hidden, sizes, vocabulary=sizes.vocabulary // 100)
+            return _steps(model.to(device))
+
+        cases[f"gpt2 {hidden} wide, {layers} blocks, step alone"] = 1, narrow
     cases["gpt2 training step"] = threads, lambda: _training_steps(sizes, device)
     for depth in sizes.depths:
 
@@ -231,16 +253,42 @@ def _steps(model: nn.Module) -> dict[str, Subject]:
     _set_gradients(model)
     device = next(model.parameters()).device
 
-    def subject(optimizer: Optimizer) -> Subject:
+    by_shape: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+    for param in model.parameters():
+        by_shape[param.shape].append(param)
+
+    def subject(name: str, optimizer: Optimizer) -> Subject:
         def step() -> dict[str, float]:
-            clock = PhaseClock(device)
-            optimizer.step()
-            clock.lap("step")
+            _pass_gradients_on(by_shape.values())
+            with _kernels("torch" if name == TORCH_ALONE else chosen()):
+                clock = PhaseClock(device)
+                optimizer.step()
+                clock.lap("step")
             return clock.seconds
 
         return step
 
-    return {name: subject(optimizer) for name, optimizer in _optimizers(model).items()}
+    return {name: subject(name, optimizer) for name, optimizer in _optimizers(model).items()}
+
+
+def _pass_gradients_on(alike: Iterable[Sequence[nn.Parameter]]) -> None:
+    """Give each parameter the gradient of the next of its shape: no two steps are alike."""
+    for params in alike:
+        grads = [param.grad for param in params]
+        for param, grad in zip(params, [*grads[1:], grads[0]], strict=True):
+            param.grad = grad
+
+
+@contextmanager
+def _kernels(choice: str) -> Iterator[None]:
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = choice
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
 
 
 def _training_steps(sizes: AdamW2BenchSizes, device: torch.device) -> dict[str, Subject]:

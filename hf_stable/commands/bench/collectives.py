@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from hf_stable._json import to_json
 from hf_stable.commands.bench.cost_model import Cost
 from hf_stable.commands.bench.timing import TOTAL, alternate
 
@@ -58,6 +59,6 @@ def _exchange(
     samples = alternate({name: partial(exchange, name) for name in calls}, rounds=rounds)
     if rank == 0:
         seconds = {name: median(samples[name][TOTAL]) for name in calls}
-        (Path(folder) / "seconds.json").write_text(json.dumps(seconds))
+        (Path(folder) / "seconds.json").write_text(to_json(seconds))
     dist.barrier()
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import make_console, make_table, print_json
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ room = typer.Typer()
 
 
 @room.command(epilog=examples("hf-stable doctor --json"))
-def doctor(as_json: Json = False, debug: Debug = False) -> int:
+def doctor(wide: Wide = False, as_json: Json = False, debug: Debug = False) -> int:
     """Show what a report of a bug needs.
 
     Versions, the machine, what is supported, and all that hf_stable changes in a process.
@@ -31,12 +31,12 @@ def doctor(as_json: Json = False, debug: Debug = False) -> int:
     if as_json:
         print_json(asdict(report) | {"is_healthy": report.is_healthy})
     else:
-        _print_diagnosis(report)
+        _print_diagnosis(report, wide)
     return SUCCESS if report.is_healthy else NO
 
 
-def _print_diagnosis(report: Diagnosis) -> None:
-    console = make_console()
+def _print_diagnosis(report: Diagnosis, wide: bool) -> None:
+    console = make_console(wide=wide)
     versions = make_table("package", "installed", "needed", "verdict")
     for row in report.packages:
         versions.add_row(row.name, row.installed or "not installed", row.needed, row.verdict)
@@ -45,7 +45,7 @@ def _print_diagnosis(report: Diagnosis) -> None:
     for name, value in report.machine.items():
         machine.add_row(name, value)
     console.print("Here", machine, "", sep="\n")
-    changes = make_table("what", "by", "in place", "why")
+    changes = make_table("what", "by", "in place", "why", least=("by",))
     for change in report.changes:
         in_place = "yes" if change.active else "no"
         changes.add_row(change.target, change.made_by, in_place, change.reason)

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 import hf_stable.commands.launch.attaching  # noqa: F401  (has changes of its own on the list)
 import hf_stable.commands.preflight.child  # noqa: F401  (likewise)
 from hf_stable.architectures import supported_architectures
+from hf_stable.kernels.choosing import describe_paths
 from hf_stable.methods.patching import METHODS
 from hf_stable.trainer.changes import is_in_place, listed
 from hf_stable.trainer.optimizer import OPTIMIZER_NAME
@@ -27,7 +28,7 @@ __all__ = [
     "list_changes",
 ]
 
-EXTRAS = ("", "report", "recipes")
+EXTRAS = ("", "report", "fast", "recipes")
 """Extras whose packages are looked for; "" stands for what hf_stable cannot do without."""
 
 BESIDE = ("numpy", "tokenizers", "triton", "deepspeed", "bitsandbytes", "trl", "lightning")
@@ -164,6 +165,7 @@ def _machine() -> dict[str, str]:
         "cores": f"{os.cpu_count()}, torch uses {torch.get_num_threads()}",
         "accelerators": ", ".join(_accelerators()) or "none",
         "CUDA of torch": torch.version.cuda or "none",
+        **describe_paths(),
     }
 
 

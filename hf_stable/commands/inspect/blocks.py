@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_stable.architectures.description import Attention
@@ -121,7 +122,8 @@ def inspect_norms(weights: WeightFiles, model: ModelOutline) -> tuple[NormGain, 
     found = []
     for norm in find_norms(model.model):
         key = model.on_disk.get(f"{norm.name}.weight")
-        if key is not None:
+        # In the place of a norm that was removed there may be a guard, which is no gain.
+        if key is not None and not isinstance(norm.module, nn.Identity):
             gain = weights.read(key).double()
             finite = bool(gain.isfinite().all())
             norms = (gain.norm().item(), gain.abs().max().item()) if finite else (None, None)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import print_json, show_progress
 
 __all__ = ["room"]
@@ -28,6 +28,7 @@ def inspect(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="A second one, to be compared.")
     ] = None,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -38,21 +39,23 @@ def inspect(
     not: one tensor in memory at a time, no model is built. Exit code 1 if a tensor has NaN or
     infinite entries, or the sidecar belongs to another save; of two, if any tensor differs.
     """
-    return _inspect_one(source, as_json) if other is None else _compare(source, other, as_json)
+    if other is None:
+        return _inspect(source, as_json, wide)
+    return _compare(source, other, as_json, wide)
 
 
-def _inspect_one(source: str, as_json: bool) -> int:
+def _inspect(source: str, as_json: bool, wide: bool) -> int:
     from hf_stable.checkpoints.hub_files import local_files
     from hf_stable.commands.inspect.drawing import print_inspection
     from hf_stable.commands.inspect.inspection import inspect_checkpoint
 
     with show_progress("Reading") as on_layer:
         report = inspect_checkpoint(local_files(source), on_layer=on_layer)
-    print_json(report.to_dict()) if as_json else print_inspection(report)
+    print_json(report.to_dict()) if as_json else print_inspection(report, wide=wide)
     return SUCCESS if report.is_healthy else NO
 
 
-def _compare(source: str, other: str, as_json: bool) -> int:
+def _compare(source: str, other: str, as_json: bool, wide: bool) -> int:
     from hf_stable.checkpoints.hub_files import local_files
     from hf_stable.commands.inspect.comparison import compare_checkpoints
     from hf_stable.commands.inspect.drawing import print_comparison
@@ -60,5 +63,5 @@ def _compare(source: str, other: str, as_json: bool) -> int:
     with show_progress("Reading") as on_layer:
         first, second = local_files(source), local_files(other)
         comparison = compare_checkpoints(first, second, on_layer=on_layer)
-    print_json(comparison.to_dict()) if as_json else print_comparison(comparison)
+    print_json(comparison.to_dict()) if as_json else print_comparison(comparison, wide=wide)
     return SUCCESS if comparison.is_same else NO

@@ -14,12 +14,13 @@ from hf_stable.commands.terminal import make_console, make_table
 __all__ = ["print_comparison", "print_inspection"]
 
 
-def print_inspection(report: CheckpointReport) -> None:
+def print_inspection(report: CheckpointReport, *, wide: bool = False) -> None:
     """Print the matrices of a checkpoint, one per row."""
     patched = report.kind != "plain"
-    console = make_console()
+    console = make_console(wide=wide)
     columns = ("layer", "shape", "dtype", "sigma", "stable rank")
-    table = make_table(*columns, *(("gamma", "raw sigma") * patched))
+    least = ("dtype", "raw sigma", "shape", "stable rank")
+    table = make_table(*columns, *(("gamma", "raw sigma") * patched), least=least)
     for layer in report.layers:
         cells = [_shape(layer.shape), layer.dtype, layer.note or _numbers(layer.sigma)]
         cells.append(_numbers(layer.stable_rank))
@@ -55,9 +56,9 @@ def _block_table(blocks: Sequence[BlockSpectrum]) -> Table:
     return table
 
 
-def print_comparison(report: CheckpointComparison) -> None:
+def print_comparison(report: CheckpointComparison, *, wide: bool = False) -> None:
     """Print how two checkpoints differ, the most changed first."""
-    console = make_console()
+    console = make_console(wide=wide)
     console.print(f"{report.paths[0]} -> {report.paths[1]}")
     table = make_table("layer", "distance", "sigma before", "sigma after")
     for change in report.matrices:

@@ -7,7 +7,6 @@ A leg has a folder: `leg.json` says what it was and how it ended, `trainer_state
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ class Leg:
 
     def key(self, settings: Settings) -> str:
         """Return what changes with everything that the leg's outcome depends on."""
-        content = json.dumps([asdict(settings), asdict(self)], sort_keys=True, default=str)
+        content = to_json([asdict(settings), asdict(self)], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,6 @@ each seed is a chain of rates from below; where a leg of it is lost, the rates a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hf_stable._json import to_json
 from hf_stable.commands.preflight.judging import Outcome, judge_leg
 from hf_stable.commands.preflight.legs import Leg, Settings, read_ending
 from hf_stable.commands.preflight.remedies import NONE, Remedy
@@ -190,7 +190,7 @@ def run_process(settings: Settings) -> Runner:
             "folder": str(folder.resolve()),
         }
         launcher = settings.launcher or (sys.executable,)
-        command = [*launcher, "-m", "hf_stable.commands.preflight", json.dumps(order)]
+        command = [*launcher, "-m", "hf_stable.commands.preflight", to_json(order)]
         log = folder / "output.log"
         with log.open("wb") as output:
             try:

@@ -47,12 +47,14 @@ class RemovePreLayerNormConfig(MethodConfig):
     scope: Literal["blocks", "all"] = "blocks"
 
     method: ClassVar[str] = "remove_pre_layernorm"
-    placement: ClassVar[Placement] = "pre"
+    placements: ClassVar[tuple[Placement, ...]] = ("pre",)
 
 
 @method_options
 class RemoveLayerNormConfig(MethodConfig):
     """Take out the norms behind the residual additions of post-LN blocks (BERT).
+
+    Norms at the end of a branch, before it is added (OLMo 2, Gemma 2), go too.
 
     Attributes:
         scope: `"blocks"` removes the norms of every block; `"all"` also those outside the blocks
@@ -63,7 +65,7 @@ class RemoveLayerNormConfig(MethodConfig):
     scope: Literal["blocks", "all"] = "blocks"
 
     method: ClassVar[str] = "remove_layernorm"
-    placement: ClassVar[Placement] = "post"
+    placements: ClassVar[tuple[Placement, ...]] = ("post", "branch")
 
 
 RemovalConfig = RemovePreLayerNormConfig | RemoveLayerNormConfig
@@ -115,10 +117,12 @@ def plan_removal(model: nn.Module, config: RemovalConfig) -> RemovalPlan:
             could not be saved without its norms.
     """
     norms = find_norms(model)
-    if not any(norm.placement == config.placement for norm in norms):
+    if not any(norm.placement in config.placements for norm in norms):
         _refuse_placement(model, config, norms)
     _check_can_be_saved(model)
-    chosen = [norm for norm in norms if norm.placement == config.placement or config.scope == "all"]
+    chosen = [
+        norm for norm in norms if norm.placement in config.placements or config.scope == "all"
+    ]
     return RemovalPlan(
         tuple(
             _owner(model, norm.name)
@@ -167,12 +171,18 @@ def restore_layernorms(model: nn.Module) -> nn.Module:
 
 
 def _refuse_placement(model: nn.Module, config: RemovalConfig, norms: list[FoundNorm]) -> None:
-    if config.placement == "pre" and any(norm.placement == "post" for norm in norms):
+    found = {norm.placement for norm in norms}
+    if "pre" in config.placements and "branch" in found:
+        problem = (
+            "has its norms at the end of each branch, before it is added. To remove them, ask for "
+            f"{RemoveLayerNormConfig.method!r}"
+        )
+    elif "pre" in config.placements and "post" in found:
         problem = (
             "is post-LN: its norms stand behind the residual additions, where the paper keeps "
             f"them. To remove them all the same, ask for {RemoveLayerNormConfig.method!r}"
         )
-    elif config.placement == "post" and any(norm.placement == "pre" for norm in norms):
+    elif "post" in config.placements and "pre" in found:
         problem = (
             "is pre-LN: its norms stand in front of attention and MLP. To remove them, ask for "
             f"{RemovePreLayerNormConfig.method!r}"

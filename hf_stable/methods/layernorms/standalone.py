@@ -187,7 +187,8 @@ def _native_classes(native_config: Any, architectures: Sequence[str] | None) -> 
         known = getattr(transformers, table).get(native_config, None)
         known = known if isinstance(known, tuple) else (known,)
         native = next((cls for cls in known if cls and cls.__name__ in named), known[0])
-        if native is not None:
+        # A table may hold the model of another config for it (vision tasks of text models).
+        if native is not None and native.config_class is native_config:
             found[auto_class] = native
     return found
 

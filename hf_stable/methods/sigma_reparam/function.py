@@ -184,24 +184,24 @@ def _scaled_product(
     """Return `x M + bias` for the (in, out) matrix M of scaled parts, or `x M.T`."""
     rows = x.reshape(-1, x.shape[-1])
     matrix = weight.t() if (parts.dim == 0) != transposed else weight
-    alpha = scales[0]
+    # Not a view: what a custom function returns as one, nobody may change in place.
+    output = x.new_empty(*x.shape[:-1], matrix.shape[1])
+    flat, alpha = output.view(len(rows), matrix.shape[1]), scales[0]
     if len(scales) > 1:  # the scales differ: the outputs are scaled, part by part
         alpha, scale = 1.0, parts.spread(x.new_tensor(scales), weight.shape).view(-1)
-        if transposed:
-            rows = rows * scale
-        else:
-            output = rows @ matrix
+        if not transposed:
+            torch.mm(rows, matrix, out=flat)
             if bias is None:
-                output.mul_(scale)
+                flat.mul_(scale)
             else:
-                torch.addcmul(bias, output, scale, out=output)
-            return output.view(*x.shape[:-1], output.shape[1])
+                torch.addcmul(bias, flat, scale, out=flat)
+            return output
+        rows = rows * scale
     if bias is None:
-        output = x.new_empty(len(rows), matrix.shape[1])
-        torch.addmm(output, rows, matrix, beta=0, alpha=alpha, out=output)
+        torch.addmm(flat, rows, matrix, beta=0, alpha=alpha, out=flat)
     else:
-        output = torch.addmm(bias, rows, matrix, alpha=alpha)
-    return output.view(*x.shape[:-1], output.shape[1])
+        torch.addmm(bias, rows, matrix, alpha=alpha, out=flat)
+    return output
 
 
 def scales_in_product(x: Tensor, weight: Tensor, gamma: Tensor) -> bool:

@@ -34,11 +34,18 @@ from hf_stable.methods.sigma_reparam.triples import (
     settle_loaded,
 )
 
-__all__ = ["SigmaConv1D", "SigmaConv2d", "SigmaLayer", "SigmaLinear"]
+__all__ = [
+    "SigmaConv1D",
+    "SigmaConv1d",
+    "SigmaConv2d",
+    "SigmaConv3d",
+    "SigmaLayer",
+    "SigmaLinear",
+]
 
 
 class SigmaLayer(nn.Module):
-    """What the three sigma layers share: the singular triple beside `weight`, and gamma.
+    """What the sigma layers share: the singular triple beside `weight`, and gamma.
 
     Attributes:
         weight: the raw weight W, as the plain layer keeps it. Trained.
@@ -47,8 +54,10 @@ class SigmaLayer(nn.Module):
         sigma_u: (k, m) left singular vectors of the parts; a smaller part's are followed by zeros.
         sigma_v: (k, n) right singular vectors.
         parts: where the parts lie in `weight`.
+        power_iterations: how many the triple is moved by after a step.
         layer_name: qualified name in the model, for messages.
         serial_number: which of the process's sigma layers it is, oldest first.
+        plain_class: the class that it was and will be, where that is not exactly the plain one.
         settled_for: identity and version of the weight that the triple was last known to fit.
         seen_entries: some entries of that weight; None since a step has moved it.
     """
@@ -60,6 +69,8 @@ class SigmaLayer(nn.Module):
     sigma_u: Tensor
     sigma_v: Tensor
     parts: Parts
+    power_iterations: int
+    plain_class: type[nn.Module]
     layer_name: str
     serial_number: int
     settled_for: tuple[int, int]
@@ -204,6 +215,22 @@ class SigmaConv1D(SigmaLayer, Conv1D):
     def __repr__(self) -> str:
         """Print what `Conv1D` prints of itself, which it does without `extra_repr`."""
         return f"Sigma{super().__repr__()[:-1]}, sigma_parts={self.num_parts})"
+
+
+class SigmaConv1d(SigmaLayer, nn.Conv1d):
+    """`nn.Conv1d` (front ends of speech models) with the effective weight; W is (out, in, k)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, in, length) to (batch, out, length')."""
+        return self._conv_forward(input, self.effective_weight(), self.bias)
+
+
+class SigmaConv3d(SigmaLayer, nn.Conv3d):
+    """`nn.Conv3d` (tubes of a video) with the effective weight; W is (out, in, kd, kh, kw)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (batch, in, frames, height, width) to (batch, out, frames', height', width')."""
+        return self._conv_forward(input, self.effective_weight(), self.bias)
 
 
 class SigmaConv2d(SigmaLayer, nn.Conv2d):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
@@ -50,6 +50,8 @@ class SigmaReparamConfig(MethodConfig):
         heads: `"include"` also reparametrises untied heads.
         include: glob patterns over module names; where given, only these layers.
         exclude: glob patterns over module names, taken out last.
+        power_iterations: power iterations on each weight after a step. More of them keep sigma
+            closer to its weight in the first steps at a high rate, where a weight turns fast.
     """
 
     init: Literal["spectral", "one"] = "spectral"
@@ -57,12 +59,17 @@ class SigmaReparamConfig(MethodConfig):
     heads: Literal["skip", "include"] = "skip"
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
+    power_iterations: int = 1
 
     method: ClassVar[str] = "sigma_reparam"
 
     def __post_init__(self) -> None:
         """Check the choices and make the patterns hashable."""
         super().__post_init__()
+        if type(self.power_iterations) is not int or self.power_iterations < 1:
+            raise ValueError(
+                f"power_iterations={self.power_iterations!r} is not allowed; give an integer >= 1"
+            )
         for name in ("include", "exclude"):
             given = getattr(self, name)
             if given is None:
@@ -116,7 +123,7 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
     for layer in layers:
         parts = layer.parts if config.fused_qkv == "split" else WHOLE
         state = prepare(layer.module, parts=parts, init=config.init, name=layer.name)
-        states.append((layer.module, state))
+        states.append((layer.module, replace(state, power_iterations=config.power_iterations)))
     return SigmaReparamPlan(tuple(states))
 
 
@@ -159,6 +166,8 @@ def choose_layers(
         weight_name = f"{layer.name}.weight"
         if layer.parameter != "weight":
             reasons[layer.name] = "experts in one parameter, which sigma_reparam leaves out"
+        elif layer.bypassed:
+            reasons[layer.name] = "the model uses its weight without the layer's forward"
         elif weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"
         elif "head" in layer.roles and config.heads == "skip":

@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from hf_stable.kernels.choosing import refresh_by_kernels
 from hf_stable.measures.matrices import RowShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
@@ -73,7 +74,7 @@ def hooks_are_installed() -> bool:
 
 @torch.no_grad()
 def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> None:
-    """Move u and v of the layers by one power iteration and set sigma from it, in place.
+    """Move u and v of the layers by power iterations and set sigma from them, in place.
 
     Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
     `sigma = u.T W v`. A weight that has turned non-finite gets a NaN sigma and keeps its
@@ -84,12 +85,22 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
             skipped because a gradient overflowed).
     """
+    left = refresh_by_kernels(layers, keep)
+    if left:
+        _refresh_by_torch(left, keep)
+    for layer in layers:
+        mark_settled(layer)
+
+
+def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) -> None:
     matrices: list[Tensor | RowShard] = []
+    counts: list[int] = []
     sigmas: list[Tensor] = []
     us: list[Tensor] = []
     vs: list[Tensor] = []
     for layer in layers:
         matrices += matrices_of(layer.weight, layer.parts)
+        counts += [layer.power_iterations] * len(layer.sigma)
         sigmas += layer.sigma.unbind()
         shapes = shapes_of(layer.weight, layer.parts)
         us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
@@ -101,13 +112,18 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
         near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
     triples = power_step(matrices, near_us, near_vs)
+    for done in range(1, max(counts)):
+        more = [index for index, count in enumerate(counts) if count > done]
+        further = power_step(
+            [matrices[i] for i in more], [triples[i].u for i in more], [triples[i].v for i in more]
+        )
+        for index, triple in zip(more, further, strict=True):
+            triples[index] = triple
     for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
         new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
         if keep is not None:  # its device may be another's, where a model lies on several
             new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
         torch._foreach_copy_(old, new)
-    for layer in layers:
-        mark_settled(layer)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -185,7 +201,7 @@ def _decays(group: dict[str, Any]) -> bool:
     return decay is not None and float(decay) != 0.0
 
 
-def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]) -> None:
+def _check_gammas_are_trained(layers: Sequence[LayerWithTriple], owned: set[int]) -> None:
     """Raise if the weight of a layer moves but its gamma never will, or not in step with others.
 
     A frozen gamma is warned of: it may be meant, or left over from a weight that was frozen too.
@@ -223,6 +239,11 @@ def _check_gammas_are_trained(layers: Iterable[LayerWithTriple], owned: set[int]
             "collect the groups (model.named_parameters()), build the optimizer and wrap the "
             "model"
         )
+    _check_gammas_are_averaged(layers)
+
+
+def _check_gammas_are_averaged(layers: Iterable[LayerWithTriple]) -> None:
+    """Raise if DDP averages the weight of a layer over ranks but not its gamma."""
     if not torch.distributed.is_initialized():
         return
     for ddp in _live_instances(DistributedDataParallel):

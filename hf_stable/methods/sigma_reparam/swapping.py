@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import local_tensor, whole_tensor
-from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
 from hf_stable.measures.parts import WHOLE, Parts
-from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLayer, SigmaLinear
+from hf_stable.methods.sigma_reparam.layers import (
+    SigmaConv1D,
+    SigmaConv1d,
+    SigmaConv2d,
+    SigmaConv3d,
+    SigmaLayer,
+    SigmaLinear,
+)
 from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
@@ -28,26 +35,33 @@ from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
 __all__ = [
-    "SIGMA_CLASSES",
     "SigmaState",
     "check_plain",
     "fold_layer",
     "install",
     "prepare",
+    "sigma_class_of",
 ]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
-_OWN_ATTRIBUTES = ("parts", "layer_name", "serial_number", "settled_for", "seen_entries")
+_OWN_ATTRIBUTES = (
+    "parts",
+    "power_iterations",
+    "plain_class",
+    "layer_name",
+    "serial_number",
+    "settled_for",
+    "seen_entries",
+)
 # accelerate calls the second from the first; its removal leaves the first behind.
 _FORWARDS = ("forward", "_old_forward")
 
 SIGMA_CLASSES: dict[type, type] = {
     nn.Linear: SigmaLinear,
     Conv1D: SigmaConv1D,
+    nn.Conv1d: SigmaConv1d,
     nn.Conv2d: SigmaConv2d,
-}
-PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    sigma: plain for plain, sigma in SIGMA_CLASSES.items()
+    nn.Conv3d: SigmaConv3d,
 }
 
 
@@ -61,22 +75,31 @@ class SigmaState:
     v: Tensor
     parts: Parts
     name: str
+    power_iterations: int = 1
+
+
+def sigma_class_of(plain: type) -> type[SigmaLayer] | None:
+    """Return the sigma class of a plain one, which a subclass is where an entry declares it."""
+    if plain not in SIGMA_CLASSES and is_plain_linear(plain):
+        return SigmaLinear
+    return SIGMA_CLASSES.get(plain)
 
 
 def check_plain(layer: nn.Module, name: str = "") -> None:
     """Raise for a layer that cannot become a sigma layer.
 
     Raises:
-        TypeError: if it is of another type than `Linear`, `Conv1D` and `Conv2d`.
+        TypeError: if it is no `Linear`, `Conv1D` or convolution, nor declared to be plain.
         UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
             own and would go on computing with the raw weight.
     """
-    if type(layer) not in SIGMA_CLASSES:
+    if sigma_class_of(type(layer)) is None:
         raise TypeError(
             f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
-            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and Conv2d (a "
-            "subclass, a quantised layer or an adapter may use its weight in ways that gamma / "
-            "sigma would break). To patch the others, exclude it"
+            f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and "
+            "Conv1d to Conv3d (a subclass, a quantised layer or an adapter may use its weight in "
+            "ways that gamma / sigma would break; an entry declares one that does not by "
+            "plain_layers). To patch the others, exclude it"
         )
     if _weight(layer).is_meta:
         raise UnsupportedModelError(
@@ -104,7 +127,7 @@ def prepare(
     """Compute the exact singular triples of a plain layer without touching it.
 
     Args:
-        layer: exactly an `nn.Linear`, `Conv1D` or `nn.Conv2d`.
+        layer: exactly an `nn.Linear`, a `Conv1D` or a convolution, or declared to be plain.
         parts: where the parts of its weight lie that have a sigma of their own.
         init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
             `"one"` sets gamma to 1 (the paper's text).
@@ -145,7 +168,9 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     """
     gamma = nn.Parameter(state.gamma.clone(), requires_grad=_weight(layer).requires_grad)
     undo.append(keep_attributes(layer))
-    _swap_class(layer, SIGMA_CLASSES[type(layer)])
+    plain_class, sigma_class = type(layer), sigma_class_of(type(layer))
+    assert sigma_class is not None  # `prepare` has checked it
+    _swap_class(layer, sigma_class)
     assert isinstance(layer, SigmaLayer)
     if layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
@@ -155,7 +180,8 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
-    layer.parts = state.parts
+    layer.parts, layer.plain_class = state.parts, plain_class
+    layer.power_iterations = state.power_iterations
     stored = as_tensor(state.parts)
     if stored is not None:
         layer.register_buffer(PARTS_TENSOR, stored.to(state.sigma.device))
@@ -177,14 +203,14 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     """
     settle(layer)
     weight = local_tensor(layer.weight)
-    folded = _local_effective_weight(layer)
+    folded, plain_class = _local_effective_weight(layer), layer.plain_class
     raw = weight.clone()
     with undoing() as undo:
         undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
         weight.copy_(folded)
         for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
             delattr(layer, name)
-        _swap_class(layer, PLAIN_CLASSES[type(layer)])
+        _swap_class(layer, plain_class)
         forget(layer)
     return layer
 

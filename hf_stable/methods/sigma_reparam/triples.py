@@ -50,6 +50,7 @@ class LayerWithTriple(Protocol):
 
     layer_name: str
     parts: Parts
+    power_iterations: int
     serial_number: int
     settled_for: tuple[int, int]
     seen_entries: Tensor | None

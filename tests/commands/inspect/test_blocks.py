@@ -284,7 +284,7 @@ def test_a_config_that_is_none_costs_the_heads_and_says_why(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     report = inspect_checkpoint(tmp_path)
     assert report.layers and not report.blocks
-    assert report.blocks_note.startswith(f"{tmp_path / 'config.json'} describes no model")
+    assert report.blocks_note.startswith(f"{tmp_path / 'config.json'} is damaged")
     assert "\n" not in report.blocks_note
 
 

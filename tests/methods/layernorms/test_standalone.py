@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     DEFAULT_HEADS,
     METHOD,
@@ -26,6 +27,7 @@ from hf_stable import modeling_hf_stable
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.commands.inspect.inspection import inspect_checkpoint
 from hf_stable.methods.layernorms.removal import removed_norms
 from hf_stable.methods.layernorms.standalone import AUTO_CLASSES, standalone_class, standalone_form
 from hf_stable.methods.patching import patch_configs
@@ -93,13 +95,19 @@ def test_the_native_class_refuses_the_folder(model_type, resaved, options, tmp_p
             cls.from_pretrained(tmp_path, **options)
 
 
-def test_without_the_guard_the_native_class_would_load_it(model_type, tmp_path):
+def test_without_its_guards_the_native_class_would_load_it(model_type, tmp_path):
     model = norm_free(model_type)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     saved = json.loads(path.read_text())
     saved[modeling_hf_stable.guarded_field(type(model.config))] = saved["layer_norm_number"]
     path.write_text(json.dumps(saved))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # the weights refuse too
+        native_class(model).from_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (guard,) = modeling_hf_stable.weight_guard(model, saved["removed_layernorms"])
+    assert weights.pop(guard).shape == (1,)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     wrong = native_class(model).from_pretrained(tmp_path)
     assert not torch.allclose(logits(wrong), logits(model), atol=1e-3)
 
@@ -296,3 +304,23 @@ def test_adamw2_trains_it(model_type, tmp_path):
     assert any(not torch.equal(before[name], p) for name, p in model.named_parameters())
     owned = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters()}
+
+
+def test_a_config_of_another_class_brings_no_norms_back_either(tmp_path):
+    """The sentence in config.json is not read then; the weights refuse."""
+    model = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm").eval()
+    model.save_pretrained(tmp_path / "first")
+    standalone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    standalone.save_pretrained(tmp_path / "again")
+    for folder in ("first", "again"):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            type(model).from_pretrained(tmp_path / folder, config=tiny_config("gpt2"))
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, output_loading_info=True
+        )
+        assert not any(info.values())
+        batch = tiny_batch(model)
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(**batch).logits, model(**batch).logits)
+    measured = [norm.name for norm in inspect_checkpoint(tmp_path / "again").norms]
+    assert measured == ["transformer.ln_f"]

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_stable
+from hf_stable.kernels.choosing import SWITCH
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.steps import (
     follow,
@@ -30,10 +31,10 @@ from hf_stable.methods.sigma_reparam.steps import (
 )
 
 
-def patched(model_type="vit", head=None, **overrides):
+def patched(model_type="vit", head=None, power_iterations=1, **overrides):
     """A patched model whose v is far from converged, so that every iteration can be told apart."""
     model = tiny_model(model_type, head, **overrides)
-    hf_stable.patch(model, "sigma_reparam")
+    hf_stable.patch(model, "sigma_reparam", power_iterations=power_iterations)
     generator = torch.Generator().manual_seed(7)
     for layer in layers_of(model):
         v = torch.randn(layer.sigma_v.shape, generator=generator)
@@ -146,7 +147,32 @@ def test_sigma_follows_training_that_a_stored_one_would_lose():
     assert stale > 0.1
 
 
-def test_refresh_alone_moves_once_and_keep_holds():
+@pytest.mark.parametrize("kernels", ["", "torch"])
+@pytest.mark.parametrize("power_iterations", [1, 3])
+def test_a_step_takes_as_many_iterations_as_the_config_says(power_iterations, kernels, monkeypatch):
+    monkeypatch.setenv(SWITCH, kernels)
+    model = patched("gpt2", power_iterations=power_iterations)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = triples_of(model)
+    backward(model)
+    optimizer.step()
+    assert set(refreshes_of(model, before)) == {power_iterations}
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_a_graph_from_before_a_refresh_is_not_used_behind_it(kernels, monkeypatch):
+    """The backward would take the new vectors for those of the forward."""
+    monkeypatch.setenv(SWITCH, kernels)
+    model = patched()
+    loss = model(**tiny_batch(model)).loss
+    refresh(layers_of(model))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("kernels", ["", "torch"])
+def test_refresh_alone_moves_once_and_keep_holds(kernels, monkeypatch):
+    monkeypatch.setenv(SWITCH, kernels)
     model = patched("gpt2")
     before = triples_of(model)
     refresh(layers_of(model), keep=torch.tensor(1.0))

@@ -171,14 +171,9 @@ def test_a_plain_state_dict_brings_its_function(model_type, init, assign):
     assert abs(loss(model) - loss(source)) > 1e-4
     result = model.load_state_dict(source.state_dict(), strict=False, assign=assign)
     assert not result.unexpected_keys
-    assert len(result.missing_keys) == 4 * len(sigma_layers(model))
+    assert not result.missing_keys  # gamma and sigma are those of the weights now
     assert loss(model) == pytest.approx(loss(source), rel=ROUNDING)
     assert_settled(model)
-
-
-def test_a_plain_state_dict_is_still_refused_by_strict_loading():
-    with pytest.raises(RuntimeError, match="Missing key"):
-        patched().load_state_dict(tiny_model("gpt2").state_dict())
 
 
 def test_a_state_dict_without_the_triple_keeps_its_gamma():

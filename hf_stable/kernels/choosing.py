@@ -1,0 +1,118 @@
+"""Which kernels step and refresh which weights; what none of them takes is left to torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_stable.kernels import cpu, gpu
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight
+
+__all__ = [
+    "CHOICES",
+    "SWITCH",
+    "Workspaces",
+    "chosen",
+    "describe_paths",
+    "refresh_by_kernels",
+    "step_by_kernels",
+]
+
+SWITCH = "HF_STABLE_KERNELS"
+"""The environment variable that chooses."""
+
+CHOICES = {
+    "": "compiled by numba on a CPU, torch elsewhere",
+    "triton": "compiled by numba on a CPU, Triton on a GPU",
+    "torch": "torch everywhere",
+}
+"""What it may say, and what that means. Triton has not run on a GPU yet: it has to be asked for."""
+
+Workspaces = MutableMapping[tuple[torch.dtype, torch.device], Any]
+"""What the kernels keep from step to step, by dtype and device. It is no state."""
+
+Ruled = TypeVar("Ruled", bound=RuledWeight)
+Tracked = TypeVar("Tracked", bound=TrackedWeight)
+
+
+def chosen() -> str:
+    """Return what the environment variable says.
+
+    Raises:
+        ValueError: if it says anything else than `CHOICES`.
+    """
+    choice = os.environ.get(SWITCH, "")
+    if choice not in CHOICES:
+        allowed = ", ".join(repr(each) for each in CHOICES if each)
+        raise ValueError(f"{SWITCH}={choice!r} is not allowed; leave it unset, or give {allowed}")
+    return choice
+
+
+def _paths() -> list[ModuleType]:
+    """Return the kernels that may be used, here and now."""
+    choice = chosen()
+    if choice == "torch" or torch.compiler.is_compiling():
+        return []
+    paths: list[ModuleType] = [cpu] if cpu.is_available() else []
+    return [*paths, gpu] if choice == "triton" and gpu.is_available() else paths
+
+
+def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ruled]:
+    """Step under Rule 1 what a kernel takes, in place, and return the other weights untouched.
+
+    Args:
+        weights: with their state prepared.
+        workspaces: of the optimizer, to be handed in again.
+    """
+    paths, left = _paths(), []
+    taken: dict[tuple[torch.dtype, torch.device], tuple[ModuleType, list[Ruled]]] = {}
+    for weight in weights:
+        path = next((path for path in paths if path.takes(weight)), None)
+        if path is None:
+            left.append(weight)
+            continue
+        key = weight.param.dtype, weight.param.device
+        taken.setdefault(key, (path, []))[1].append(weight)
+    for key in [key for key in workspaces if key not in taken]:
+        del workspaces[key]
+    for key, (path, own) in taken.items():
+        workspaces[key] = path.step_weights(own, workspaces.get(key))
+    return left
+
+
+def refresh_by_kernels(layers: Sequence[Tracked], keep: Tensor | None) -> list[Tracked]:
+    """Move the triples of layers whose weight a kernel takes, and return the others untouched.
+
+    Args:
+        layers: whose triples are to be moved.
+        keep: where this tensor of one element is not zero, everything stays as it is.
+    """
+    paths, left = _paths(), []
+    taken: dict[tuple[Any, ...], tuple[ModuleType, list[Tracked]]] = {}
+    for layer in layers:
+        path = next((path for path in paths if path.tracks(layer, keep)), None)
+        if path is None:
+            left.append(layer)
+            continue
+        key = layer.weight.dtype, layer.weight.device, layer.power_iterations
+        taken.setdefault(key, (path, []))[1].append(layer)
+    for path, own in taken.values():
+        path.refresh_layers(own, keep)
+    return left
+
+
+def describe_paths() -> dict[str, str]:
+    """Say for each kind of device what steps and refreshes weights there, for `doctor`."""
+    choice = chosen()
+    on_cpu = "numba" if cpu.is_available() and choice != "torch" else "torch"
+    why = (
+        "" if on_cpu == "numba" or choice == "torch" else " (pip install hf-stable[fast] is faster)"
+    )
+    uses_triton = choice == "triton" and gpu.is_available()
+    on_gpu = "triton" if uses_triton else f"torch ({SWITCH}=triton chooses Triton)"
+    return {"weights on a CPU": on_cpu + why, "weights on a GPU": on_gpu}

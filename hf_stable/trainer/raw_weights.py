@@ -1,0 +1,67 @@
+"""What hf_stable changes where transformers takes weights: raw ones never pass for plain ones.
+
+The state dict of a patched model has raw weights, and beside them gamma and sigma, which a plain
+model leaves out: it would compute with weights of another size, and say so in a log at most.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_stable.checkpoints.state_dicts import raw_layers
+from hf_stable.checkpoints.weight_files import open_weights
+from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.trainer.changes import wrapping
+
+__all__: list[str] = []
+
+
+@wrapping(
+    "transformers.modeling_utils:PreTrainedModel.from_pretrained",
+    "pretrained_model_name_or_path",
+    reason="refuses a patched model's raw weights, which would be taken for those of a plain one",
+)
+def _from_pretrained(
+    original: Any, model_class: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    state_dict, folder = kwargs.get("state_dict"), pretrained_model_name_or_path
+    if isinstance(state_dict, Mapping):
+        _refuse(raw_layers(state_dict), model_class, "the state dict")
+    elif folder is not None and os.path.isdir(folder):
+        place = os.path.join(folder, kwargs.get("subfolder") or "")
+        _refuse(_raw_layers_in(place), model_class, place)
+    return original(model_class, pretrained_model_name_or_path, *args, **kwargs)
+
+
+@wrapping(
+    "transformers.modeling_utils:PreTrainedModel.load_state_dict", "state_dict", "strict",
+    reason="refuses the same where strict=False would leave gamma and sigma out without a word",
+)  # fmt: skip
+def _load_state_dict(
+    original: Any, model: PreTrainedModel, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    if raw := raw_layers(state_dict):
+        own = {name for name, _ in sigma_layers(model)}
+        _refuse([name for name in raw if name not in own], type(model), "the state dict")
+    return original(model, state_dict, *args, **kwargs)
+
+
+def _raw_layers_in(folder: str) -> list[str]:
+    try:
+        return open_weights(folder).raw_layers
+    except (OSError, ValueError):  # no safetensors, or damaged ones: the original says which
+        return []
+
+
+def _refuse(raw: list[str], model_class: Any, source: str) -> None:
+    if raw:
+        raise ValueError(
+            f"{source} holds the raw weights of a patched model (first: {raw[0]!r}), which a plain "
+            f"{model_class.__name__} would take for its own: its outputs would be others. Call "
+            "hf_stable.patch on the model before it loads them, or take folded weights: those that "
+            "save_pretrained writes, or hf-stable fold makes"
+        )
