@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_stable import __version__
-from hf_stable.commands import publishing, reporting
+from hf_stable.commands import publishing, reporting, watching
 from hf_stable.commands.bench import command as bench
 from hf_stable.commands.conventions import (
     BAD_INPUT,
@@ -66,7 +66,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _commands in (demo, launch, preflight, inspect, reporting, publishing, bench, doctor):
+for _commands in (demo, launch, preflight, inspect, reporting, watching, publishing, bench, doctor):
     app.add_typer(_commands.room)
 
 

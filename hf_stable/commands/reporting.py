@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hf_stable._wording import printable
 from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import (
     indented,
@@ -36,6 +38,7 @@ room = typer.Typer()
         "hf-stable report runs/first",
         "hf-stable report runs/first runs/second --output report.html",
         "hf-stable report runs/first --format png --output figures",
+        "hf-stable report --follow runs/first",
     )
 )
 def report(
@@ -49,6 +52,11 @@ def report(
     format: Annotated[
         str, typer.Option(help="html, one page that opens offline; png, json or csv.")
     ] = "html",
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Write the page anew as the runs go on, until all ended."),
+    ] = False,
+    every: Annotated[float, typer.Option(help="Seconds from look to look of --follow.")] = 10.0,
     wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -60,8 +68,11 @@ def report(
     """
     from hf_stable.report import write_report
 
-    with show_progress("Reading runs") as on_run:
-        written = write_report(runs, output, format=format, on_run=on_run)
+    if follow:
+        written = _follow(runs, output, format, every)
+    else:
+        with show_progress("Reading runs") as on_run:
+            written = write_report(runs, output, format=format, on_run=on_run)
     if as_json:
         rows = [
             asdict(row) | {"notes": [note for run, note in written.notes if run == row.run]}
@@ -72,6 +83,27 @@ def report(
         _print_report(written, wide)
     failed = any(row.verdict.state == "failed" for row in written.summaries)
     return NO if failed else SUCCESS
+
+
+def _follow(runs: list[Path], output: Path | None, format: str, every: float) -> WrittenReport:
+    from hf_stable.report.following import follow_report
+
+    if format != "html":
+        raise ValueError(f"--follow writes a page: leave out --format {format}")
+    told: set[str] = set()
+
+    def on_written(written: WrittenReport) -> None:
+        # Where the page is, is said once, and what is new in its verdicts.
+        said = [
+            str(written.files[0]),
+            *(f"{s.run}: {s.verdict.headline}" for s in written.summaries),
+        ]
+        for line in said:
+            if line not in told:
+                print(printable(line), file=sys.stderr, flush=True)
+        told.update(said)
+
+    return follow_report(runs, output, every=every, on_written=on_written)
 
 
 def _print_report(written: WrittenReport, wide: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,7 @@ from hf_stable.report.map_lines import CUT, cut_maps
 from hf_stable.report.run_records import Probe
 from hf_stable.report.values import to_number, to_step, to_text
 
-__all__ = ["LoggedRun", "read_log_lines"]
+__all__ = ["GrowingLog", "LoggedRun", "read_log_lines"]
 
 LONGEST_LINE = 1 << 28
 """Bytes of a line; one that is longer is not that of a probe, and would fill the memory."""
@@ -86,6 +87,43 @@ def read_log_lines(path: Path, last: int | None) -> LoggedRun:
             if line.strip():
                 _take(found, line, begin, last)
     return found
+
+
+class GrowingLog:
+    """A log that is read again and again while a training appends to it: each line once.
+
+    A line without an end is one that the training is at, and is left for the next time. Where the
+    file is another one (a resume has rewritten it), or shorter, all of it is read anew.
+
+    Args:
+        path: of the log, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read nothing yet."""
+        self.path = path
+        self.found = LoggedRun()
+        self._end, self._inode = 0, -1
+
+    def read(self) -> LoggedRun:
+        """Return all that the log holds by now.
+
+        Raises:
+            OSError: if the file is there and cannot be read.
+        """
+        if not self.path.is_file():
+            self.found, self._end, self._inode = LoggedRun(), 0, -1
+            return self.found
+        with self.path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._end:
+                self.found, self._end, self._inode = LoggedRun(), 0, status.st_ino
+            file.seek(self._end)
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
+                if line.strip():
+                    _take(self.found, line, self._end, None)
+                self._end += len(line)
+        return self.found
 
 
 def _take(found: LoggedRun, line: bytes, begin: int, last: int | None) -> None:

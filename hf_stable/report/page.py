@@ -49,6 +49,7 @@ def build_page(
     *,
     version: str,
     preface: Preface | None = None,
+    refresh: float | None = None,
 ) -> str:
     """Return the whole page, with as many attention maps as there is room for.
 
@@ -58,6 +59,7 @@ def build_page(
         sections: charts, in order.
         version: of hf_stable.
         preface: what stands before the runs, or None.
+        refresh: seconds after which the page loads itself anew, as long as a run goes on.
 
     Raises:
         ModuleNotFoundError: if plotly or jinja2 is not installed.
@@ -78,6 +80,7 @@ def build_page(
         "script": _asset("page.js"),
         "version": version,
         "preface": preface,
+        "refresh": refresh,
     }
     room = PAGE_BYTES - len(_render(template, content, [[] for _ in runs]).encode())
     return _render(template, content, choose_maps(runs, room))

@@ -14,7 +14,7 @@ from typing import Any
 from hf_stable._file_names import TRAINER_STATE_FILE
 from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.events import Event
-from hf_stable.report.log_lines import LoggedRun, read_log_lines
+from hf_stable.report.log_lines import GrowingLog, LoggedRun, read_log_lines
 from hf_stable.report.results import loss_of_guessing, results_beside
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.states import (
@@ -52,12 +52,15 @@ def read_runs(
     return runs
 
 
-def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecords:
+def read_run(
+    path: str | os.PathLike[str], name: str | None = None, growing: GrowingLog | None = None
+) -> RunRecords:
     """Read what a run left behind.
 
     Args:
         path: the Trainer's output folder, or a checkpoint in it: then the run up to there.
         name: label; by default the folder's name.
+        growing: the log of the folder, if it is read again and again.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -76,7 +79,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
     if last is not None and not log.is_file():
         log = folder.resolve().parent / FILE_NAME
     notes: list[str] = []
-    logged = _read_log(log, last, notes)
+    logged = _read_log(log, last, growing, notes)
     state = read_state(folder, logged.events, notes)
     history = history_of(state, notes)
     legs = [event.seconds for event in logged.events if event.name == "end"]
@@ -99,7 +102,9 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> RunRecord
     )
 
 
-def _read_log(log: Path, last: int | None, notes: list[str]) -> LoggedRun:
+def _read_log(
+    log: Path, last: int | None, growing: GrowingLog | None, notes: list[str]
+) -> LoggedRun:
     if not log.is_file():
         notes.append(
             f"There is no {FILE_NAME}: attention was not watched (train with "
@@ -107,7 +112,7 @@ def _read_log(log: Path, last: int | None, notes: list[str]) -> LoggedRun:
         )
         return LoggedRun()
     try:
-        logged = read_log_lines(log, last)
+        logged = read_log_lines(log, last) if growing is None else growing.read()
     except OSError as error:
         notes.append(damage_note(log, error))
         return LoggedRun()

@@ -138,7 +138,10 @@ class RunRecords:
     @property
     def is_unfinished(self) -> bool:
         """Return whether the run was interrupted, goes on, or is a checkpoint on the way."""
-        return not self.has_ended and self.max_steps is not None and self.num_steps < self.max_steps
+        if self.has_ended:
+            return False
+        # Without a state nothing says how many steps there are to be, nor that it came to an end.
+        return not self.history if self.max_steps is None else self.num_steps < self.max_steps
 
     @cached_property
     def attempt(self) -> int:

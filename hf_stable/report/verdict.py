@@ -97,6 +97,7 @@ def _judge_end(seen: _Seen) -> tuple[State, str] | None:
     run = seen.run
     losses = [value for _, value in run.losses if math.isfinite(value)]
     if run.is_unfinished:
+        planned = "" if run.max_steps is None else f" of {run.max_steps}"
         so_far = "too early to judge its loss"
         if course_of(losses) is not None:
             fault = seen.fault or "The loss came down"
@@ -104,7 +105,7 @@ def _judge_end(seen: _Seen) -> tuple[State, str] | None:
         alarms = f", after {count_of(len(run.alarms), 'alarm')}" if run.alarms else ""
         return (
             "unfinished",
-            f"Unfinished: step {run.num_steps} of {run.max_steps}; {so_far}{alarms}",
+            f"Unfinished: step {run.num_steps}{planned}; {so_far}{alarms}",
         )
     if not losses:
         return "unknown", "Nothing to judge by: no finite loss was recorded"

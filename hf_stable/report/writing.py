@@ -23,7 +23,7 @@ from hf_stable.report.sections import build_sections
 from hf_stable.report.states import checkpoint_step
 from hf_stable.report.summary import RunSummary, summarise
 
-__all__ = ["FORMATS", "WrittenReport", "write_report"]
+__all__ = ["FORMATS", "WrittenReport", "beside", "write_report", "write_runs"]
 
 FORMATS = {
     "html": "report.html",
@@ -90,19 +90,52 @@ def write_report(
     if format in REQUIRED:
         REQUIRED[format]()
     runs = read_runs(paths, on_run=on_run)
-    target = _beside(paths, FORMATS[format]) if output is None else Path(output)
+    target = beside(paths, FORMATS[format]) if output is None else Path(output)
+    return write_runs(runs, target, format, preface=preface)
+
+
+def write_runs(
+    runs: Sequence[RunRecords],
+    target: Path,
+    format: str,
+    *,
+    preface: Preface | None = None,
+    refresh: float | None = None,
+) -> WrittenReport:
+    """Write a report on runs that are read.
+
+    Args:
+        runs: their records.
+        target: file, or folder for "png".
+        format: as of `write_report`.
+        preface: likewise.
+        refresh: seconds after which a page loads itself anew, or None.
+
+    Raises:
+        OSError: if the output cannot be written.
+    """
     summaries = tuple(map(summarise, runs))
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))
     else:
         files = (target,)
         with write_whole(target) as file:
-            _write_file(file, format, runs, summaries, preface)
+            if format == "html":
+                file.write(
+                    build_page(
+                        runs, summaries, build_sections(runs), version=version("hf-stable"),
+                        preface=preface, refresh=refresh,
+                    )
+                )  # fmt: skip
+            elif format == "json":
+                file.write(to_json(_content(runs, summaries)) + "\n")
+            else:
+                _write_csv(file, runs)
     notes = tuple((run.name, note) for run in runs for note in run.notes)
     return WrittenReport(files, summaries, notes)
 
 
-def _beside(paths: Sequence[str | os.PathLike[str]], name: str) -> Path:
+def beside(paths: Sequence[str | os.PathLike[str]], name: str) -> Path:
     """Return where a report goes that nobody named: beside its runs, and never in a checkpoint."""
     folders = [
         folder.parent if checkpoint_step(folder.name) is not None else folder
@@ -114,24 +147,6 @@ def _beside(paths: Sequence[str | os.PathLike[str]], name: str) -> Path:
     given = Path(paths[0])
     # Said as the user said it, where it is the folder that was given.
     return (given if given.resolve() == place else place) / name
-
-
-def _write_file(
-    file: TextIO,
-    format: str,
-    runs: Sequence[RunRecords],
-    summaries: Sequence[RunSummary],
-    preface: Preface | None,
-) -> None:
-    if format == "html":
-        sections = build_sections(runs)
-        number = version("hf-stable")
-        file.write(build_page(runs, summaries, sections, version=number, preface=preface))
-    elif format == "json":
-        file.write(to_json(_content(runs, summaries)))
-        file.write("\n")
-    else:
-        _write_csv(file, runs)
 
 
 def _write_csv(file: TextIO, runs: Sequence[RunRecords]) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 
 import pytest
-from report_runs import FALLING, alarm, calm, collapsing, going_back, small_maps, write_run
+from report_runs import (
+    FALLING,
+    alarm,
+    calm,
+    collapsing,
+    deep_probe,
+    going_back,
+    small_maps,
+    write_run,
+)
 
+from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report import write_report
 
 selenium = pytest.importorskip("selenium", reason="needs the test extra")
@@ -323,6 +334,92 @@ def test_the_theme_button_and_the_numbers_of_a_chart(driver, page):
     wait(driver, "document.documentElement.dataset.theme === 'dark'")
     driver.find_element("css selector", "details.numbers summary").click()
     wait(driver, "document.querySelectorAll('details.numbers td').length > 3")
+
+
+def test_what_runs_are_called_makes_no_link_in_a_chart(driver, tmp_path):
+    name = "<a href='http://x'>a link</a>"
+    probe = calm(1) | {"entropy": {f"{name}.{i}": [1.0, 2.0] for i in (0, 1)}}
+    folder = write_run(tmp_path / "run", FALLING[:9], {1: probe, 9: probe})
+    state = json.loads((folder / "trainer_state.json").read_text())
+    state["log_history"].append({"step": 9, f"eval_{name}": 1.0})
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    write_report([folder], tmp_path / "r.html")
+    open_page(driver, tmp_path / "r.html")
+    assert count(driver, "figure a") == 0
+    titles = "[...document.querySelectorAll('.ytitle')].map((each) => each.textContent)"
+    assert name in driver.execute_script(f"return {titles}")
+
+
+def test_a_page_that_is_loaded_anew_keeps_what_was_chosen(driver, tmp_path):
+    from hf_stable.report.reading import read_runs
+    from hf_stable.report.writing import write_runs
+
+    probes = {s: calm(s) | small_maps(shift=s) for s in (1, 50, 99)}
+    runs = read_runs([collapsing(tmp_path / "bad"), write_run(tmp_path / "good", FALLING, probes)])
+    page = tmp_path / "live.html"
+    write_runs(runs, page, "html", refresh=2.0)
+    open_page(driver, page)
+    # In one go: the page may be loaded anew between two.
+    driver.execute_script("""
+      window.isOld = true;
+      document.querySelector('#run-legend button').click();
+      document.getElementById('theme').click();
+      const select = document.querySelector('#terms select');
+      select.value = 'good';
+      select.dispatchEvent(new Event('change'));
+      Plotly.relayout(document.querySelector('#loss .js-plotly-plot'), {'xaxis.range': [20, 40]});
+      document.getElementById('map-step').value = '0';
+      scrollTo(0, 700);""")
+    wait(driver, "window.isOld !== true && document.documentElement.dataset.state === 'ready'")
+    found = driver.execute_script("""
+      return {
+        pressed: document.querySelector('#run-legend button').getAttribute('aria-pressed'),
+        theme: document.getElementById('theme').textContent,
+        variant: document.querySelector('#terms select').value,
+        zoom: document.querySelector('#loss .js-plotly-plot')._fullLayout.xaxis.range,
+        step: document.getElementById('map-step').value, y: scrollY,
+        said: document.querySelector('.live').textContent,
+      }""")
+    assert "loaded anew every 2.0 s" in found.pop("said")
+    assert found["y"] == pytest.approx(700, abs=2)
+    assert found | {"y": 0} == {
+        "pressed": "false", "theme": "Theme: light", "variant": "good", "zoom": [20, 40],
+        "step": "0", "y": 0,
+    }  # fmt: skip
+    # A page of runs that have ended stays.
+    write_runs(runs, page, "html")
+    open_page(driver, page)
+    driver.execute_script("window.isOld = true")
+    time.sleep(2.5)
+    assert driver.execute_script("return window.isOld") and count(driver, ".live") == 0
+
+
+@pytest.mark.slow
+def test_a_page_of_a_long_deep_run_is_small_and_opens_at_once(driver, tmp_path):
+    """100,000 steps, 48 layers, all terms: the time until the screen is full is printed."""
+    losses = [
+        3 + 5 * math.exp(-step / 2e4) + 0.05 * math.sin(1.7 * step) for step in range(100_000)
+    ]
+    folder = write_run(tmp_path / "run", losses)
+    log = StabilityLog(folder)
+    weights = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+    with log.path.open("w") as lines:
+        for step in range(250, 100_001, 250):
+            rates = {f"vit.layers.{i}.{weight}.weight": 1e-3 * abs(math.sin(step + i))
+                     for i in range(48) for weight in weights}  # fmt: skip
+            quantities = deep_probe(step, 2, 48, 4)
+            probe = {"event": "probe", "attempt": 0, "step": step, "loss": losses[step - 1]}
+            lines.write(json.dumps(probe | {"quantities": quantities, "effective_lr": rates}))
+            lines.write("\n")
+    write_report([folder], tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size < 10e6
+    times = []
+    for _ in range(3):
+        open_page(driver, tmp_path / "r.html")
+        times.append(int(driver.execute_script("return document.documentElement.dataset.opened")))
+    print(f"opened in {times} ms, {(tmp_path / 'r.html').stat().st_size / 1e6:.1f} MB")
+    assert sorted(times)[1] < 3000
+    assert count(driver, "#entropy path.js-line") == 48 + 48 + 1  # and bounds, and the ceiling
 
 
 def test_verdict_table_and_alarms_are_there_without_scripts(driver, page):

@@ -5,7 +5,10 @@
   const payload = read("payload"), maps = read("map-payload");
   const root = document.documentElement;
   const figures = [...document.querySelectorAll("figure.chart")];
-  const hidden = { runs: new Set(), layers: new Set() };
+  // What was chosen before the page loaded itself anew: see "Following a run".
+  const before = (history.state && history.state.chosen) || {};
+  const numbersOf = (names) => payload.runs.flatMap((run, i) => ((names || []).includes(run.name) ? [i] : []));
+  const hidden = { runs: new Set(numbersOf(before.runs)), layers: new Set(before.layers) };
   const touch = matchMedia("(pointer: coarse)").matches;
 
   // Colours: runs have their own; layers go along viridis, its far ends left out where the page
@@ -147,9 +150,17 @@
     if (!plot || figure.hidden) return;
     const chart = chartOf(figure), small = isSmall(figure);
     const config = { ...CONFIG, displayModeBar: small ? false : touch ? true : "hover" };
-    await Plotly.react(plot, traces(chart, small), layout(chart, small), config);
+    const planned = layout(chart, small), zoom = (before.zoom || {})[keyOf(figure)];
+    for (const axis of zoom && !figure.dataset.drawn ? ["xaxis", "yaxis"] : []) {
+      if (zoom[axis]) Object.assign(planned[axis], { range: zoom[axis], autorange: false });
+    }
+    await Plotly.react(plot, traces(chart, small), planned, config);
     figure.dataset.drawn = "yes";
   }
+
+  // What stays the same when a run goes on.
+  const keyOf = (figure) => [figure.closest("section").id, figure.dataset.variant,
+    figure.querySelector("figcaption").textContent].join("|");
 
   function showFigures() {
     for (const figure of figures) {
@@ -168,16 +179,26 @@
     }
   }
 
+  // How long it took until a reader has all of the screen, in milliseconds.
+  function noteOpened() {
+    root.dataset.opened ??= String(Math.round(performance.now()));
+  }
+
   let round = 0;
   async function drawAll() {
     const mine = ++round;
     root.dataset.state = "drawing";
     showFigures();
-    for (const figure of figures) {
+    const isInSight = (figure) => figure.getBoundingClientRect().top < innerHeight
+      && figure.getBoundingClientRect().bottom > 0;
+    const inSight = figures.filter((figure) => !figure.hidden && isInSight(figure));
+    for (const figure of [...inSight, ...figures.filter((each) => !inSight.includes(each))]) {
       if (mine !== round) return;  // something was pressed meanwhile: a newer round draws all
       await draw(figure);
+      if (figure === inSight[inSight.length - 1]) noteOpened();
       await new Promise((resume) => setTimeout(resume));  // lets the page answer in between
     }
+    noteOpened();
     await drawMaps();
     if (mine === round) root.dataset.state = "ready";
   }
@@ -322,7 +343,8 @@
 
   if (slider) {
     slider.max = mapTimes.length - 1;
-    slider.value = mapTimes.length - 1;
+    slider.value = before.mapStep ?? mapTimes.length - 1;
+    if ([...head.options].some((option) => option.value === before.head)) head.value = before.head;
     slider.addEventListener("input", drawMaps);
     head.addEventListener("change", drawMaps);
   }
@@ -331,7 +353,7 @@
 
   const system = matchMedia("(prefers-color-scheme: dark)");
   const themes = ["automatic", "light", "dark"];
-  let theme = 0;
+  let theme = before.theme || 0;
   function applyTheme() {
     const dark = themes[theme] === "dark" || (theme === 0 && system.matches);
     root.dataset.theme = dark ? "dark" : "light";
@@ -352,6 +374,49 @@
   for (const details of document.querySelectorAll("details.numbers")) {
     details.addEventListener("toggle", () => fillNumbers(details));
   }
+
+  // Following a run: the page loads itself anew, and what a reader has chosen is kept meanwhile in
+  // the history of the tab, where a page without a server may keep something.
+
+  function chosen() {
+    const zoom = {};
+    for (const figure of figures) {
+      const plot = figure.querySelector(".js-plotly-plot");
+      if (!plot) continue;
+      const moved = (axis) => plot.layout[axis].autorange === false && plot.layout[axis].range;
+      const y = chartOf(figure).limits ? false : moved("yaxis");
+      if (moved("xaxis") || y) zoom[keyOf(figure)] = { xaxis: moved("xaxis"), yaxis: y };
+    }
+    const selects = [...document.querySelectorAll("select.variant")];
+    const isLast = slider && Number(slider.value) === mapTimes.length - 1;
+    return {
+      theme, zoom, runs: [...hidden.runs].map((number) => payload.runs[number].name),
+      layers: [...hidden.layers], head: head && head.value,
+      variants: Object.fromEntries(selects.map((each) => [each.closest("section").id, each.value])),
+      mapStep: slider && !isLast ? slider.value : undefined,
+      open: document.getElementById("layer-details").open, scroll: [scrollX, scrollY],
+    };
+  }
+
+  for (const [id, value] of Object.entries(before.variants || {})) {
+    const select = document.querySelector(`#${id} select.variant`);
+    if (select && [...select.options].some((option) => option.value === value)) select.value = value;
+  }
+  document.getElementById("layer-details").open = Boolean(before.open);
+
+  const seconds = Number(root.dataset.refresh);
+  if (seconds > 0) {
+    history.scrollRestoration = "manual";
+    let isHeld = false;  // a reader is at something: it is not taken from under the hand
+    addEventListener("pointerdown", () => { isHeld = true; });
+    addEventListener("pointerup", () => { isHeld = false; });
+    setInterval(() => {
+      if (isHeld || document.hidden) return;
+      history.replaceState({ chosen: chosen() }, "");
+      location.reload();
+    }, 1000 * seconds);
+  }
   fillLegends();
   applyTheme();
+  if (before.scroll) scrollTo(...before.scroll);
 })();
