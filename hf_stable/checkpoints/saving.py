@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_stable.checkpoints.sidecar import remove_state, write_state
 from hf_stable.checkpoints.state_dicts import fold_state_dict
 from hf_stable.checkpoints.weight_files import remove_stale_weights
-from hf_stable.methods.layernorms.removal import needs_standalone_form
+from hf_stable.methods.layernorms.removal import check_can_be_saved, needs_standalone_form
 from hf_stable.methods.layernorms.standalone import removed_by_class, standalone_form
 from hf_stable.methods.patching import configs_by_part, is_patched
 from hf_stable.methods.sigma_reparam.method import sigma_layers
@@ -53,12 +53,15 @@ def save(
     Raises:
         ValueError: if the state dict to be saved is not the model's, or every rank were to write
             raw weights of its own.
+        UnsupportedModelError: if norms of a part were removed, and nothing could load the whole.
         OSError: if the folder cannot be written.
     """
     folder = options["save_directory"]
     saves_here = _saves_here(model, options["is_main_process"])
     raw: dict[str, Tensor] = {}
     layers, guarded = sigma_layers(model), needs_standalone_form(model)
+    if guarded:
+        check_can_be_saved(model)
     if layers:
         _refuse_raw_writing(options)
         if saves_here:

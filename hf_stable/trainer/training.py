@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_stable.methods.layernorms.removal import check_can_be_saved, removed_norms
 from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.trainer.changes import wrapping
@@ -68,6 +70,9 @@ def _training_step(
 def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     state = trainer.accelerator.state
     if trainer.model is not None:  # a search for hyperparameters builds each trial's model later
+        whole = trainer.accelerator.unwrap_model(trainer.model)
+        if isinstance(whole, PreTrainedModel) and removed_norms(whole):
+            check_can_be_saved(whole)
         refuse_unfit_sharding(
             trainer.model,
             fsdp_plugin=getattr(state, "fsdp_plugin", None),

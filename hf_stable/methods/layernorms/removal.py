@@ -6,15 +6,21 @@ LayerNorms is saved is told by `standalone`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
-from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.architectures.registry import (
+    UnsupportedModelError,
+    architecture_of,
+    model_type_of,
+)
 from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
@@ -22,6 +28,7 @@ from hf_stable.modeling_hf_stable import CLASS_PREFIX, guarded_field
 
 __all__ = [
     "RemovalConfig",
+    "check_can_be_saved",
     "RemovalPlan",
     "RemoveLayerNormConfig",
     "RemovePreLayerNormConfig",
@@ -119,7 +126,8 @@ def plan_removal(model: nn.Module, config: RemovalConfig) -> RemovalPlan:
     norms = find_norms(model)
     if not any(norm.placement in config.placements for norm in norms):
         _refuse_placement(model, config, norms)
-    _check_can_be_saved(model)
+    for whole in (model, *_models_around(model)):
+        check_can_be_saved(whole)
     chosen = [
         norm for norm in norms if norm.placement in config.placements or config.scope == "all"
     ]
@@ -192,8 +200,30 @@ def _refuse_placement(model: nn.Module, config: RemovalConfig, norms: list[Found
     raise UnsupportedModelError(f"{config.method} does not fit: {type(model).__name__} {problem}")
 
 
-def _check_can_be_saved(model: nn.Module) -> None:
-    """Raise now what would be raised at the first checkpoint, or when that is loaded."""
+def _models_around(part: nn.Module) -> list[PreTrainedModel]:
+    """Return the models of transformers in this process that hold another one as a part."""
+    # By type, not isinstance: proxies among the objects may answer __class__ with an error.
+    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    return [each for each in models if each is not part and any(m is part for m in each.modules())]
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raise for a model that, without norms, no folder could be loaded as.
+
+    It is asked before norms are removed, when a training begins, and before anything is saved: a
+    part may have lost its norms before it came into the model.
+
+    Raises:
+        UnsupportedModelError: if its class is not one of transformers, its architecture is not
+            registered, or its config has no place for the guard.
+    """
+    if architecture_of(model) is None:
+        raise UnsupportedModelError(
+            f"the norms of a part of a {type(model).__name__} cannot be removed: the whole would "
+            "be saved under a name of its own, and there is none for its model_type "
+            f"{model_type_of(model)!r}. Keep the norms of its parts, or call "
+            "hf_stable.restore_layernorms"
+        )
     name = type(model).__name__
     if not is_standalone(model) and getattr(transformers, name, None) is not type(model):
         raise UnsupportedModelError(
@@ -212,7 +242,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"a {type(model).__name__} without norms could not be saved so that nothing brings "
             f"them back: {name} is no config of transformers with a number in whose place a "
-            "sentence could stand"
+            "sentence could stand. Keep its norms and those of its parts"
         )
 
 
