@@ -8,6 +8,7 @@ import transformers
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from torch import nn
 
+from hf_stable.architectures.checking import problem_with
 from hf_stable.architectures.description import Architecture, Block
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
 
@@ -53,6 +54,8 @@ def register_architecture(architecture: Architecture, *, overwrite: bool = False
             f"block of the entry for {architecture.model_type!r} is {architecture.block!r}: give "
             "an hf_stable.Block, or a tuple of them"
         )
+    if problem := problem_with(architecture):
+        raise TypeError(f"{problem}: describe it as hf_stable.Architecture says")
     try:
         SpecifierSet(architecture.transformers)
     except InvalidSpecifier as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_stable.checkpoints.saved_state import WAY_OUT
 from hf_stable.checkpoints.weight_files import WeightFiles
 
 __all__ = ["pair_layers"]
@@ -22,7 +23,14 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
 
     Returns:
         The layer of the sidecar for each weight's name, and the layers that fit no weight.
+
+    Raises:
+        ValueError: if a layer of the sidecar is not whole, naming the file.
     """
+    for layer in sidecar.raw_layers:
+        if problem := _problem_with(sidecar, layer):
+            path = sidecar.file_of[f"{layer}.sigma_u"]
+            raise ValueError(f"{path} is damaged ({layer!r} has {problem}). {WAY_OUT}")
     by_content: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     shapes = {sidecar.shapes[f"{layer}.weight"] for layer in sidecar.raw_layers}
     for name, shape in weights.shapes.items():
@@ -44,6 +52,23 @@ def pair_layers(weights: WeightFiles, sidecar: WeightFiles) -> tuple[dict[str, s
         candidates.remove(chosen)
         partners[chosen] = layer
     return partners, unmatched
+
+
+def _problem_with(sidecar: WeightFiles, layer: str) -> str | None:
+    """Say in what the tensors of a layer do not fit together, as far as pairing reads them."""
+    shapes = {part: sidecar.shapes.get(f"{layer}.{part}") for part in ("weight", "gamma", "sigma")}
+    if lacking := [part for part, shape in shapes.items() if shape is None]:
+        return f"no {lacking[0]}"
+    weight = sidecar.shapes[f"{layer}.weight"]
+    try:
+        parts = sidecar.parts(layer)
+        parts.check(weight)
+        count = (parts.count(weight),)
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        return f"parts that do not fit its weight: {error}"
+    if not shapes["gamma"] == shapes["sigma"] == count or not all(weight):
+        return f"shapes that do not fit together: {shapes}"
+    return None
 
 
 def _content(shape: tuple[int, ...], row: Tensor) -> tuple[Any, ...]:
