@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hf_stable
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
+from hf_stable.architectures import registry
 from hf_stable.commands.bench import scale
 from hf_stable.commands.bench.cost_model import (
     BLOCK_LAUNCHES,
@@ -178,12 +179,19 @@ def test_every_preset_has_a_plan(model, capsys):
     flops = plan.costs["model"].flops
     assert flops == pytest.approx(6 * plan.shape.num_parameters * 2**19 / 64, rel=0.3)
     assert plan.plain > flops / MACHINES["h100"].flops
-    assert plan.shape.is_registered == (model != "7b")
+    assert plan.shape.is_registered
     assert main(["bench", "--plan", model, "--gpus", "64"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "A step takes" in said and ("is not registered" in said) == (model == "7b")
+    assert "A step takes" in said and "is not registered" not in said
     assert main(["bench", "--plan", model, "--gpus", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plain"] == plan.plain
+
+
+def test_a_plan_of_an_architecture_that_is_not_registered_says_so(own_registry, capsys):
+    del registry._registry["llama"]
+    assert not make_plan("7b", num_processes=64, tokens=2**19).shape.is_registered
+    assert main(["bench", "--plan", "7b", "--gpus", "64"]) == 0
+    assert "is not registered" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_knows_published_sizes():
