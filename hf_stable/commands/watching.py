@@ -35,7 +35,7 @@ def watch(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Show a run on the terminal as it goes on: loss, worst heads, alarms.
+    """Show a run on the terminal as it goes on.
 
     Ends with the run; Ctrl-C ends it before. Without a terminal the view is printed whenever it has
     changed; --json prints one object, as --once does. Exit code 1 if the run failed.

@@ -33,6 +33,7 @@ COMMANDS = (
     "export",
     "push",
     "report",
+    "watch",
     "doctor",
     "bench sigma",
     "bench adamw2",
