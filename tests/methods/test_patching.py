@@ -488,9 +488,8 @@ ERRORS = {  # what is done to a ViT, the arguments of patch, the error, a part o
     "subclass of Linear": (
         subclassed, ("sigma_reparam",), {}, TypeError,
         "MyLinear; allowed are exactly Linear, Conv1D and Conv1d to Conv3d (a subclass, a "
-        "quantised layer or an adapter may use its weight in ways that gamma / sigma would break; an entry "
-        "declares one that does not by plain_layers). To patch the "
-        "others, exclude it",
+        "quantised layer or an adapter may use its weight in ways that gamma / sigma would break; "
+        "an entry declares one that does not by plain_layers). To patch the others, exclude it",
     ),
     "sigma_reparam with another that fails": (
         same, (["sigma_reparam", "remove_layernorm"],), {}, UnsupportedModelError,
