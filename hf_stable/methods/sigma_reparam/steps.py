@@ -148,6 +148,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if unseen:
         _warn_of_decay(unseen, optimizer)
         with_gammas.update(layer.serial_number for layer in unseen)
+    if not layers:
+        return
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
     moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
