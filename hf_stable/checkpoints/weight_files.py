@@ -213,7 +213,7 @@ def _read_headers(path: Path, files: list[Path]) -> WeightFiles:
     return WeightFiles(path, file_of, shapes)
 
 
-MOST_MAPPED = 1 << 26
+MOST_MAPPED = 1 << 25
 """Bytes read from a file before it is opened anew: an open one keeps all of them in memory."""
 
 
