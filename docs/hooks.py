@@ -29,6 +29,7 @@ PAGES = {
     "recipes/README.md": "recipes/index.md",
     "recipes/evidence/README.md": "recipes/evidence.md",
     "recipes/scale.md": "recipes/scale.md",
+    "SECURITY.md": "security.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
