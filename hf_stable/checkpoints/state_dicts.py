@@ -83,11 +83,16 @@ def _completed(
         )
     if weight.is_meta:
         check_present(layer)
-    own = {part: whole_tensor(getattr(layer, part)).detach() for part in layer.sigma_tensors}
-    given = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    # Only what is missing is gathered: FSDP gives the whole state dict to the rank that saves, and
+    # that one alone would wait for the others.
     complete = {
         "weight": weight,
-        **{part: given.get(part, own[part].to(weight.device)) for part in layer.sigma_tensors},
+        **{
+            part: whole_tensor(getattr(layer, part)).detach().to(weight.device)
+            if given is None
+            else given
+            for part, given in parts.items()
+        },
     }
     # Averages of weights come with no sigma of theirs, or with the average of sigmas.
     return complete | settle_given(layer, complete)
