@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.model_optimizer import part_schedule
@@ -123,6 +123,9 @@ def watching_own_ways(trainer: Any) -> Iterator[None]:
 
 
 def _own_ways(trainer: Any) -> list[str]:
+    # Not above: a transformers that does not fit is to be named, and this import would fail first.
+    from transformers import Trainer
+
     return [n for n in _FOLDERS if getattr(type(trainer), n, None) is not getattr(Trainer, n)]
 
 

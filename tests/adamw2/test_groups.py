@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
@@ -60,6 +59,7 @@ def composite():
 
 
 def trained_by_peft():
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["c_attn"])
     return peft.get_peft_model(tiny_model("gpt2"), config)
 
