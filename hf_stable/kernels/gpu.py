@@ -31,7 +31,7 @@ __all__ = [
     "tracks",
 ]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)  # float16 is left to torch, as on a CPU
 """Dtypes of weights that there are kernels for; all arithmetic is in float32."""
 
 MOST_COLUMNS = 1 << 14
@@ -409,5 +409,5 @@ def _is_on_device(lr: float | Tensor) -> bool:
 def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
-    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     return names[dtype]
