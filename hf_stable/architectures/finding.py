@@ -2,7 +2,8 @@
 
 A model may hold models of several architectures (an encoder and a decoder, a tower and a text
 model, anything in a module of the user's): each is found by its config, and its modules by the
-entry that is registered for it.
+entry that is registered for it. Over three hundred lines, since blocks, layers and norms are found
+by one walk over one list of models.
 """
 
 from __future__ import annotations
