@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import transformers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
@@ -224,8 +225,10 @@ def check_can_be_saved(model: nn.Module) -> None:
             f"{model_type_of(model)!r}. Keep the norms of its parts, or call "
             "hf_stable.restore_layernorms"
         )
-    name = type(model).__name__
-    if not is_standalone(model) and getattr(transformers, name, None) is not type(model):
+    # FSDP2's fully_shard puts a class of its own in front of the model's.
+    own = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    name = own.__name__
+    if not is_standalone(model) and getattr(transformers, name, None) is not own:
         raise UnsupportedModelError(
             f"a {name} without norms could be saved but not loaded: {name} is no model class of "
             "transformers, and of those alone are classes without norms derived. Remove them from "
