@@ -128,7 +128,7 @@ def _rule_shapes(
             yield {}
         return
     for param in params:
-        shapes = shapes_of(param, Parts.of(group["parts"]))
+        shapes = shapes_of(param.shape, Parts.of(group["parts"]))
         vectors = (len(shapes), max(width for _, width in shapes))
         yield {
             "weight_v": vectors,

@@ -41,7 +41,7 @@ class Weight:
     @property
     def num_parts(self) -> int:
         """How many matrices the parameter stands for."""
-        return len(shapes_of(self.param, self.parts))
+        return len(shapes_of(self.param.shape, self.parts))
 
     def matrices(self, tensor: Tensor) -> list[Tensor | RowShard]:
         """Return the matrices of a tensor that is laid out like the parameter, to be read."""
@@ -49,7 +49,7 @@ class Weight:
 
     def vectors(self, key: str) -> list[Tensor]:
         """View the power vectors that the state has under a key, each as long as its matrix."""
-        rows, shapes = self.state[key], shapes_of(self.param, self.parts)
+        rows, shapes = self.state[key], shapes_of(self.param.shape, self.parts)
         return [row[:width] for row, (_, width) in zip(rows, shapes, strict=True)]
 
 
@@ -71,7 +71,7 @@ def prepare_state(weight: Weight) -> None:
         state.pop(key, None)
     dtype = spectral_dtype(param.dtype)
     rows = torch.zeros(size, dtype=dtype, device=param.device)
-    for row, (_, width) in zip(rows, shapes_of(param, weight.parts), strict=True):
+    for row, (_, width) in zip(rows, shapes_of(param.shape, weight.parts), strict=True):
         row[:width] = generic_vector(width, dtype=dtype, device=param.device)
     for key in ("weight_v", "update_v"):
         state[key] = rows.clone()
@@ -80,5 +80,5 @@ def prepare_state(weight: Weight) -> None:
 @cache
 def _size_of_vectors(shape: torch.Size, parts: Parts) -> tuple[int, int]:
     """Return the size of the power vectors of a weight; worked out once for each shape."""
-    shapes = shapes_of(torch.empty(shape, device="meta"), parts)
+    shapes = shapes_of(shape, parts)
     return len(shapes), max(width for _, width in shapes)

@@ -55,7 +55,10 @@ def named_class(config: PreTrainedConfig, source: Source) -> type[PreTrainedMode
     name = str(names[0]) if isinstance(names, list | tuple) and names else ""
     holder = modeling_hf_stable if name.startswith(CLASS_PREFIX) else transformers
     found = getattr(holder, name, None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+    # A base class has no weights. Building `PreTrainedModel` itself would also mark it as able to
+    # set an experts implementation, which every class that is built for the first time inherits.
+    is_base = name.endswith("PreTrainedModel")
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and not is_base:
         return found
     raise ValueError(
         f"{_path_of(source)} has {names!r} under 'architectures', whose first "

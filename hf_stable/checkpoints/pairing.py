@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_stable.checkpoints.saved_state import WAY_OUT
 from hf_stable.checkpoints.weight_files import WeightFiles
+from hf_stable.measures.matrices import shapes_of
 
 __all__ = ["pair_layers"]
 
@@ -61,9 +62,7 @@ def _problem_with(sidecar: WeightFiles, layer: str) -> str | None:
         return f"no {lacking[0]}"
     weight = sidecar.shapes[f"{layer}.weight"]
     try:
-        parts = sidecar.parts(layer)
-        parts.check(weight)
-        count = (parts.count(weight),)
+        count = (len(shapes_of(weight, sidecar.parts(layer))),)
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         return f"parts that do not fit its weight: {error}"
     if not shapes["gamma"] == shapes["sigma"] == count or not all(weight):

@@ -129,7 +129,7 @@ def _problem_with(parts: Mapping[str, Tensor]) -> str | None:
     if weight.ndim < 2 or gamma.ndim != 1 or u.ndim != 2 or v.ndim != 2:
         return f"shapes that do not fit together: {shapes}"
     try:
-        heights, widths = zip(*shapes_of(weight, _parts_of(parts)), strict=True)
+        heights, widths = zip(*shapes_of(weight.shape, _parts_of(parts)), strict=True)
     except ValueError:
         return f"shapes that do not fit together: {shapes}"
     count = (len(heights),)

@@ -122,9 +122,17 @@ def matrices_of(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor | RowShard]
             for i in range(len(parts.shares))]  # fmt: skip
 
 
-def shapes_of(weight: Tensor, parts: Parts = WHOLE) -> list[tuple[int, int]]:
-    """Return the (m, n) of every matrix that a weight stands for, sharded or not."""
-    shape = weight.shape if weight.ndim else torch.Size((1,))
+def shapes_of(shape: Sequence[int], parts: Parts = WHOLE) -> list[tuple[int, int]]:
+    """Return the (m, n) of every matrix that a weight stands for.
+
+    Args:
+        shape: of the whole weight: a matrix, a convolution kernel, a vector or a scalar.
+        parts: where its matrices lie.
+
+    Raises:
+        ValueError: if it cannot be cut like this.
+    """
+    shape = tuple(shape) or (1,)
     return parts.shapes(shape if parts.stacked else (shape[0], prod(shape[1:])))
 
 

@@ -69,7 +69,7 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         shape
         for param in model.parameters()
         if not math.isinf((rule := rules.get(id(param), {})).get("tau", 0.0))
-        for shape in shapes_of(param, rule.get("parts", WHOLE))
+        for shape in shapes_of(param.shape, rule.get("parts", WHOLE))
     ]
     layers: list[Any] = [
         module for module in model.modules() if isinstance(module, nn.Linear | Conv1D | nn.Conv2d)
@@ -83,7 +83,8 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         chosen, is_registered = [layer for layer in layers if layer is not head], False
     patched = []
     for layer in chosen:
-        patched += shapes_of(layer.weight, rules.get(id(layer.weight), {}).get("parts", WHOLE))
+        parts = rules.get(id(layer.weight), {}).get("parts", WHOLE)
+        patched += shapes_of(layer.weight.shape, parts)
     return ModelShape(
         name=type(model).__name__,
         num_parameters=sum(param.numel() for param in model.parameters()),

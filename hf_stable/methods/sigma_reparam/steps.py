@@ -102,7 +102,7 @@ def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) ->
         matrices += matrices_of(layer.weight, layer.parts)
         counts += [layer.power_iterations] * len(layer.sigma)
         sigmas += layer.sigma.unbind()
-        shapes = shapes_of(layer.weight, layer.parts)
+        shapes = shapes_of(layer.weight.shape, layer.parts)
         us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
         vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
     near_us, near_vs = us, vs
