@@ -109,8 +109,8 @@ PUBLIC: dict[str, tuple[str, ...]] = {
     ),
     "spectral": (
         "WHOLE",
+        "MatrixShard",
         "Parts",
-        "RowShard",
         "SingularTriple",
         "as_matrix",
         "generic_vector",

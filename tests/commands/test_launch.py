@@ -317,6 +317,8 @@ def test_a_tau_that_leaves_no_room_to_grow_is_said(launch):
     assert "tau=0.01 over 4 steps lets no weight grow beyond 1 times its size" in said
     said = launch(LANGUAGE, "--output_dir", "fast", *arguments, "tau=1.0")
     assert "lets no weight grow" not in said
+    said = launch(LANGUAGE, "--output_dir", "planned", *arguments, "tau=auto")
+    assert "tau=auto is 0.1, for 2 steps at the full rate" in said
 
 
 OWN_ENTRY = """

@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 )
 
 from hf_stable.kernels.choosing import refresh_by_kernels
-from hf_stable.measures.matrices import RowShard, matrices_of, shapes_of
+from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
@@ -93,7 +93,7 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
 
 
 def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) -> None:
-    matrices: list[Tensor | RowShard] = []
+    matrices: list[Tensor | MatrixShard] = []
     counts: list[int] = []
     sigmas: list[Tensor] = []
     us: list[Tensor] = []
@@ -108,7 +108,7 @@ def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) ->
     near_us, near_vs = us, vs
     if any(layer.weight.device != layer.sigma.device for layer in layers):
         # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
-        shards = [each.local if isinstance(each, RowShard) else each for each in matrices]
+        shards = [each.local if isinstance(each, MatrixShard) else each for each in matrices]
         near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
         near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
     triples = power_step(matrices, near_us, near_vs)
