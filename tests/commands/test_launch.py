@@ -548,7 +548,7 @@ def test_what_is_within_the_bounds_is_read_and_long_values_are_shortened(tmp_pat
         (["--terms", "entropi"], "", "--terms: unknown term 'entropi'"),
         (["--console", "loud"], "", "--console: console is one of short, full, off"),
         (["--keep-batches", "all"], "", "--keep-batches: keep_batches is a number of micro-"),
-        (["--skip-batches"], "", 'needs on_collapse="rollback", got \'warn\''),
+        (["--skip-batches"], "", "needs on_collapse=\"rollback\", got 'warn'"),
         (["--config", "FILE"], "skip_batches: 3", "skip_batches in FILE: skip_batches is True or"),
         (["--thresholds", "a"], "", "--thresholds takes NAME=NUMBER"),
         (["--thresholds", "no_such=1"], "", "--thresholds: thresholds is a"),
