@@ -175,7 +175,9 @@ class SigmaLayer(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             dtype = spectral_dtype(result.dtype)
-            if result.dtype != dtype and any(tensor is other for other in kept):
+            # What is less precise already is so on purpose: DeepSpeed has a float32 master of it.
+            was_exact = tensor.dtype == spectral_dtype(tensor.dtype)
+            if result.dtype != dtype and was_exact and any(tensor is other for other in kept):
                 return tensor.to(device=result.device, dtype=dtype)
             return result
 
