@@ -1,7 +1,8 @@
 """Public measures of matrices: leading singular triples, spectra of products, concentration."""
 
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import RowShard, as_matrix, matrices_of, spectral_dtype
+from hf_stable.measures.matrices import as_matrix, matrices_of, spectral_dtype
+from hf_stable.measures.matrix_shards import MatrixShard
 from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.measures.power_iteration import SingularTriple, generic_vector, power_step
 from hf_stable.measures.products import (
@@ -14,8 +15,8 @@ from hf_stable.measures.products import (
 
 __all__ = [
     "WHOLE",
+    "MatrixShard",
     "Parts",
-    "RowShard",
     "SingularTriple",
     "as_matrix",
     "generic_vector",

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable._ranks import placed_like
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
 from hf_stable.adamw2.options import (
@@ -23,6 +24,7 @@ from hf_stable.adamw2.options import (
     parts_options,
     refuse_flattened,
 )
+from hf_stable.adamw2.planning import AUTO, DEFAULT_TAU, choose_tau, note_other_plan
 from hf_stable.adamw2.rule import adam_step, update
 from hf_stable.adamw2.weights import Weight, prepare_state
 from hf_stable.kernels.choosing import Workspaces
@@ -61,7 +63,11 @@ class AdamW2(Optimizer):
             torch does it.
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
         tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
-            Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit.
+            Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit. "auto" derives it from
+            `total_steps`, by `planning.plan_tau`; a state that is loaded keeps its own.
+        total_steps: of the planned run, for `tau="auto"` alone. Where a schedule lowers the rate,
+            give the sum over the steps of the rate over the highest one: half of the steps for a
+            linear or a cosine schedule. The Trainer does so itself.
         power_iterations: power iterations per step on each weight. Its update gets one more, since
             it may change direction from one step to the next.
         amsgrad: False alone; AdamW2 keeps no maximum of the second moments.
@@ -89,7 +95,8 @@ class AdamW2(Optimizer):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        tau: float = 0.01,
+        tau: float | Literal["auto"] = DEFAULT_TAU,
+        total_steps: float | None = None,
         power_iterations: int = 1,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -103,7 +110,8 @@ class AdamW2(Optimizer):
             betas=as_numbers(betas),
             eps=eps,
             weight_decay=weight_decay,
-            tau=tau,
+            tau=choose_tau(tau, total_steps),
+            total_steps=total_steps,
             power_iterations=power_iterations,
             parts=WHOLE.to_plain(),
             blocks=1,
@@ -135,6 +143,9 @@ class AdamW2(Optimizer):
             params = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
             if "betas" in param_group:
                 param_group["betas"] = as_numbers(param_group["betas"])
+            if param_group.get("tau") == AUTO:
+                total = param_group.get("total_steps", self.defaults["total_steps"])
+                param_group |= {"tau": choose_tau(AUTO, total), "total_steps": total}
             param_group |= parts_options(param_group)
             check_group(params, self.defaults | param_group)
         super().add_param_group(param_group)
@@ -200,6 +211,7 @@ class AdamW2(Optimizer):
                 raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
             same = len(params) == len(shapes) and param.shape == shapes[index]
             refuse_flattened(param, replaced=not same)
+            grad = placed_like(grad, param)
             weights.append(Weight(param, grad, self.state[param], group, parts))
         return weights
 
@@ -230,10 +242,12 @@ class AdamW2(Optimizer):
         """Load a state of AdamW2, or of torch's AdamW.
 
         Power vectors are float32, and float64 for float64 weights. A state of torch's AdamW gives
-        its moments and options; `tau` and the other options of AdamW2 stay as they are here. The
-        spectra start anew at the next step then, and also where `lora_scale` differs. Such a state
-        does not tell what started at zero, so a weight is exempt as well if one step at `lr` would
-        be larger than it. Where this raises, nothing has changed.
+        its moments and options; `tau` and the other options of AdamW2 stay as they are here. A
+        state of AdamW2 keeps its own tau, and a warning says so where `tau="auto"` would be another
+        one. The spectra start anew at the next step after a state of AdamW, and also where
+        `lora_scale` differs. A state of AdamW does not tell what started at zero, so a weight is
+        exempt as well if one step at `lr` would be larger than it. Where this raises, nothing has
+        changed.
 
         Raises:
             ValueError: if shapes or groups do not fit, for options out of range, and for a state
@@ -242,9 +256,9 @@ class AdamW2(Optimizer):
         entries: Entries = []
 
         def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            prepared, entries[:] = prepare_loaded(
-                self._as_parted(given), self.param_groups, tuple(self.defaults)
-            )
+            parted = self._as_parted(given)
+            prepared, entries[:] = prepare_loaded(parted, self.param_groups, tuple(self.defaults))
+            note_other_plan(parted["param_groups"], self.param_groups)
             return prepared
 
         def after(_: Optimizer) -> None:

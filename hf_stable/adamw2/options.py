@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
+from hf_stable.adamw2.planning import AUTO
 from hf_stable.measures.parts import Parts
 
 __all__ = [
@@ -22,7 +23,13 @@ __all__ = [
     "refuse_flattened",
 ]
 
-_PARSERS: dict[str, Callable[[str], Any]] = {"tau": float, "power_iterations": int, "lora": str}
+_PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "tau": (f"float, and not {AUTO!r}", lambda text: text if text == AUTO else float(text)),
+    "power_iterations": ("int", int),
+    "lora": ("str", str),
+}
+"""What a text has to be, and how it is read."""
+
 _TRAINER_FIELDS = {
     "lr": "learning_rate",
     "betas": "adam_beta1 and adam_beta2",
@@ -67,7 +74,10 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "betas": ("two numbers in [0, 1)", _are_betas),
     "eps": ("a finite number >= 0", _is_finite),
     "weight_decay": ("a finite number >= 0", _is_finite),
-    "tau": ("a number > 0; inf switches Rule 1 off", lambda tau: _is_number(tau) and tau > 0),
+    "tau": (
+        "a number > 0; inf switches Rule 1 off, 'auto' derives it from total_steps",
+        lambda tau: _is_number(tau) and tau > 0,
+    ),
     "power_iterations": ("an integer >= 1", _is_count),
     "parts": ("an hf_stable.spectral.Parts", _are_parts),
     "lora_scale": (
@@ -259,9 +269,8 @@ def _parse(key: str, text: str) -> Any:
             f"optim_args has {key!r}, which adamw2 does not take{hint}; it takes "
             f"{' and '.join(_PARSERS)}"
         )
+    kind, read = _PARSERS[key]
     try:
-        return _PARSERS[key](text)
+        return read(text)
     except ValueError as error:
-        raise ValueError(
-            f"optim_args has {key}={text!r}, which is no {_PARSERS[key].__name__}"
-        ) from error
+        raise ValueError(f"optim_args has {key}={text!r}, which is no {kind}") from error

@@ -18,7 +18,7 @@ from hf_stable._ranks import local_tensor
 from hf_stable.adamw2.weights import MOMENTS, Weight
 from hf_stable.kernels.choosing import Workspaces, step_by_kernels
 from hf_stable.measures.matrices import (
-    RowShard,
+    MatrixShard,
     spectral_dtype,
     spread_values,
 )
@@ -138,8 +138,8 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
     for weight in weights:
         param = weight.param
         first = weight.matrices(param)[0] if isinstance(param, DTensor) else None
-        if isinstance(first, RowShard):
-            sharded[first.group].setdefault((id(weight.group), param.dtype), []).append(weight)
+        if isinstance(first, MatrixShard):
+            sharded[first.groups].setdefault((id(weight.group), param.dtype), []).append(weight)
             continue
         key = (id(weight.group), type(param), param.shape, param.dtype, param.device)
         together = whole.setdefault(key, [])
@@ -201,8 +201,8 @@ def _spectral_norms(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Move the power vectors; return sigma1 of all matrices, of weights and of targets."""
     weights = [weight for part in together for weight in part]
-    own: list[Tensor | RowShard] = []
-    theirs: list[Tensor | RowShard] = []
+    own: list[Tensor | MatrixShard] = []
+    theirs: list[Tensor | MatrixShard] = []
     for weight, target in zip(weights, [t for part in targets for t in part], strict=True):
         own += weight.matrices(weight.param)
         theirs += weight.matrices(target)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stable.measures.matrices import RowShard, matrices_of, shapes_of, spectral_dtype
+from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of, spectral_dtype
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import generic_vector
 
@@ -43,7 +43,7 @@ class Weight:
         """How many matrices the parameter stands for."""
         return len(shapes_of(self.param.shape, self.parts))
 
-    def matrices(self, tensor: Tensor) -> list[Tensor | RowShard]:
+    def matrices(self, tensor: Tensor) -> list[Tensor | MatrixShard]:
         """Return the matrices of a tensor that is laid out like the parameter, to be read."""
         return matrices_of(tensor.reshape(1) if tensor.ndim == 0 else tensor, self.parts)
 

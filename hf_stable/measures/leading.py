@@ -17,6 +17,12 @@ __all__ = ["EXACT_SVD_MAX_DIM", "leading_triple"]
 EXACT_SVD_MAX_DIM = 128
 """Matrices whose shorter side is at most this long get a full SVD; larger ones get Lanczos."""
 
+KRYLOV_SIZE = 128
+"""Vectors of a Krylov space after which the iteration starts again from the best of it."""
+
+CHECKED_EVERY = 8
+"""Vectors of a Krylov space between two looks at how far it has come."""
+
 
 @torch.no_grad()
 def leading_triple(
@@ -50,17 +56,19 @@ def leading_triple(
         raise ValueError(f"need a non-empty (..., m, n) matrix, got shape {tuple(matrix.shape)}")
     with torch.autocast(matrix.device.type, enabled=False):
         matrix = matrix.detach().to(spectral_dtype(matrix.dtype))
-        if not torch.isfinite(matrix).all():
+        scale = torch.maximum(-matrix.amin((-2, -1)), matrix.amax((-2, -1)))
+        if not torch.isfinite(scale).all():
             raise ValueError(
                 f"a {tuple(matrix.shape)} matrix has NaN or infinite entries: its largest "
                 "singular value is undefined"
             )
-        # Squares of entries beyond 1e19, or below its inverse, leave the range of float32.
-        scale = matrix.abs().amax((-2, -1), keepdim=True)
-        sigma, u, v = _leading_of_scaled(
-            matrix / torch.where(scale > 0, scale, 1.0), tolerance, max_iterations
-        )
-        return SingularTriple(sigma * scale[..., 0, 0], u, v)
+        # Squares of entries beyond 1e19, or below its inverse, leave the range of float32. Others
+        # need no copy of the matrix.
+        scale = torch.where((scale > 0) & ((scale < 1e-9) | (scale > 1e9)), scale, 1.0)
+        if not (scale == 1).all():
+            matrix = matrix / scale[..., None, None]
+        sigma, u, v = _leading_of_scaled(matrix, tolerance, max_iterations)
+        return SingularTriple(sigma * scale, u, v)
 
 
 def _leading_of_scaled(matrix: Tensor, tolerance: float, max_iterations: int) -> SingularTriple:
@@ -88,36 +96,58 @@ def _leading_by_lanczos(matrix: Tensor, tolerance: float, max_iterations: int) -
     Apart from the block iteration of `tracking`: where a training starts depends on it, so it
     begins from the shape alone and goes on until both vectors are right, not the value alone.
     """
-    krylov_size = 32
     generator = torch.Generator().manual_seed(matrix.shape[0] * 1_000_003 + matrix.shape[1])
     v = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype).to(matrix.device)
     v = v / torch.linalg.vector_norm(v)
     u = torch.full_like(matrix[:, 0], matrix.shape[0] ** -0.5)
-    for _ in range(max(1, max_iterations // krylov_size)):
-        v = _best_in_krylov_space(matrix, v, krylov_size)
+    products = 0
+    while True:
+        v, used = _best_in_krylov_space(matrix, v, tolerance)
+        products += used
         triple = power_step([matrix], [u], [v])[0]
         residual = torch.linalg.vector_norm(matrix.mv(triple.v) - triple.sigma * triple.u)
         v = triple.v
-        if residual <= tolerance * triple.sigma:
-            break
-    return triple
+        if residual <= tolerance * triple.sigma or products >= max_iterations:
+            return triple
 
 
-def _best_in_krylov_space(matrix: Tensor, v: Tensor, size: int) -> Tensor:
-    """Return the unit v in span{v, (W.T W) v, ...} with the largest |W v|."""
-    basis, images = [v], [matrix.mv(v)]
-    for _ in range(size - 1):
-        candidate = matrix.T.mv(images[-1])
-        scale = torch.linalg.vector_norm(candidate)
-        space = torch.stack(basis)
+def _best_in_krylov_space(matrix: Tensor, v: Tensor, tolerance: float) -> tuple[Tensor, int]:
+    """Return the unit v in span{v, (W.T W) v, ...} with the largest |W v|, and its dimension.
+
+    `W V = U B` with orthonormal V and U and B of two diagonals (Golub and Kahan 1965), of which V
+    alone is kept and made orthogonal anew: U is needed for one step (Simon and Zha 2000). The
+    space grows until the residual that the last entry of B foretells is within the tolerance.
+    """
+    basis = matrix.new_empty(KRYLOV_SIZE, len(v))
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
+    u = matrix.new_zeros(matrix.shape[0])
+    tiny = torch.finfo(matrix.dtype).tiny
+    for size in range(1, KRYLOV_SIZE + 1):
+        basis[size - 1] = v
+        image = matrix.mv(v)
+        if beside:
+            image -= beside[-1] * u
+        diagonal.append(torch.linalg.vector_norm(image))
+        u = image / diagonal[-1].clamp_min(tiny)
+        candidate = matrix.T.mv(u)
+        space = basis[:size]
         # One pass of Gram-Schmidt loses orthogonality in float32; two are enough.
         for _ in range(2):
-            candidate = candidate - space.T.mv(space.mv(candidate))
-        norm = torch.linalg.vector_norm(candidate)
-        if norm <= torch.finfo(matrix.dtype).eps * scale * 10:
-            break  # the space is invariant: nothing new can be reached
-        basis.append(candidate / norm)
-        images.append(matrix.mv(basis[-1]))
-    best = torch.linalg.svd(torch.stack(images, dim=1), full_matrices=False).Vh[0]
-    v = torch.stack(basis, dim=1).mv(best)
-    return v / torch.linalg.vector_norm(v)
+            candidate -= space.T.mv(space.mv(candidate))
+        beside.append(torch.linalg.vector_norm(candidate))
+        is_whole = beside[-1] <= torch.finfo(matrix.dtype).eps * diagonal[-1] * 10
+        if is_whole or size == KRYLOV_SIZE or size % CHECKED_EVERY == 0:
+            left, values, right = torch.linalg.svd(_bidiagonal(diagonal, beside))
+            if is_whole or beside[-1] * abs(left[-1, 0]) <= tolerance / 2 * values[0]:
+                break
+        v = candidate / beside[-1]
+    v = space.T.mv(right[0].to(v))
+    return v / torch.linalg.vector_norm(v), size
+
+
+def _bidiagonal(diagonal: list[Tensor], beside: list[Tensor]) -> Tensor:
+    """Return the square matrix of a diagonal and the one above it, in float64 on the CPU."""
+    on_host = torch.stack([*diagonal, *beside]).double().cpu()
+    own, above = on_host.chunk(2)
+    return torch.diag(own) + torch.diag(above[:-1], 1)

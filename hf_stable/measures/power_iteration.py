@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_stable.measures.matrices import RowShard
+from hf_stable.measures.matrix_shards import MatrixShard
 
 __all__ = ["SingularTriple", "generic_vector", "power_step", "step_batch"]
 
@@ -42,7 +42,7 @@ class SingularTriple(NamedTuple):
 
 @torch.no_grad()
 def power_step(
-    matrices: Sequence[Tensor | RowShard], u: Sequence[Tensor] | None, v: Sequence[Tensor]
+    matrices: Sequence[Tensor | MatrixShard], u: Sequence[Tensor] | None, v: Sequence[Tensor]
 ) -> list[SingularTriple]:
     """Move each pair of vectors by one power iteration and read sigma off it.
 
@@ -50,11 +50,12 @@ def power_step(
     (Zhai et al. 2023, section 3.3; Qi et al. 2025, section 2). Warm-started from the vectors of
     the step before, one iteration tracks a weight that moves slowly. The estimate never exceeds
     the true sigma_1. Two passes over each matrix; equal shapes share their vector arithmetic; all
-    sharded matrices of a process group share one all-reduce. No host synchronisation. In float32
-    sigma is right from about 1e-18 to 1e18, where its square has a place.
+    sharded matrices of a process group share one all-reduce, and those whose columns are cut one
+    more before it. No host synchronisation. In float32 sigma is right from about 1e-18 to 1e18,
+    where its square has a place.
 
     Args:
-        matrices: (m, n) tensors of any floating dtype and strides, or `RowShard`s of such.
+        matrices: (m, n) tensors of any floating dtype and strides, or `MatrixShard`s of such.
         u: left vectors (m,), kept where a matrix is zero or has non-finite entries; or None, for
             a caller that keeps v alone.
         v: right vectors (n,), from which the step starts; kept in the same cases.
@@ -68,14 +69,14 @@ def power_step(
     shapes: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     groups: defaultdict[Any, list[int]] = defaultdict(list)
     for index, matrix in enumerate(matrices):
-        if isinstance(matrix, RowShard):
-            groups[matrix.group].append(index)
+        if isinstance(matrix, MatrixShard):
+            groups[matrix.groups].append(index)
         else:
             shapes[(matrix.shape, v[index].dtype, matrix.device)].append(index)
     for indices in shapes.values():
         _step_whole(matrices, u, v, indices, results)
-    for group, indices in groups.items():
-        _step_sharded(matrices, u, v, indices, results, group)
+    for shared_by, indices in groups.items():
+        _step_shared(matrices, u, v, indices, results, shared_by)
     return [triple for triple in results if triple is not None]
 
 
@@ -165,52 +166,67 @@ def _write_product(matrix: Tensor, row: Tensor, product: Tensor) -> None:
         torch.sum(torch.bmm(row.view(bands, 1, -1), parts)[:, 0], 0, out=product)
 
 
-def _step_sharded(
+def _step_shared(
     matrices: Sequence[Any],
     u: Sequence[Tensor] | None,
     v: Sequence[Tensor],
     indices: list[int],
     results: list[SingularTriple | None],
-    group: Any,
+    groups: Sequence[Any],
 ) -> None:
-    """Step row-sharded matrices with one all-reduce for all of them.
+    """Step matrices of which each process has a shard, with one all-reduce for all, or two.
 
-    Each rank adds its rows of `y = W v` and its share of `z = W.T y`; then `u = y / |y|`,
-    `v = z / |z|` and `sigma = |z| / |y|` follow on every rank from the same sums, bit for bit.
+    Each rank adds its share of `y = W v` and of `z = W.T y`; then `u = y / |y|`, `v = z / |z|` and
+    `sigma = |z| / |y|` follow on every rank from the same sums, bit for bit. Where rows are whole,
+    z needs only those entries of y that are complete here. Where columns are cut, y has to be
+    summed first: for all such matrices together.
     """
-    sizes = [size for i in indices for size in (matrices[i].num_rows, len(v[i]))]
-    sums = torch.zeros(sum(sizes), dtype=v[indices[0]].dtype, device=v[indices[0]].device)
-    parts = sums.split(sizes)
+    order = sorted(indices, key=lambda index: not matrices[index].splits_columns)
+    shards: list[MatrixShard] = [matrices[index] for index in order]
+    heights, widths = ([shard.shape[side] for shard in shards] for side in (0, 1))
+    sizes = heights + widths
+    sums = torch.zeros(sum(sizes), dtype=v[order[0]].dtype, device=v[order[0]].device)
+    vectors = sums.split(sizes)
+    ys, zs = vectors[: len(shards)], vectors[len(shards) :]
+    cut = sum(shard.shape[0] for shard in shards if shard.splits_columns)
     with torch.autocast(sums.device.type, enabled=False):
-        for index, y, z in zip(indices, parts[::2], parts[1::2], strict=True):
-            shard = matrices[index]
-            rows = shard.local.to(device=sums.device, dtype=sums.dtype)
-            mine = y[shard.offset : shard.offset + len(rows)]
-            torch.mv(rows, v[index].to(sums.dtype), out=mine)
-            torch.mv(rows.T, mine, out=z)
-    dist.all_reduce(sums, group=group)
+        for index, shard, y, z in zip(order, shards, ys, zs, strict=True):
+            own = shard.local.to(sums)
+            y[shard.rows] = torch.mv(own, v[index].to(sums.dtype)[shard.columns])
+            if not shard.splits_columns:
+                z[shard.columns] = torch.mv(own.T, y[shard.rows])
+        if cut:
+            _add_up(sums[:cut], groups)
+        for shard, y, z in zip(shards, ys, zs, strict=True):
+            if shard.splits_columns:
+                z[shard.columns] = torch.mv(shard.local.to(sums).T, y[shard.rows])
+    _add_up(sums[cut:], groups)
 
     # From here on all vectors are one: a kernel's launch costs more than the work on any of them.
     def spread(values: Tensor) -> Tensor:
         return torch.cat([x.expand(n) for x, n in zip(values.unbind(), sizes, strict=True)])
 
-    norms = torch.stack(torch._foreach_norm(parts))
+    norms = torch.stack(torch._foreach_norm(vectors))
     lengths = norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    sigma = norms[1::2] / lengths[::2]
-    old, restart = [], []
-    for index, y in zip(indices, parts[::2], strict=True):
-        fresh = _shared_generic_vector(len(v[index]), sums.dtype, sums.device)
-        old_u = y if u is None else u[index]
-        old += [old_u, v[index]]
-        restart += [old_u, fresh]
+    sigma = norms[len(shards) :] / lengths[: len(shards)]
+    old_u = list(ys) if u is None else [u[index] for index in order]
+    fresh = [_shared_generic_vector(width, sums.dtype, sums.device) for width in widths]
     # As `_mend` does it.
     usable, is_zero = (
-        spread(flags.repeat_interleave(2)) for flags in ((sigma > 0) & (sigma < inf), sigma == 0)
+        spread(torch.cat([flags, flags])) for flags in ((sigma > 0) & (sigma < inf), sigma == 0)
     )
-    kept = torch.where(is_zero, torch.cat(restart), torch.cat(old))
+    old = torch.cat(old_u + [v[index] for index in order])
+    kept = torch.where(is_zero, torch.cat(old_u + fresh), old)
     moved = torch.where(usable, sums / spread(lengths), kept).split(sizes)
-    for index, *triple in zip(indices, sigma.unbind(), moved[::2], moved[1::2], strict=True):
+    for index, *triple in zip(
+        order, sigma.unbind(), moved[: len(shards)], moved[len(shards) :], strict=True
+    ):
         results[index] = SingularTriple(*triple)
+
+
+def _add_up(sums: Tensor, groups: Sequence[Any]) -> None:
+    for group in groups:
+        dist.all_reduce(sums, group=group)
 
 
 def _norm(rows: Tensor) -> Tensor:

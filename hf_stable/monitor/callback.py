@@ -1,32 +1,25 @@
-"""StabilityCallback: when to probe, what to log, what to do at a collapse.
-
-Longer than others: half of it is the class's own documentation, and what the Trainer's events need.
-"""
+"""StabilityCallback: what is done at each of a Trainer's events."""
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_stable._ranks import inner_optimizer, mean_over_ranks
-from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.monitor.acting import Acting
 from hf_stable.monitor.alarms import Alarm, AlarmRules
-from hf_stable.monitor.combining import gather_records
-from hf_stable.monitor.console import shorten, summarise
+from hf_stable.monitor.batches.keeping import Keeping
+from hf_stable.monitor.batches.ring import KeepBatches
+from hf_stable.monitor.batches.suspects import suspicious_steps
+from hf_stable.monitor.console import shorten
 from hf_stable.monitor.journal import Journal
-from hf_stable.monitor.log_keys import aggregate
 from hf_stable.monitor.missing import Missing
 from hf_stable.monitor.options import (
     Console,
@@ -35,16 +28,11 @@ from hf_stable.monitor.options import (
     check_options,
     check_training,
 )
-from hf_stable.monitor.probing import Records, probe
+from hf_stable.monitor.probing import Records, is_blind, probe
 from hf_stable.monitor.progress import Progress
-from hf_stable.monitor.readings import (
-    effective_rates,
-    gammas,
-    gradients_are_finite,
-    measure_loss_sharpness,
-    remedies_in_place,
-)
+from hf_stable.monitor.readings import remedies_in_place
 from hf_stable.monitor.rollbacks import Rollbacks
+from hf_stable.monitor.step import WatchedStep
 from hf_stable.monitor.thresholds import Thresholds
 from hf_stable.monitor.trackers import alert_trackers
 
@@ -93,6 +81,12 @@ class StabilityCallback(TrainerCallback, ExportableState):
             and the largest sigma(Wq^T Wk), where they are, and alarms so far, in place of some
             thirty keys; "full" has all keys, "off" none. Alarms are said in any case.
         thresholds: of the alarms, other than the defaults; also by name, as a mapping.
+        keep_batches: micro-batches of each process that are written into the output folder at an
+            alarm "spike" or "nonfinite", with the loss of each sample: 0 for none, for data that
+            must not be written down; a number, of which copies are kept meanwhile; "auto" for
+            those of the last six steps, uncopied, of which the suspicious ones are written.
+        skip_batches: after a rollback for such an alarm the batches of the suspicious steps are
+            skipped: these steps leave weights and optimizer alone, and the schedule goes on.
 
     Raises:
         ValueError: for an option out of range.
@@ -112,12 +106,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         log_layers: bool = False,
         console: Console = "short",
         thresholds: Thresholds | Mapping[str, float] | None = None,
+        keep_batches: KeepBatches = 0,
+        skip_batches: bool = False,
     ) -> None:
         """Check the options; nothing is touched before training begins."""
         check_options(
             every=every, queries=queries, terms=terms, maps=maps, sharpness_every=sharpness_every,
             on_collapse=on_collapse, max_rollbacks=max_rollbacks,
-            rollback_lr_factor=rollback_lr_factor, console=console,
+            rollback_lr_factor=rollback_lr_factor, console=console, keep_batches=keep_batches,
+            skip_batches=skip_batches,
         )  # fmt: skip
         self.every = every
         self.queries = queries
@@ -130,13 +127,17 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}  # the Trainer may set it; a run's own is in its state
         self._run = Progress(Rollbacks(max_rollbacks, rollback_lr_factor), self.thresholds)
         self._journal = Journal()
-        self._acting = Acting(on_collapse, self._run.rollbacks, self._journal)
+        self._acting = Acting(
+            on_collapse, self._run.rollbacks, self._journal, skip_batches=skip_batches
+        )
         self._stack = ExitStack()
         self._missing = Missing()
+        self._keeping = Keeping(keep_batches, self._journal, self._missing)
         self._expected_folder: str | None = None
+        self._suspicious: list[int] = []
         self._is_blind = False
         self._started = 0.0
-        self._reset_step()
+        self._step = WatchedStep(self._run, self._missing)
 
     @property
     def rules(self) -> AlarmRules:
@@ -147,17 +148,6 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def rollbacks(self) -> Rollbacks:
         """The ways back, taken and planned."""
         return self._run.rollbacks
-
-    def _reset_step(self) -> None:
-        self._loss: Tensor | None = None
-        self._loss_again: Callable[[], Tensor] | None = None
-        self._wants_sharpness = False
-        self._records: Records | None = None
-        self._values: dict[str, Any] = {}
-        self._alarms: list[Alarm] = []
-        self._pending: dict[str, float] = {}
-        self._short: str | None = None
-        self._missing.clear()
 
     # What the Trainer calls
 
@@ -172,9 +162,11 @@ class StabilityCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         check_training(
             args, model, saved, on_collapse=self._acting.on_collapse,
-            sharpness_every=self.sharpness_every,
+            sharpness_every=self.sharpness_every, skip_batches=self._acting.skip_batches,
         )  # fmt: skip
-        self._check_probe(model)
+        self._is_blind = is_blind(
+            model, queries=self.queries, terms=self.terms, maps=self.maps or ()
+        )
         self._acting.folder = self._expected_folder or args.output_dir or "."
         self._acting.saves = args.should_save
         self._journal.open(self._acting.folder, writes=state.is_world_process_zero)
@@ -186,25 +178,57 @@ class StabilityCallback(TrainerCallback, ExportableState):
             self._run.load_state(saved["attributes"]["progress"], state.global_step)
         self._acting.resume(state.global_step, optimizer, kwargs.get("lr_scheduler"))
         self._journal.begin(self.rollbacks.count, state.global_step)
+        self._keeping.begin(self._acting.folder, args, state, kwargs)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the batches of an epoch."""
+        self._keeping.begin_epoch()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open a probe if this step is due."""
-        self._reset_step()
         step = state.global_step + 1
-        self._wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
+        wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
+        self._step = WatchedStep(self._run, self._missing, wants_sharpness=wants_sharpness)
+        self._step.is_skipped = step in self.rollbacks.skips
+        self._keeping.begin_step(step, state.epoch or 0.0)
+        if self._step.is_skipped:
+            return
         if self._run.is_due(step, self.every) and not self._is_blind:
             # The rows depend on the step alone: a resumed run samples what an unbroken one does.
             generator = torch.Generator().manual_seed(step)
-            self._records = Records()  # even where the probe fails: all processes have to meet
+            self._step.records = Records()  # also where the probe fails: all processes have to meet
             with self._missing.bearing("attention"):
-                self._records = self._stack.enter_context(
+                self._step.records = self._stack.enter_context(
                     probe(
                         kwargs["model"], queries=self.queries, terms=self.terms,
                         maps=self.maps or (), generator=generator,
                     )
                 )  # fmt: skip
+
+    def loss_of_skipped(self) -> float | None:
+        """Return what stands for the loss of a step that is skipped; None where it is trained on.
+
+        The Trainer averages the losses that it logs: with the last one the mean stays what it is.
+        """
+        if not self._step.is_skipped:
+            return None
+        self._keeping.pass_by()
+        return self._run.recent.last or 0.0
+
+    def observe_batch(
+        self, inputs: Mapping[str, Any], loss_of: Callable[[Mapping[str, Any]], Tensor]
+    ) -> None:
+        """Take the inputs of a micro-batch before it is trained on.
+
+        Args:
+            inputs: as the data loader made them.
+            loss_of: computes the loss of such inputs, or of a part of them.
+        """
+        self._keeping.add(inputs, loss_of)
 
     def observe_loss(self, loss: Tensor, loss_again: Callable[[], Tensor] | None = None) -> None:
         """Take the loss of one micro-batch, as the Trainer adds them up.
@@ -221,27 +245,21 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "sharpness_every needs a loss that can be computed again: pass loss_again to "
                 "observe_loss, or leave sharpness_every out"
             )
-        loss = loss.detach().float()
-        self._loss = loss if self._loss is None else self._loss + loss
-        if self._wants_sharpness and self._loss_again is None:
-            self._loss_again = loss_again  # of the first micro-batch
+        self._step.add_loss(loss, loss_again)
+        self._keeping.note_loss(loss.detach())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read the step's loss and gradients and what the probe saw; judge them."""
         self._stack.close()
-        model, optimizer, step = kwargs["model"], kwargs["optimizer"], state.global_step + 1
-        if self._loss is None:
-            raise RuntimeError(
-                "StabilityCallback saw no loss: a Trainer whose training_step does not call the "
-                "Trainer's own has to call observe_loss(loss) of the callback"
-            )
-        self._judge(step, self._loss, model, has_scaler=_has_scaler(optimizer))
-        if self._loss_again is not None:
-            with self._missing.bearing("sharpness"):
-                self._values |= measure_loss_sharpness(self._loss_again, model, optimizer)
-        if self._acting.spares_weights and any(a.kind == "nonfinite" for a in self._alarms):
+        model, step = kwargs["model"], state.global_step + 1
+        if not self._step.is_skipped:
+            self._step.judge(step, model, kwargs["optimizer"])
+        self._suspicious = suspicious_steps(self._step.alarms, dict(self._run.recent.of_steps()))
+        self._keeping.write(self._step.alarms, self._suspicious, self.rollbacks.count, model)
+        is_bad = any(alarm.kind == "nonfinite" for alarm in self._step.alarms)
+        if self._step.is_skipped or (is_bad and self._acting.spares_weights):
             for parameter in model.parameters():
                 parameter.grad = None
 
@@ -249,29 +267,28 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read the rates of AdamW2 while the groups still have those of this step."""
-        optimizer = inner_optimizer(kwargs["optimizer"])
-        if isinstance(optimizer, AdamW2) and (self._values or self._records is not None):
-            with self._missing.bearing("effective_lr"):
-                rates, clipped = effective_rates(optimizer, kwargs["model"])
-                self._values["effective_lr"] = rates
-                self._pending["stability/clipped_share"] = clipped
+        self._step.read_rates(kwargs["model"], kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write down and log what was seen, and act on alarms."""
         step = state.global_step
-        if self._values or self._records is not None or self._wants_sharpness:
-            self._publish(step, kwargs["model"])
-        regular = step % self.every == 0 or bool(self._alarms)
+        if self._step.is_skipped:
+            self._acting.note_skip(step)
+        if self._step.has_something:
+            line = self._step.publish(kwargs["model"], log_layers=self.log_layers)
+            self._journal.write("probe", self.rollbacks.count, step, line)
+        regular = step % self.every == 0 or bool(self._step.alarms)
         if regular and args.logging_strategy != "no":
             control.should_log = True
         if self._acting.needs_first_checkpoint and step == 1:
             control.should_save = True  # there is always something to go back to
-        for alarm in self._alarms:
-            self._acting.act(alarm, control)
+        for alarm in self._step.alarms:
+            self._acting.act(alarm, control, self._suspicious)
             if state.is_world_process_zero:
                 alert_trackers(args.report_to, f"{alarm.kind} at step {alarm.step}", str(alarm))
+        self._keeping.tell()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -293,7 +310,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def abandon_step(self) -> None:
         """Undo what was done to the model and to the folder for a training that ends here."""
         self._stack.close()
-        self._reset_step()
+        self._step = WatchedStep(self._run, self._missing)
+        self._keeping.stop()
         self._journal.close()
 
     def expect_checkpoints_in(self, folder: str) -> None:
@@ -302,12 +320,12 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""
-        pending, self._pending = self._pending, {}
+        pending, self._step.pending = self._step.pending, {}
         return pending
 
     def shorten_record(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return what of a record is printed on the console."""
-        return shorten(record, self.console, self._short)
+        return shorten(record, self.console, self._step.short)
 
     def take_rollback(self) -> str | None:
         """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
@@ -328,61 +346,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "log_layers": self.log_layers,
                 "console": self.console,
                 "thresholds": None if self.thresholds is None else asdict(self.thresholds),
+                "keep_batches": self._keeping.ring.keep,
+                "skip_batches": self._acting.skip_batches,
             },
             "attributes": {"progress": self._run.state()},
         }
-
-    # What happens within
-
-    def _check_probe(self, model: nn.Module) -> None:
-        """Find out whether the model can be probed; with named terms or maps it has to be."""
-        self._is_blind = False
-        try:
-            with probe(model, queries=self.queries, terms=self.terms, maps=self.maps or ()):
-                pass
-        except UnsupportedModelError as error:
-            if not isinstance(self.terms, str) or self.maps:
-                raise
-            self._is_blind = True
-            warnings.warn(
-                f"only losses and gradients are watched, and alarms are of these: {error}",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    def _judge(self, step: int, loss: Tensor, model: nn.Module, *, has_scaler: bool) -> None:
-        are_finite = torch.ones(())
-        with self._missing.bearing("gradients"):
-            are_finite = gradients_are_finite(model)
-        value, share = mean_over_ranks(loss, are_finite)
-        self._alarms = self._run.judge_loss(step, value, share == 1, has_scaler=has_scaler)
-        if self._records is None:
-            return
-        quantities = gather_records(self._records)
-        self._values = {"loss": value if math.isfinite(value) else None, "quantities": quantities}
-        with self._missing.bearing("signs of collapse"):
-            self._alarms += self._run.judge_probe(step, quantities)
-
-    def _publish(self, step: int, model: nn.Module) -> None:
-        quantities = self._values.setdefault("quantities", {})
-        with self._missing.bearing("gamma"):
-            if found := gammas(model):
-                quantities["gamma"] = found
-        self._pending |= aggregate(quantities, layers=self.log_layers)
-        if "effective_lr" in self._values:
-            self._pending |= aggregate({"effective_lr": self._values["effective_lr"]})
-        for name in ("sharpness", "sharpness_threshold", "sharpness_preconditioned"):
-            if self._values.get(name) is not None:
-                self._pending[f"stability/{name}"] = float(self._values[name])
-        self._pending["stability/nonfinite_steps"] = float(self._run.nonfinite_steps)
-        self._pending["stability/alarms"] = float(self._run.num_alarms)
-        self._pending["stability/rollbacks"] = float(self.rollbacks.count)
-        self._short = summarise(quantities, self._run.num_alarms)
-        line = self._values | {"nonfinite_steps": self._run.nonfinite_steps}
-        if missing := self._missing.reasons | (self._records or Records()).reasons():
-            line["missing"] = missing
-        self._journal.write("probe", self.rollbacks.count, step, line)
-
-
-def _has_scaler(optimizer: Any) -> bool:
-    return getattr(optimizer, "scaler", None) is not None

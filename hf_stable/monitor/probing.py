@@ -27,7 +27,7 @@ from hf_stable.monitor.records import Records, check_maps, resolve_terms
 from hf_stable.monitor.terms import TERMS, names_of
 from hf_stable.monitor.unseen import PAST_INTERFACE, Sightings, describe_unseen
 
-__all__ = ["Records", "probe"]
+__all__ = ["Records", "is_blind", "probe"]
 
 # What was said of a model, which is said once.
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -98,6 +98,39 @@ def probe(
     if recorder.wants_attention:
         _tell_unseen(root, sightings)
     _tell_missing(root, recorder.records)
+
+
+def is_blind(
+    model: nn.Module,
+    *,
+    queries: Literal["all"] | int,
+    terms: Literal["all", "default"] | Sequence[str],
+    maps: Literal["all"] | Sequence[int],
+) -> bool:
+    """Say, with a warning, whether nothing of a model can be probed.
+
+    Args:
+        model: as of `probe`, and so is what follows.
+        queries: likewise.
+        terms: likewise.
+        maps: likewise.
+
+    Raises:
+        ValueError: as `probe` does.
+        UnsupportedModelError: likewise, if terms are named or maps are asked for.
+    """
+    try:
+        with probe(model, queries=queries, terms=terms, maps=maps):
+            return False
+    except UnsupportedModelError as error:
+        if not isinstance(terms, str) or maps:
+            raise
+        warnings.warn(
+            f"only losses and gradients are watched, and alarms are of these: {error}",
+            UserWarning,
+            stacklevel=4,
+        )
+        return True
 
 
 def _root_of(model: nn.Module) -> nn.Module:

@@ -9,7 +9,10 @@ from transformers import __version__
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.adamw2.options import parse_options
+from hf_stable.adamw2.planning import AUTO
 from hf_stable.trainer.changes import ADVICE, adding, wrapping
+from hf_stable.trainer.schedules import steps_at_full_rate
+from hf_stable.trainer.training_record import planned_steps
 
 try:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
@@ -66,9 +69,27 @@ def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, An
     _refuse_deepspeed(context.args)
     options = parse_options(context.optim_args)
     arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
+    if arguments.get("tau") == AUTO:
+        arguments["total_steps"] = _total_steps(context.args)
     if context.model is None:
         return AdamW2, arguments
     return ModelAdamW2, {**arguments, "structure": context.model}
+
+
+def _total_steps(args: Any) -> float:
+    """Return the sum of the schedule over the steps of a run, for `tau=auto`.
+
+    Raises:
+        ValueError: if nothing says how many steps the run will have.
+    """
+    steps = planned_steps(args) or args.max_steps
+    if steps < 1:
+        raise ValueError(
+            "optim_args has tau=auto, and how many steps the run will have is known only once "
+            "train() has begun: let train() build the optimizer, or set max_steps, or give a "
+            "number for tau"
+        )
+    return steps_at_full_rate(args, steps)
 
 
 def _refuse_deepspeed(args: Any) -> None:

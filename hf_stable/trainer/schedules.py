@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from statistics import mean
 from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.trainer.changes import wrapping
+
+__all__ = ["steps_at_full_rate"]
+
+_LOOKED_AT = 1000
+"""Steps at which a schedule is looked at, for its mean."""
 
 _PER_GROUP = {
     "LambdaLR": ("lr_lambda",),
@@ -17,6 +26,33 @@ _PER_GROUP = {
     "ReduceLROnPlateau": ("min_lr",),
 }
 """What a schedule of torch takes one value for each group of: the groups that its caller made."""
+
+
+def steps_at_full_rate(args: TrainingArguments, steps: int) -> float:
+    """Return the sum of a schedule over a run, in steps at its highest rate.
+
+    A schedule that goes by what happens in the run, such as one that waits for a plateau, counts
+    as constant.
+
+    Args:
+        args: that name the schedule.
+        steps: of the run.
+    """
+    rate = args.learning_rate
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=rate)  # some schedules read its rate
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=stand_in,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
+    )
+    factors = getattr(schedule, "lr_lambdas", None)
+    if factors is None:
+        return float(steps)
+    count = min(steps, _LOOKED_AT)
+    shares = (factors[0](int((index + 0.5) * steps / count)) for index in range(count))
+    return max(1.0, steps * mean(shares))
 
 
 def _spread(original: Any, *args: Any, **kwargs: Any) -> None:

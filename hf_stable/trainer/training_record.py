@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
 from hf_stable._ranks import inner_optimizer
-from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.adamw2.planning import DEFAULT_TAU
 from hf_stable.checkpoints.provenance import RECORD_ATTRIBUTE, base_model_of
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.patching import is_patched
 
-__all__ = ["keeping_record", "provenance_of"]
+__all__ = ["keeping_record", "planned_steps", "provenance_of"]
 
 _running: ContextVar[tuple[Any, bool] | None] = ContextVar("hf_stable_running", default=None)
 
@@ -52,6 +52,14 @@ def _keep_record(trainer: Any) -> None:
             "epoch": state.epoch,
         }
         setattr(model, RECORD_ATTRIBUTE, record)
+
+
+def planned_steps(args: Any) -> int | None:
+    """Return the number of steps of the training under way that has these arguments, or None."""
+    trainer, _ = _running.get() or (None, False)
+    if trainer is None or trainer.args is not args:
+        return None
+    return trainer.state.max_steps or None
 
 
 def provenance_of(model: Any) -> dict[str, Any]:
@@ -99,8 +107,8 @@ def _optimizer_settings(trainer: Any, is_given: bool) -> dict[str, Any]:
         optimizer = inner_optimizer(trainer.optimizer)
         return {"optimizer": f"{type(optimizer).__name__}, handed to the Trainer"}
     options = args.optim_args or ""
-    if args.optim == "adamw2" and "tau" not in options:
-        options = ",".join(filter(None, [options, f"tau={_default_tau()}"]))
+    if args.optim == "adamw2":
+        options = ",".join(filter(None, [options, _chosen_tau(trainer, options)]))
     settings = {"optimizer": args.optim.value, "optimizer options": options}
     if "adam" in args.optim:
         settings["betas, epsilon"] = f"{args.adam_beta1}, {args.adam_beta2}, {args.adam_epsilon}"
@@ -108,5 +116,10 @@ def _optimizer_settings(trainer: Any, is_given: bool) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value != ""}
 
 
-def _default_tau() -> float:
-    return inspect.signature(AdamW2).parameters["tau"].default
+def _chosen_tau(trainer: Any, options: str) -> str:
+    """Return what `optim_args` do not say of tau: the default, or what "auto" came to."""
+    if "tau" not in options:
+        return f"tau={DEFAULT_TAU}"
+    groups = getattr(inner_optimizer(trainer.optimizer), "param_groups", ())
+    planned = [group for group in groups if group.get("total_steps") and group["tau"] < math.inf]
+    return f"which is {planned[0]['tau']:.4g}" if planned else ""

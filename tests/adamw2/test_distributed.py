@@ -9,9 +9,15 @@ import torch.distributed.checkpoint as dcp
 from gloo_ranks import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_stable.adamw2.optimizer import AdamW2
@@ -64,7 +70,7 @@ def run_steps(model, optimizer, steps, rank=0, world=1):
         loss = loss.detach()
         if world > 1:
             dist.all_reduce(loss)
-            loss /= world
+            loss /= dist.get_world_size()
         losses.append(loss.item())
     return losses
 
@@ -100,6 +106,35 @@ def shard(model):
     assert any(0 in held for held in gathered), "no rank is without rows"
     assert len(set(map(tuple, gathered))) > 1, "shards are even"
     return model
+
+
+def lay_out(model, way):
+    """Cut a model over all processes; return it with the place and number of its replicas."""
+    world = dist.get_world_size()
+    names = {"hsdp": ("replicate", "shard"), "tp": ("dp", "tp"), "fsdp2_tp": ("dp", "tp")}[way]
+    sizes = (1, world) if way == "tp" else (2, world // 2)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    if way == "hsdp":
+        return fully_shard(model, mesh=mesh), dist.get_rank(), world
+    plan = {
+        "fused": ColwiseParallel(output_layouts=Replicate()),
+        "head": RowwiseParallel(input_layouts=Replicate()),
+    }
+    model = parallelize_module(model, mesh["tp"], plan)
+    if way == "fsdp2_tp":
+        model = fully_shard(model, mesh=mesh["dp"])
+    return model, mesh.get_local_rank("dp"), sizes[0]
+
+
+def worker_laid_out(folder, way):
+    """Train, save halfway, and go on."""
+    model, rank, world = lay_out(Net(), way)
+    optimizer = AdamW2(make_groups(model), **OPTIONS)
+    losses = run_steps(model, optimizer, range(STEPS // 2), rank, world)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save(dict(model=weights, optimizer=state), checkpoint_id=folder / "dcp")
+    losses += run_steps(model, optimizer, range(STEPS // 2, STEPS), rank, world)
+    report(model, optimizer, losses, folder, way)
 
 
 def worker_ddp(folder):
@@ -255,6 +290,15 @@ def test_many_processes_train_as_one(way, world, tmp_path):
     expected = run_alone(blocks=way != "zero")
     check(saved, expected)
     assert min(min(rates) for rates in expected[2]) < 0.5 * OPTIONS["lr"]  # the rule did bind
+
+
+@pytest.mark.parametrize("way", ["hsdp", "tp", "fsdp2_tp"])
+def test_meshes_train_as_one_and_what_they_save_continues_on_one(way, tmp_path):
+    run_ranks(worker_laid_out, 2 if way == "tp" else 4, tmp_path, way)
+    expected = run_alone()
+    check(torch.load(tmp_path / f"{way}.pt", weights_only=True), expected)
+    run_ranks(worker_load, 1, tmp_path)
+    check(torch.load(tmp_path / "load1.pt", weights_only=True), expected, first=STEPS // 2)
 
 
 def test_a_consolidated_state_of_zero_redundancy_continues(tmp_path):

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-from gloo_ranks import run_ranks
 from random_matrices import (
     assert_is_leading,
     randn,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import (
@@ -43,21 +39,3 @@ def test_as_matrix_views_and_refuses_a_scalar():
 def test_what_cannot_be_cut_is_refused(num_parts, dim):
     with pytest.raises(ValueError, match=r"cannot split dimension .* of shape \(8, 6\) into"):
         matrices_of(torch.ones(8, 6), Parts((1,) * num_parts, dim=dim))
-
-
-def place_otherwise():
-    """On each rank: a replicated weight's blocks, and the message for one sharded on columns."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    weight = randn(6, 4)
-    (replicated,) = matrices_of(distribute_tensor(weight, mesh, [Replicate()]))
-    try:
-        matrices_of(distribute_tensor(weight, mesh, [Shard(1)]))
-    except ValueError as error:
-        return {"replicated": replicated, "message": str(error)}
-
-
-@pytest.mark.slow
-def test_replicated_weights_are_plain_and_column_shards_are_refused():
-    for rank in run_ranks(place_otherwise, 2):
-        assert torch.equal(rank["replicated"], randn(6, 4))
-        assert "allowed are replicated and sharded once, on dimension 0" in rank["message"]

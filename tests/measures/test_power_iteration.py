@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_stable.measures import power_iteration
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import (
-    RowShard,
+    MatrixShard,
     matrices_of,
     spectral_dtype,
 )
@@ -169,7 +169,7 @@ def test_where_launches_count_their_number_does_not_grow_with_that_of_matrices(m
 
 
 @pytest.mark.parametrize("size", [8, 256])
-def test_blocks_of_a_fused_weight_step_as_views(size):
+def test_shards_of_a_fused_weight_step_as_views(size):
     fused = randn(size, 3 * size)  # [Wq | Wk | Wv], the way Conv1D keeps them
     assert (size * size <= STACK_MAX_NUMEL) == (size == 8)  # both ways to batch are taken
     blocks = matrices_of(fused, Parts((1, 1, 1), dim=1))
@@ -211,7 +211,7 @@ def _step_sharded(mesh, dtype):
     for shape, parts in SHARDED_CASES:
         weight = randn(*shape).to(dtype)
         spread = matrices_of(distribute_tensor(weight, mesh, [Shard(0)]), parts)
-        assert all(isinstance(block, RowShard) for block in spread)
+        assert all(isinstance(block, MatrixShard) for block in spread)
         sharded += spread
         rows.append(len(spread[0].local))
         local += matrices_of(weight, parts)

@@ -16,7 +16,7 @@ from torch import nn
 
 import hf_stable
 from hf_stable.measures.entropy import attention_entropy
-from hf_stable.monitor import recorder as recording
+from hf_stable.monitor import attention_terms
 from hf_stable.monitor.log_file import read_log
 from hf_stable.monitor.probing import probe
 
@@ -246,7 +246,7 @@ def test_a_measure_that_fails_is_missing_with_a_reason_and_training_is_the_same(
         raise torch.linalg.LinAlgError("it did not converge")
 
     monkeypatch.setattr("hf_stable.monitor.block_terms.qk_singular_values", fails)
-    monkeypatch.setattr(recording, "first_maps", fails)
+    monkeypatch.setattr(attention_terms, "first_maps", fails)
     trainer = make_trainer(
         tiny_model("gpt2"), tmp_path / "watched", max_steps=3,
         callbacks=[hf_stable.StabilityCallback(every=1)],

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from tiny_models import MODEL_TYPES, tiny_model
-from tiny_training import dropout_model, losses, make_trainer, same_state
+from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
 from transformers import (
     HfArgumentParser,
     LlamaConfig,
@@ -27,6 +27,8 @@ from transformers import (
 )
 
 import hf_stable
+from hf_stable.adamw2.planning import plan_tau
+from hf_stable.checkpoints.provenance import RECORD_ATTRIBUTE
 from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
@@ -413,6 +415,67 @@ def test_lora_trains_as_under_adamw(tmp_path):
     assert start - adamw2 > 0.8 * (start - adamw) > 0
 
 
+# tau=auto
+
+
+def taus_of(trainer) -> set[float]:
+    groups = trainer.optimizer.param_groups
+    return {group["tau"] for group in groups if not math.isinf(group["tau"])}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        (dict(lr_scheduler_type="constant"), 1.0),
+        (dict(lr_scheduler_type="linear"), 0.5),
+        (dict(lr_scheduler_type="cosine"), 0.5),
+        (dict(lr_scheduler_type="linear", warmup_steps=40), 0.5),
+        (dict(lr_scheduler_type="constant_with_warmup", warmup_steps=40), 0.8),
+        (dict(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.2}),
+         0.6),
+        (dict(lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps"), 1.0),
+    ],
+)  # fmt: skip
+def test_tau_auto_counts_the_steps_at_the_full_rate(schedule, share, tmp_path):
+    options = dict(max_steps=100, optim_args="tau=auto") | schedule
+    optimizer = built(tiny_model("gpt2"), tmp_path, **options)
+    bound = [group for group in optimizer.param_groups if not math.isinf(group["tau"])]
+    for group in bound:
+        assert math.isclose(group["total_steps"], share * 100, rel_tol=0.02)
+        assert group["tau"] == plan_tau(group["total_steps"])
+    assert bound
+
+
+def test_tau_auto_of_a_run_that_is_counted_in_epochs_and_resumed(tmp_path):
+    def trained(folder, resume=None, callbacks=(), **options):
+        trainer = make_trainer(
+            dropout_model("vit"), tmp_path / folder, optim="adamw2", optim_args="tau=auto",
+            callbacks=callbacks, **(dict(max_steps=-1, num_train_epochs=2) | options),
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"known only once train\(\) has begun: let train\(\)"):
+            trainer.create_optimizer()
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained("whole")  # 2 epochs of 5 batches, linear
+    assert taus_of(whole) == {plan_tau(5.0)} == {0.1}
+    trained("cut", callbacks=[Interrupt(4)])
+    resumed = trained("cut", tmp_path / "cut" / "checkpoint-4")
+    assert same_state(resumed.model, whole.model) and losses(resumed) == losses(whole)
+
+    with pytest.warns(UserWarning, match=r"goes on with tau=0\.1 .* and not with tau=0\.02318"):
+        longer = trained("cut", tmp_path / "cut" / "checkpoint-4", num_train_epochs=40,
+                         callbacks=[Interrupt(6)])  # fmt: skip
+    assert taus_of(longer) == {0.1}
+
+
+def test_tau_auto_is_in_the_record_of_a_patched_model(tmp_path):
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    make_trainer(model, tmp_path, optim="adamw2", optim_args="tau=auto", max_steps=2).train()
+    settings = getattr(model, RECORD_ATTRIBUTE)["settings"]
+    assert settings["optimizer options"] == "tau=auto,which is 0.1"
+
+
 # Bad options
 
 
@@ -422,7 +485,7 @@ def test_lora_trains_as_under_adamw(tmp_path):
         ("tau", r"'tau' is not of the form key=value"),
         ("tau=0.1,power_iterations", r"'power_iterations' is not of the form key=value"),
         ("tau=0.1=2", r"'tau=0\.1=2' is not of the form key=value"),
-        ("tau=small", r"tau='small', which is no float"),
+        ("tau=small", r"tau='small', which is no float, and not 'auto'"),
         ("tau=", r"tau='', which is no float"),
         ("power_iterations=1.5", r"power_iterations='1\.5', which is no int"),
         ("taus=0.1", r"'taus', which adamw2 does not take \(did you mean 'tau'\?\)"),
@@ -458,7 +521,7 @@ def test_hyperparameter_search(tmp_path):
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {
             "learning_rate": next(rates),
-            "optim_args": f"tau={trial.suggest_float('tau', 1e-3, 1e-2)}",
+            "optim_args": trial.suggest_categorical("optim_args", ["tau=0.003", "tau=auto"]),
         },
         n_trials=3,
         backend="optuna",
@@ -468,4 +531,5 @@ def test_hyperparameter_search(tmp_path):
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, hf_stable.AdamW2)
     assert {group["lr"] for group in optimizer.param_groups} <= {0.1, 0.0}
-    assert any(1e-3 <= group["tau"] <= 1e-2 for group in optimizer.param_groups)
+    chosen = {"tau=0.003": 0.003, "tau=auto": 0.1}[trainer.args.optim_args]
+    assert taus_of(trainer) == {chosen}

@@ -10,15 +10,13 @@ from transformers import TrainerCallback, TrainerState
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.adamw2.planning import GROWTH
 
 __all__ = ["GrowthCheck"]
 
-ENOUGH_GROWTH = 10.0
-"""Times its size that a weight of a fresh layer, drawn from N(0, 0.02), often grows to."""
-
 
 class GrowthCheck(TrainerCallback):
-    """Says when training begins if AdamW2's tau leaves the weights hardly room to grow."""
+    """Says when training begins what tau AdamW2 has derived, or if tau leaves hardly any room."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Note who prints.
@@ -31,16 +29,22 @@ class GrowthCheck(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Compare steps times tau with what a fresh layer usually needs."""
+        """Compare the growth that tau allows over the steps with what a fresh layer needs."""
         optimizer = inner_optimizer(optimizer)
         if not isinstance(optimizer, AdamW2):
             return
-        taus = [group["tau"] for group in optimizer.param_groups if math.isfinite(group["tau"])]
-        steps = state.max_steps - state.global_step
-        if not taus or (growth := steps * math.log1p(max(taus))) >= math.log(ENOUGH_GROWTH):
+        bound = [group for group in optimizer.param_groups if math.isfinite(group["tau"])]
+        if not bound:
             return
-        self.say(
-            f"tau={max(taus):g} over {steps} steps lets no weight grow beyond "
-            f"{math.exp(growth):.2g} times its size, and a fresh head often has to grow "
-            f"{ENOUGH_GROWTH:g} times. Give a larger tau (optim_args), or train for more steps"
-        )
+        steps = state.max_steps - state.global_step
+        highest = max(bound, key=lambda group: group["tau"])
+        tau, planned = highest["tau"], highest["total_steps"]
+        if planned:
+            self.say(f"tau=auto is {tau:.4g}, for {planned:g} steps at the full rate")
+        elif (growth := steps * math.log1p(tau)) < math.log(GROWTH):
+            self.say(
+                f"tau={tau:g} over {steps} steps lets no weight grow beyond "
+                f"{math.exp(growth):.2g} times its size, and a fresh head often has to grow "
+                f"{GROWTH:g} times. Give tau=auto or a larger tau (optim_args), or train for more "
+                "steps"
+            )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+import torch
 from torch import nn
 
 from hf_stable._wording import nearest
@@ -119,12 +121,22 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
 
 def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> SigmaReparamPlan:
     """Compute the singular triples of plain layers, without touching them; raises as above."""
-    states = []
-    for layer in layers:
+    layers = list(layers)
+
+    def plan(layer: FoundLayer) -> tuple[nn.Module, SigmaState]:
         parts = layer.parts if config.fused_qkv == "split" else WHOLE
         state = prepare(layer.module, parts=parts, init=config.init, name=layer.name)
-        states.append((layer.module, replace(state, power_iterations=config.power_iterations)))
-    return SigmaReparamPlan(tuple(states))
+        return layer.module, replace(state, power_iterations=config.power_iterations)
+
+    # Of a product with a vector BLAS takes one thread, and threads that share one wait for each
+    # other most of the time. So each thread has matrices of its own.
+    threads = torch.get_num_threads() if all(_is_on_cpu(each) for each in layers) else 1
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            return SigmaReparamPlan(tuple(pool.map(plan, layers)))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:
@@ -248,3 +260,7 @@ def _is_asked_for(name: str, config: SigmaReparamConfig) -> bool:
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_on_cpu(layer: FoundLayer) -> bool:
+    return layer.weight is not None and layer.weight.is_cpu
