@@ -10,18 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_stable.architectures.description import Attention
-from hf_stable.architectures.finding import find_blocks
-from hf_stable.architectures.heads import Role, count_key_heads, parts_of_projection, roles_at
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-from hf_stable.monitor.block_weights import AttentionWeights
-from hf_stable.spectral import qk_singular_values
+import hf_stable
+from hf_stable.spectral import Parts, as_matrix, qk_singular_values
 
 __all__ = ["KINDS", "Intervening", "Projections"]
 
@@ -48,17 +44,43 @@ KINDS: dict[str, tuple[str, ...]] = {
 HEADS_CHOSEN = ("layers", "heads")
 
 
+Role = Literal["query", "key", "value", "output"]
+
+
+class Place(NamedTuple):
+    """Where a model has its attentions, and their projections in them.
+
+    Attributes:
+        blocks: path of the list of blocks.
+        attention: path of the attention in a block.
+        inputs: names of the projections of queries, keys and values; one for a fused one.
+        output: name of the one behind.
+        dim: dimension of a weight along which its outputs lie.
+    """
+
+    blocks: str
+    attention: str
+    inputs: tuple[str, ...]
+    output: str
+    dim: int = 0
+
+
+PLACES = {
+    "vit": Place("vit.layers", "attention", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    "llama": Place("model.layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    "gpt2": Place("transformer.h", "attn", ("c_attn",), "c_proj", dim=1),
+}
+"""By model type; models whose queries and keys have norms, which undo what is done, are left out.
+"""
+
+
 @dataclass(frozen=True)
 class Projections:
     """The weights of one attention, to be read and written head by head."""
 
-    block: nn.Module
-    attention: Attention
-
-    @property
-    def num_heads(self) -> int:
-        """Of its queries; as many of keys."""
-        return AttentionWeights(self.block, self.attention).num_heads
+    attention: nn.Module
+    place: Place
+    num_heads: int
 
     def heads(self, role: Role) -> list[Tensor]:
         """Return views of what belongs to one role, the heads first: matrix, then bias if any.
@@ -67,42 +89,46 @@ class Projections:
             (heads, d_head, d) of a weight, Wo transposed; (heads, d_head) of a bias. Wo's bias is
             none of a head's and left out.
         """
-        matrix: Tensor = getattr(AttentionWeights(self.block, self.attention), role)
-        found = [matrix.T if role == "output" else matrix]
-        layer: Any = self.block.get_submodule(getattr(self.attention, role))
-        if role != "output" and getattr(layer, "bias", None) is not None:
-            roles, parts = self.parts(layer, role)
-            found.append(parts.vectors(layer.bias.detach())[roles.index(role)])
+        layer, parts, number = self._find(role)
+        weight = parts.views(as_matrix(layer.weight.detach()))[number]
+        rows = weight.T if self.place.dim else weight
+        if role == "output":
+            return [rows.T.unflatten(0, (self.num_heads, -1))]
+        found = [rows]
+        if layer.bias is not None:
+            found.append(parts.vectors(layer.bias.detach())[number])
         return [each.unflatten(0, (self.num_heads, -1)) for each in found]
 
-    def parts(self, layer: nn.Module, role: Role) -> Any:
-        """Return the roles of the projection that has one role, and where their parts lie."""
-        roles = roles_at(self.attention, getattr(self.attention, role))
-        return roles, parts_of_projection(self.block, layer, roles, self.attention)
-
-    def on_output(self, role: Role, change: Callable[[Tensor], Tensor]) -> Any:
-        """Have what a projection gives for a role changed, (..., heads, d_head); return the hook.
-
-        Returns:
-            A handle, whose `remove` takes the hook away.
-        """
-        layer = self.block.get_submodule(getattr(self.attention, role))
-        roles, parts = self.parts(layer, role)
+    def on_output(self, role: Role, change: Callable[[Tensor], Tensor]) -> None:
+        """Have what a projection gives for a role changed, (..., heads, d_head)."""
+        layer, parts, number = self._find(role)
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             pieces = list(output.split(parts.lengths(output.shape[-1]), -1))
-            own = roles.index(role)
-            by_head = pieces[own].unflatten(-1, (self.num_heads, -1))
-            pieces[own] = change(by_head).flatten(-2)
+            pieces[number] = change(pieces[number].unflatten(-1, (self.num_heads, -1))).flatten(-2)
             return torch.cat(pieces, -1)
 
-        return layer.register_forward_hook(hook)
+        layer.register_forward_hook(hook)
+
+    def _find(self, role: Role) -> tuple[Any, Parts, int]:
+        """Return the layer that has a role, where its parts lie, and which one it is."""
+        if role == "output":
+            return self.attention.get_submodule(self.place.output), Parts(dim=self.place.dim), 0
+        number = _INPUTS.index(role)
+        if len(self.place.inputs) == 1:
+            fused = self.attention.get_submodule(self.place.inputs[0])
+            return fused, Parts((1, 1, 1), dim=self.place.dim), number
+        layer = self.attention.get_submodule(self.place.inputs[number])
+        return layer, Parts(dim=self.place.dim), 0
+
+
+_INPUTS: tuple[Role, ...] = ("query", "key", "value")
 
 
 class Intervening(TrainerCallback):
     """Does what a setting `intervention` says, at its step."""
 
-    def __init__(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
         """Read the setting and find the attentions.
 
         Args:
@@ -111,7 +137,7 @@ class Intervening(TrainerCallback):
 
         Raises:
             ValueError: for another kind, other fields, layers or heads that the model does not
-                have, or a model whose weights or queries are not its own.
+                have, or a model that is none of `PLACES` or has sigmaReparam.
         """
         self.given = dict(given)
         self.kind = _checked(self.given)
@@ -159,8 +185,8 @@ class Intervening(TrainerCallback):
                         own[head].mul_(self.factor)
 
     def _clamp(self, projections: Projections) -> None:
-        weights = AttentionWeights(projections.block, projections.attention)
-        sigmas = qk_singular_values(weights.query, weights.key, weights.num_heads)[:, 0]
+        query, key = (projections.heads(role)[0].flatten(0, 1) for role in _INPUTS[:2])
+        sigmas = qk_singular_values(query, key, projections.num_heads)[:, 0]
         factors = (self.limit / sigmas).clamp(max=1.0).sqrt()
         for own in projections.heads("query") + projections.heads("key"):
             for head in self.chosen:
@@ -168,16 +194,13 @@ class Intervening(TrainerCallback):
 
     def _hook(self, change: Callable[[Projections], Callable[[Tensor], Tensor]]) -> None:
         for each in self.attentions:
-            for role in _QUERY_KEY:
+            for role in _INPUTS[:2]:
                 each.on_output(role, change(each))
 
     def _times(self, heads: Tensor, factor: float) -> Tensor:
         factors = heads.new_ones(heads.shape[-2], 1)
         factors[list(self.chosen)] = factor
         return heads * factors
-
-
-_QUERY_KEY: tuple[Role, Role] = ("query", "key")
 
 
 def _checked(given: Mapping[str, Any]) -> str:
@@ -193,26 +216,24 @@ def _checked(given: Mapping[str, Any]) -> str:
     return str(kind)
 
 
-def _chosen(model: nn.Module, layers: Any) -> list[Projections]:
-    if any(isinstance(module, SigmaLayer) for module in model.modules()):
+def _chosen(model: Any, layers: Any) -> list[Projections]:
+    kind, heads = model.config.model_type, model.config.num_attention_heads
+    if kind not in PLACES:
+        raise ValueError(f"interventions are for models {', '.join(PLACES)}, not for {kind}")
+    if hf_stable.is_patched(model) and any(
+        layer.kind.startswith("Sigma") for layer in hf_stable.describe(model).layers
+    ):
         raise ValueError(
             "interventions act on weights, and those of a model with sigmaReparam are made of "
             "others; leave patch sigma_reparam out"
         )
+    if getattr(model.config, "num_key_value_heads", heads) != heads:
+        raise ValueError("interventions need as many key heads as query heads")
+    place = PLACES[kind]
     found = [
-        Projections(block.module, attention)
-        for block in find_blocks(model)
-        for _, attention in block.attentions()
+        Projections(block.get_submodule(place.attention), place, heads)
+        for block in model.get_submodule(place.blocks).children()
     ]
-    for each in found:
-        owner = each.block.get_submodule(each.attention.module)
-        if any("norm" in name for name, _ in owner.named_children()):
-            raise ValueError(
-                f"{type(owner).__name__} normalises its queries and keys, which undoes an "
-                "intervention in them; take a model that does not"
-            )
-        if count_key_heads(each.block, each.attention) != each.num_heads:
-            raise ValueError("interventions need as many key heads as query heads")
     numbers = range(len(found)) if layers is None else layers
     if unknown := [number for number in numbers if not 0 <= number < len(found)]:
         raise ValueError(f"there is no attention {unknown[0]}; the model has {len(found)}")
@@ -231,10 +252,8 @@ def _shortened(limit: float) -> Callable[[Projections], Callable[[Tensor], Tenso
     """Return what shortens queries and keys so that no logit of theirs is beyond a limit."""
 
     def of(projections: Projections) -> Callable[[Tensor], Tensor]:
-        owner = projections.block.get_submodule(projections.attention.module)
-
         def change(heads: Tensor) -> Tensor:
-            scale = getattr(owner, "scaling", None) or heads.shape[-1] ** -0.5
+            scale = getattr(projections.attention, "scaling", None) or heads.shape[-1] ** -0.5
             lengths = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
             return heads * (math.sqrt(limit / scale) / lengths).clamp(max=1.0)
 

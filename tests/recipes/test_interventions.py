@@ -159,5 +159,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="leave patch sigma_reparam out"):
         Intervening(patched, dict(kind="cap_logits", limit=1))
     normed = build(Settings(model="qwen3"), data.next_tokens())
-    with pytest.raises(ValueError, match="normalises its queries and keys"):
+    with pytest.raises(ValueError, match="models vit, llama, gpt2, not for qwen3"):
         Intervening(normed, dict(kind="cap_logits", limit=1))
