@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,24 @@ Folder = str | os.PathLike[str]
 
 
 @contextmanager
-def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) -> Iterator[None]:
+def restoring(
+    model: nn.Module,
+    folder: Folder,
+    convert: Callable[[dict[str, Any]], dict[str, Any]],
+    unsaved: Collection[str] = (),
+) -> Iterator[None]:
     """Make `model.load_state_dict` take the files of a checkpoint, exactly, inside this context.
 
-    Keys are renamed from those on disk to those in memory. For a patched model, folded weights
+    Keys and tensors on disk become those in memory. For a patched model, folded weights
     are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
 
     Args:
         model: a plain or patched model of the checkpoint's architecture, or a module that holds
             one, compiled or not.
         folder: the checkpoint.
-        rename: gives the name in memory of a key on disk, without what torch.compile adds.
+        convert: gives the tensors in memory for those on disk (`KeyConversion`), by names without
+            what torch.compile adds.
+        unsaved: names in memory of what the model makes itself, so that no file has it.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the model is patched and there is no
@@ -57,7 +64,9 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
     guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Identity)}
 
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        _rename_keys(state_dict, names, rename)
+        converted = convert({plain_name(key): tensor for key, tensor in state_dict.items()})
+        state_dict.clear()
+        state_dict.update({names.get(key, key): tensor for key, tensor in converted.items()})
         for name in guards & state_dict.keys():
             del state_dict[name]
         loaded.update(state_dict)
@@ -71,6 +80,7 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
                 hooks.callback(layer.register_load_state_dict_pre_hook(take).remove)
         with naming_damaged_weights(folder):
             yield
+    loaded.update(names[name] for name in unsaved if name in names)
     missing = _not_loaded(model, loaded)
     if saved is not None and missing:
         raise ValueError(
@@ -246,18 +256,6 @@ def _listed(parts: Configs) -> str:
         )
         or "none"
     )
-
-
-def _rename_keys(
-    state_dict: dict[str, Any], names: dict[str, str], rename: Callable[[str], str]
-) -> None:
-    """Rename keys to those of the model, to which `names` adds what torch.compile does."""
-    renamed = {}
-    for key, value in state_dict.items():
-        name = rename(plain_name(key))
-        renamed[names.get(name, key)] = value
-    state_dict.clear()
-    state_dict.update(renamed)
 
 
 def _not_loaded(model: nn.Module, loaded: set[str]) -> list[str]:

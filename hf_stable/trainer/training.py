@@ -49,17 +49,18 @@ for _printer in ("PrinterCallback", "ProgressCallback"):
 
 @wrapping(
     "transformers.trainer:Trainer.training_step", "model", "inputs",
-    reason="a callback sees the loss of each step (observe_loss), which averages and filters hide",
+    reason="a callback sees what each step takes and its loss (observe_batch, observe_loss), or "
+    "skips it (loss_of_skipped)",
 )  # fmt: skip
 def _training_step(
     original: Any, trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
-    def loss_again() -> Tensor:
+    def loss_of(inputs: Any) -> Tensor:
         # The model inside DDP, which would wait for a backward.
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
 
-    return observing_step(original, loss_again, trainer, model, inputs, *args, **kwargs)
+    return observing_step(original, loss_of, trainer, model, inputs, *args, **kwargs)
 
 
 @wrapping(
