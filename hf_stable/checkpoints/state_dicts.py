@@ -17,6 +17,8 @@ from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
 __all__ = ["fold_state_dict", "raw_layers"]
 
+_EXACT = (torch.float32, torch.float64)
+
 
 @torch.no_grad()
 def fold_state_dict(
@@ -55,7 +57,10 @@ def fold_state_dict(
             continue
         complete = _completed(name, layer, weight, parts)
         scale = complete["gamma"] / complete["sigma"]
-        plain[f"{name}.weight"] = scale_parts(weight, scale, layer.parts)
+        folded = scale_parts(weight, scale, layer.parts)
+        # DeepSpeed's float32 masters of a layer that has their roundings.
+        is_master = parts["gamma"] is not None and layer.gamma.dtype not in _EXACT
+        plain[f"{name}.weight"] = folded.to(layer.weight.dtype) if is_master else folded
         raw |= {f"{name}.{part}": tensor for part, tensor in complete.items()}
     if left := raw_layers(plain):
         raise ValueError(
