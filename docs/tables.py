@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
+from parity_rows import ASPECTS, read_rows
 from tiny_architectures import MODELS, build
 
 from hf_stable.architectures.finding import (
@@ -54,6 +55,30 @@ def monitored() -> list[str]:
 def late() -> list[str]:
     """Return how late sigma was in training."""
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+def parity() -> list[str]:
+    """Return what many processes have been shown to do as one, by engine, model and method.
+
+    `python docs/parity.py` runs the tests that show it, and writes what passed.
+    """
+    shown: dict[tuple[str, str, str], set[str]] = {}
+    for row in read_rows():
+        place = row["engine"], row["model"], row["method"]
+        shown.setdefault(place, set()).update(row["same"])
+    ranks = {engine: index for index, engine in enumerate(ENGINES)}
+    lines = [
+        f"| engine | model | method | {' | '.join(ASPECTS)} |",
+        "|---|---|---|" + "---|" * len(ASPECTS),
+    ]
+    for place in sorted(shown, key=lambda each: (ranks.get(each[0], len(ranks)), *each)):
+        cells = ("equal" if aspect in shown[place] else "" for aspect in ASPECTS)
+        lines.append(f"| {' | '.join((*place, *cells))} |")
+    return lines
+
+
+ENGINES = ("DDP", "ZeroRedundancyOptimizer", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP")
+"""In the order of the table; others follow by name."""
 
 
 def models() -> list[str]:
@@ -112,6 +137,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "parity": ("docs/guides/many-processes.md", parity),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

@@ -27,6 +27,7 @@ from hf_stable.monitor.options import (
     as_thresholds,
     check_options,
     check_training,
+    refuse_cut_attention,
 )
 from hf_stable.monitor.probing import Records, is_blind, probe
 from hf_stable.monitor.progress import Progress
@@ -317,6 +318,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def expect_checkpoints_in(self, folder: str) -> None:
         """Take the folder into which the Trainer will write its checkpoints: a search has many."""
         self._expected_folder = folder
+
+    def refuse_cut_sequences(self, setting: str) -> None:
+        """Raise ValueError if attention is to be measured, of which each process has a part."""
+        refuse_cut_attention(self.terms, setting)
 
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""
