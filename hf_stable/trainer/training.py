@@ -69,8 +69,8 @@ def _training_step(
 
 @wrapping(
     "transformers.trainer:Trainer.train", "resume_from_checkpoint",
-    reason="goes back where a callback asks for it (take_rollback); refuses sharding that a patch "
-    "or a monitor cannot take, notes a patched model's card",
+    reason="goes back where a callback asks for it; refuses sharding that a patch or a callback "
+    "cannot take; notes its card",
 )  # fmt: skip
 def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     state = trainer.accelerator.state
