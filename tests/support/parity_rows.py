@@ -42,6 +42,10 @@ def name_of(item: Any) -> str:
     return item.nodeid.partition("[")[0]
 
 
+def file_of(name: str) -> str:
+    return name.partition("::")[0]
+
+
 class ParityRows:
     """A pytest plugin that puts the rows of the tests that ran in place of their earlier ones."""
 
@@ -49,6 +53,10 @@ class ParityRows:
         self.passed: list[Row] = []
         self.ran: set[str] = set()
         self.failed: set[str] = set()
+        self.known: set[str] = set()
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        self.known.add(name_of(item))
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
@@ -65,7 +73,9 @@ class ParityRows:
             self.passed += rows
 
     def pytest_sessionfinish(self) -> None:
-        kept = [row for row in read_rows() if row["test"] not in self.ran]
+        files = {file_of(name) for name in self.known}
+        gone = {row["test"] for row in read_rows() if file_of(row["test"]) in files} - self.known
+        kept = [row for row in read_rows() if row["test"] not in self.ran | gone]
         new = [row for row in self.passed if row["test"] not in self.failed]
         write_rows(kept + new)
 
