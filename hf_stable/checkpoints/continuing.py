@@ -25,24 +25,26 @@ from hf_stable.checkpoints.weight_files import open_weights
 from hf_stable.methods.patching import configs_by_part, patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.stored_parts import plain_weight_name
 
 __all__ = ["naming_damaged_weights", "restoring", "restoring_where_possible"]
 
 Folder = str | os.PathLike[str]
+Convert = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @contextmanager
-def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) -> Iterator[None]:
+def restoring(model: nn.Module, folder: Folder, convert: Convert) -> Iterator[None]:
     """Make `model.load_state_dict` take the files of a checkpoint, exactly, inside this context.
 
-    Keys are renamed from those on disk to those in memory. For a patched model, folded weights
-    are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
+    What is on disk becomes what is in memory, names and tensors. For a patched model, folded
+    weights are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
 
     Args:
         model: a plain or patched model of the checkpoint's architecture, or a module that holds
             one, compiled or not.
         folder: the checkpoint.
-        rename: gives the name in memory of a key on disk, without what torch.compile adds.
+        convert: gives the state dict in memory for that on disk, without what torch.compile adds.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the model is patched and there is no
@@ -52,12 +54,14 @@ def restoring(model: nn.Module, folder: Folder, rename: Callable[[str], str]) ->
     """
     saved = _state_for(model, folder)
     names = {plain_name(name): name for name in model.state_dict()}
+    for name, layer in sigma_layers(model):
+        names.setdefault(plain_weight_name(plain_name(name), layer.parts), f"{name}.weight")
     loaded: set[str] = set()
     # In the place of a norm that was removed, a file may have a guard against other classes.
     guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Identity)}
 
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        _rename_keys(state_dict, names, rename)
+        _convert_state(state_dict, names, convert)
         for name in guards & state_dict.keys():
             del state_dict[name]
         loaded.update(state_dict)
@@ -248,16 +252,11 @@ def _listed(parts: Configs) -> str:
     )
 
 
-def _rename_keys(
-    state_dict: dict[str, Any], names: dict[str, str], rename: Callable[[str], str]
-) -> None:
-    """Rename keys to those of the model, to which `names` adds what torch.compile does."""
-    renamed = {}
-    for key, value in state_dict.items():
-        name = rename(plain_name(key))
-        renamed[names.get(name, key)] = value
+def _convert_state(state_dict: dict[str, Any], names: dict[str, str], convert: Convert) -> None:
+    """Make a state dict that of the model, to whose names `names` adds what torch.compile does."""
+    converted = convert({plain_name(key): value for key, value in state_dict.items()})
     state_dict.clear()
-    state_dict.update(renamed)
+    state_dict.update({names.get(name, name): value for name, value in converted.items()})
 
 
 def _not_loaded(model: nn.Module, loaded: set[str]) -> list[str]:

@@ -23,7 +23,7 @@ from hf_stable.checkpoints.completeness import (
     newest_complete,
 )
 from hf_stable.checkpoints.continuing import restoring, restoring_where_possible
-from hf_stable.checkpoints.key_renaming import key_renaming
+from hf_stable.checkpoints.key_renaming import state_conversion
 from hf_stable.methods.patching import is_patched
 from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.saving import has_adapters, is_adapted
@@ -36,7 +36,8 @@ _training: ContextVar[Any] = ContextVar("hf_stable_training", default=None)
 
 @wrapping(
     "transformers.trainer:Trainer._load_from_checkpoint", "resume_from_checkpoint", "model",
-    reason="renames native keys (also for plain models) and restores a patched model exactly",
+    reason="renames native keys, merges experts (also for plain models), restores a patched model "
+    "exactly",
 )  # fmt: skip
 def _load_from_checkpoint(
     original: Any, trainer: Any, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -44,7 +45,7 @@ def _load_from_checkpoint(
     target = trainer.model if model is None else model
     if not _loads_whole_weights(trainer, target):
         return original(trainer, resume_from_checkpoint, model)
-    with restoring(target, resume_from_checkpoint, _renaming(target)):
+    with restoring(target, resume_from_checkpoint, _converting(target)):
         return original(trainer, resume_from_checkpoint, model)
 
 
@@ -56,7 +57,7 @@ def _load_best_model(original: Any, trainer: Any) -> None:
     if not _loads_whole_weights(trainer, trainer.model):
         return original(trainer)
     folder = trainer.state.best_model_checkpoint
-    with restoring(trainer.model, folder, _renaming(trainer.model)):
+    with restoring(trainer.model, folder, _converting(trainer.model)):
         return original(trainer)
 
 
@@ -84,11 +85,11 @@ def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:
     )
 
 
-def _renaming(model: nn.Module) -> Any:
+def _converting(model: nn.Module) -> Any:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, PreTrainedModel):
-        return key_renaming(model, getattr(model, "_weight_conversions", None))
-    return lambda key: key  # a module of the user's is saved under the names in memory
+        return state_conversion(model, getattr(model, "_weight_conversions", None))
+    return lambda state: state  # a module of the user's is saved under the names in memory
 
 
 _FOLDERS = {

@@ -85,6 +85,11 @@ class SigmaLayer(nn.Module):
         return (*self.SIGMA_TENSORS, *own)
 
     @property
+    def plain_place(self) -> tuple[nn.Module, str]:
+        """The module and the name under which the plain model has the weight."""
+        return self, "weight"
+
+    @property
     def num_parts(self) -> int:
         """The number of parts with a sigma and a gamma of their own."""
         return len(self.gamma)

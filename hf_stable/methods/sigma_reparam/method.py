@@ -16,7 +16,6 @@ from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
-from hf_stable.measures.parts import WHOLE
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
@@ -34,7 +33,7 @@ __all__ = [
 ]
 
 
-_UNASKED = ("tied to", "experts")
+_UNASKED = ("tied to",)
 """How the reasons begin that are the model's and not the caller's."""
 
 
@@ -124,8 +123,14 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
     layers = list(layers)
 
     def plan(layer: FoundLayer) -> tuple[nn.Module, SigmaState]:
-        parts = layer.parts if config.fused_qkv == "split" else WHOLE
-        state = prepare(layer.module, parts=parts, init=config.init, name=layer.name)
+        parts = layer.parts if config.fused_qkv == "split" else replace(layer.parts, shares=(1,))
+        state = prepare(
+            layer.module,
+            parts=parts,
+            init=config.init,
+            name=layer.name,
+            parameter=layer.parameter,
+        )
         return layer.module, replace(state, power_iterations=config.power_iterations)
 
     # Of a product with a vector BLAS takes one thread, and threads that share one wait for each
@@ -175,10 +180,8 @@ def choose_layers(
     tied = _tied_to(model)
     chosen, reasons = [], {}
     for layer in find_layers(model):
-        weight_name = f"{layer.name}.weight"
-        if layer.parameter != "weight":
-            reasons[layer.name] = "experts in one parameter, which sigma_reparam leaves out"
-        elif layer.bypassed:
+        weight_name = layer.name if layer.parameter != "weight" else f"{layer.name}.weight"
+        if layer.bypassed:
             reasons[layer.name] = "the model uses its weight without the layer's forward"
         elif weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"
