@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return max((mark.args[0] for mark in item.iter_markers("timeout")), default=0)
 
     items.sort(key=allowed, reverse=True)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collection: `Trainer.train` asks for a full one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let what was left out be freed as ever at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(params=MODEL_TYPES)

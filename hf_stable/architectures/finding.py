@@ -106,13 +106,22 @@ class FoundBlock:
         Theorem 3.1 of Zhai et al. 2023 bounds the entropy by the spectra of weights and tokens for
         these, not for queries and keys that are rotated or normalised in between.
         """
+        return not self.logit_changes(attention)
+
+    def logit_changes(self, attention: Attention) -> list[str]:
+        """Return what an attention does to its logits beside that, in words."""
         rotary, normed = attention.rotary, attention.normed
         if rotary is None:
             rotary = self.in_rotary_model
         if normed is None:
             children = self.module.get_submodule(attention.module).named_children()
             normed = any("norm" in name for name, _ in children)
-        return not (rotary or normed or attention.biased)
+        changes = {
+            "rotary positions": rotary,
+            "normalised queries and keys": normed,
+            "logits of its own": attention.biased,
+        }
+        return [change for change, is_made in changes.items() if is_made]
 
 
 @dataclass(frozen=True)

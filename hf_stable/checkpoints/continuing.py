@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,27 @@ from hf_stable.methods.sigma_reparam.stored_parts import plain_weight_name
 __all__ = ["naming_damaged_weights", "restoring", "restoring_where_possible"]
 
 Folder = str | os.PathLike[str]
-Convert = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @contextmanager
-def restoring(model: nn.Module, folder: Folder, convert: Convert) -> Iterator[None]:
+def restoring(
+    model: nn.Module,
+    folder: Folder,
+    convert: Callable[[dict[str, Any]], dict[str, Any]],
+    unsaved: Collection[str] = (),
+) -> Iterator[None]:
     """Make `model.load_state_dict` take the files of a checkpoint, exactly, inside this context.
 
-    What is on disk becomes what is in memory, names and tensors. For a patched model, folded
-    weights are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
+    Keys and tensors on disk become those in memory. For a patched model, folded weights
+    are replaced by the raw ones of the sidecar, and gamma, sigma, u and v join them.
 
     Args:
         model: a plain or patched model of the checkpoint's architecture, or a module that holds
             one, compiled or not.
         folder: the checkpoint.
-        convert: gives the state dict in memory for that on disk, without what torch.compile adds.
+        convert: gives the tensors in memory for those on disk (`KeyConversion`), by names without
+            what torch.compile adds.
+        unsaved: names in memory of what the model makes itself, so that no file has it.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the model is patched and there is no
@@ -61,7 +67,9 @@ def restoring(model: nn.Module, folder: Folder, convert: Convert) -> Iterator[No
     guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Identity)}
 
     def before_loading(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        _convert_state(state_dict, names, convert)
+        converted = convert({plain_name(key): tensor for key, tensor in state_dict.items()})
+        state_dict.clear()
+        state_dict.update({names.get(key, key): tensor for key, tensor in converted.items()})
         for name in guards & state_dict.keys():
             del state_dict[name]
         loaded.update(state_dict)
@@ -75,6 +83,7 @@ def restoring(model: nn.Module, folder: Folder, convert: Convert) -> Iterator[No
                 hooks.callback(layer.register_load_state_dict_pre_hook(take).remove)
         with naming_damaged_weights(folder):
             yield
+    loaded.update(names[name] for name in unsaved if name in names)
     missing = _not_loaded(model, loaded)
     if saved is not None and missing:
         raise ValueError(
@@ -250,13 +259,6 @@ def _listed(parts: Configs) -> str:
         )
         or "none"
     )
-
-
-def _convert_state(state_dict: dict[str, Any], names: dict[str, str], convert: Convert) -> None:
-    """Make a state dict that of the model, to whose names `names` adds what torch.compile does."""
-    converted = convert({plain_name(key): value for key, value in state_dict.items()})
-    state_dict.clear()
-    state_dict.update({names.get(name, name): value for name, value in converted.items()})
 
 
 def _not_loaded(model: nn.Module, loaded: set[str]) -> list[str]:

@@ -1,18 +1,23 @@
-"""How names and tensors on disk become those of a model, as `from_pretrained` has it."""
+"""How tensors on disk become those of a model, as `from_pretrained` has it: names, and joining."""
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
-__all__ = ["key_renaming", "state_conversion"]
+__all__ = ["KeyConversion", "key_renaming"]
 
 
 def key_renaming(
@@ -24,50 +29,87 @@ def key_renaming(
         model: of transformers; it may lie on the meta device.
         conversions: those that the model was loaded with; by default those of its architecture.
     """
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    renamings = [each for each in _conversions(model, conversions) if _renames(each)]
     prefix, names = model.base_model_prefix, model.state_dict()
     return lambda key: rename_source_key(key, renamings, [], prefix, names)[0]
 
 
-def state_conversion(
-    model: PreTrainedModel, conversions: Sequence[Any] | None = None
-) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """Return the function from what is on disk to a state dict of the model.
+class KeyConversion:
+    """Turns the state dicts of a checkpoint's files into those that a model takes.
 
-    Names are those in memory, and what is several tensors on disk (each expert, gate and up) is
-    one where the model has one.
-
-    Args:
-        model: of transformers, plain or patched.
-        conversions: those that the model was loaded with; by default those of its architecture.
+    Where a model joins or splits what files have (experts that are one parameter in memory, gate
+    and up that are one in the file), tensors are kept until all that belong together have come:
+    they may be in several files.
     """
-    if conversions is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    prefix, names = model.base_model_prefix, model.state_dict()
 
-    def convert(on_disk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        converted: dict[str, Tensor] = {}
-        collecting: dict[str, Any] = {}
-        for key in sorted(on_disk, key=_in_natural_order):  # the tenth expert after the ninth
-            name, pattern = rename_source_key(key, renamings, converters, prefix, names)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        conversions: Sequence[Any] | None = None,
+        *,
+        keys: Iterable[str] | None = None,
+    ) -> None:
+        """Prepare to convert; the model stays as it is.
+
+        Args:
+            model: of transformers.
+            conversions: as in `key_renaming`.
+            keys: of all files of the checkpoint. Without them each state dict has to be whole.
+        """
+        entries = _conversions(model, conversions)
+        self._model = model
+        self._names = model.state_dict()
+        self._renamings = [each for each in entries if _renames(each)]
+        self._converters = [each for each in entries if isinstance(each, WeightConverter)]
+        places = map(self._place_of, keys or ())
+        self._awaited = Counter(name for name, pattern in places if pattern is not None)
+        self._waiting: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def __call__(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return what is complete of a state dict and those before it, under names in memory.
+
+        Keys that the model has nothing for stay as they are.
+        """
+        converted: dict[str, Any] = {}
+        touched: dict[str, str] = {}
+        for key, tensor in state_dict.items():
+            name, pattern = self._place_of(key)
             if pattern is None:
-                converted[name] = on_disk[key]
-                continue
-            converter = collecting.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            converter.add_tensor(name, key, pattern, on_disk[key])
-        for name, converter in collecting.items():
-            made = converter.convert(name, model=model, config=model.config)
-            converted |= {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+                converted[name if name in self._names else key] = tensor
+            else:
+                self._waiting[name][key] = tensor
+                touched[name] = pattern
+        for name in touched:
+            if len(self._waiting[name]) >= self._awaited.get(name, 0):
+                converted |= self._joined(name, self._waiting.pop(name))
         return converted
 
-    return convert
+    def _place_of(self, key: str) -> tuple[str, str | None]:
+        """Return the name that a key leads to, and the pattern by which a converter takes it."""
+        prefix, names = self._model.base_model_prefix, self._names
+        place = rename_source_key(key, self._renamings, self._converters, prefix, names)
+        if place[0] not in names and key in names:
+            return key, None
+        return place
+
+    def _joined(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a converter makes of all tensors that lead to a name."""
+        patterns = {key: self._place_of(key)[1] for key in tensors}
+        source = next(iter(patterns.values()))
+        found = next(each for each in self._converters if source in each.source_patterns)
+        converter = copy.deepcopy(found)
+        # In the order of their numbers, whatever that of the files: it is that of the experts.
+        for key in sorted(tensors, key=dot_natural_key):
+            converter.add_tensor(name, key, patterns[key], tensors[key])
+        made = converter.convert(name, model=self._model, config=self._model.config)
+        return {
+            target: value[0] if isinstance(value, list) else value for target, value in made.items()
+        }
 
 
-def _in_natural_order(key: str) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", key)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+def _conversions(model: PreTrainedModel, given: Sequence[Any] | None) -> Sequence[Any]:
+    return get_model_conversion_mapping(model, add_legacy=False) if given is None else given
+
+
+def _renames(entry: Any) -> bool:
+    return isinstance(entry, WeightRenaming)

@@ -18,6 +18,8 @@ from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
 __all__ = ["fold_state_dict", "raw_layers"]
 
+_EXACT = (torch.float32, torch.float64)
+
 
 @torch.no_grad()
 def fold_state_dict(
@@ -57,6 +59,9 @@ def fold_state_dict(
         complete = _completed(name, layer, weight, parts)
         scale = complete["gamma"] / complete["sigma"]
         folded = scale_parts(weight, scale, layer.parts)
+        # DeepSpeed's float32 masters of a layer that has their roundings.
+        is_master = parts["gamma"] is not None and layer.gamma.dtype not in _EXACT
+        folded = folded.to(layer.weight.dtype) if is_master else folded
         plain[plain_weight_name(name, layer.parts)] = folded
         raw |= {f"{name}.{part}": tensor for part, tensor in complete.items()}
     if left := raw_layers(plain):

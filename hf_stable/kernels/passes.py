@@ -71,7 +71,7 @@ def _iterate_rows(
         products = products_of(head, chunk, matrix, index) + (rows[0] - chunk[t.ROW]) * real_size
         first = address + piece[t.COLUMN] * size
         row, end = 0, rows[1] - rows[0]
-        while row + 4 <= end:
+        while row + 4 <= end and not _goes_alone(count):
             y = at(products + row * real_size, real)
             iterate_four(first + row * stride, stride, count, v, z, y, like)
             row += 4
@@ -82,9 +82,20 @@ def _iterate_rows(
 
 
 @njit(**COMPILED)
+def _goes_alone(count: Any) -> bool:
+    """Say whether a row fills the first cache: four of them at once would push each other out.
+
+    A row that does not fit has to come from the second cache anyway, and four share v and z.
+    """
+    return t.TILE // 4 < count <= t.TILE
+
+
+@njit(**COMPILED)
 def _rows_from(chunk: Any, weight: Any, row: Any) -> Any:
     """Return the rows of a chunk, from one on, that are worked on at once."""
-    return row, min(row + max(4, t.BLOCK // weight[t.WIDTH] // 4 * 4), chunk[t.END_ROW])
+    width = weight[t.WIDTH]
+    number = 1 if _goes_alone(width) else max(4, t.TILE // width // 4 * 4)
+    return row, min(row + number, chunk[t.END_ROW])
 
 
 @njit(**COMPILED)

@@ -46,9 +46,9 @@ STEP_WEIGHTS, REFRESH_VECTORS, UPDATE, ITERATE, MOVE = range(5)
 # The matrices that are iterated on, W and U: each has sums, products and a bit in `WANTED`.
 OF_WEIGHT, OF_UPDATE = 0, 1
 
-BLOCK = 1 << 12
-"""Entries that are worked on between two looks at the pieces of a row: they stay in the first
-cache."""
+TILE = 1 << 10
+"""Entries that are worked on at once: their updates are still in the first cache when they are
+iterated on, after gradient and moments have come through it."""
 
 TURNED = 0.995
 """Cosine between the vector of an update before and after an iteration, below which the update has

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.paths import plain_name
@@ -86,6 +87,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
             matrix, or a model that is patched by the same method with another config.
         TypeError: if a layer is of a type that cannot be reparametrised.
     """
+    make_late_changes()
     configs = _resolve(method, options)
     _refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
@@ -245,6 +247,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{name} is sharded already (DTensor); call hf_stable.patch before fully_shard or "
                 "accelerator.prepare"
+            )
+        if parameter.numel() == 0:
+            raise UnsupportedModelError(
+                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model. "
+                "Patch it before deepspeed.initialize or the Trainer's training, and make or load "
+                "it before TrainingArguments with a stage 3 config are (and outside of "
+                "deepspeed.zero.Init), which partition it from the start"
             )
 
 

@@ -15,6 +15,9 @@ from transformers.trainer_callback import ExportableState
 
 from hf_stable.monitor.acting import Acting
 from hf_stable.monitor.alarms import Alarm, AlarmRules
+from hf_stable.monitor.batches.keeping import Keeping
+from hf_stable.monitor.batches.ring import KeepBatches
+from hf_stable.monitor.batches.suspects import suspicious_steps
 from hf_stable.monitor.console import shorten
 from hf_stable.monitor.journal import Journal
 from hf_stable.monitor.missing import Missing
@@ -78,6 +81,12 @@ class StabilityCallback(TrainerCallback, ExportableState):
             and the largest sigma(Wq^T Wk), where they are, and alarms so far, in place of some
             thirty keys; "full" has all keys, "off" none. Alarms are said in any case.
         thresholds: of the alarms, other than the defaults; also by name, as a mapping.
+        keep_batches: micro-batches of each process that are written into the output folder at an
+            alarm "spike" or "nonfinite", with the loss of each sample: 0 for none, for data that
+            must not be written down; a number, of which copies are kept meanwhile; "auto" for
+            those of the last six steps, uncopied, of which the suspicious ones are written.
+        skip_batches: after a rollback for such an alarm the batches of the suspicious steps are
+            skipped: these steps leave weights and optimizer alone, and the schedule goes on.
 
     Raises:
         ValueError: for an option out of range.
@@ -97,12 +106,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         log_layers: bool = False,
         console: Console = "short",
         thresholds: Thresholds | Mapping[str, float] | None = None,
+        keep_batches: KeepBatches = 0,
+        skip_batches: bool = False,
     ) -> None:
         """Check the options; nothing is touched before training begins."""
         check_options(
             every=every, queries=queries, terms=terms, maps=maps, sharpness_every=sharpness_every,
             on_collapse=on_collapse, max_rollbacks=max_rollbacks,
-            rollback_lr_factor=rollback_lr_factor, console=console,
+            rollback_lr_factor=rollback_lr_factor, console=console, keep_batches=keep_batches,
+            skip_batches=skip_batches,
         )  # fmt: skip
         self.every = every
         self.queries = queries
@@ -115,10 +127,14 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}  # the Trainer may set it; a run's own is in its state
         self._run = Progress(Rollbacks(max_rollbacks, rollback_lr_factor), self.thresholds)
         self._journal = Journal()
-        self._acting = Acting(on_collapse, self._run.rollbacks, self._journal)
+        self._acting = Acting(
+            on_collapse, self._run.rollbacks, self._journal, skip_batches=skip_batches
+        )
         self._stack = ExitStack()
         self._missing = Missing()
+        self._keeping = Keeping(keep_batches, self._journal, self._missing)
         self._expected_folder: str | None = None
+        self._suspicious: list[int] = []
         self._is_blind = False
         self._started = 0.0
         self._step = WatchedStep(self._run, self._missing)
@@ -146,7 +162,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
         check_training(
             args, model, saved, on_collapse=self._acting.on_collapse,
-            sharpness_every=self.sharpness_every,
+            sharpness_every=self.sharpness_every, skip_batches=self._acting.skip_batches,
         )  # fmt: skip
         self._is_blind = is_blind(
             model, queries=self.queries, terms=self.terms, maps=self.maps or ()
@@ -162,6 +178,13 @@ class StabilityCallback(TrainerCallback, ExportableState):
             self._run.load_state(saved["attributes"]["progress"], state.global_step)
         self._acting.resume(state.global_step, optimizer, kwargs.get("lr_scheduler"))
         self._journal.begin(self.rollbacks.count, state.global_step)
+        self._keeping.begin(self._acting.folder, args, state, kwargs)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the batches of an epoch."""
+        self._keeping.begin_epoch()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -170,6 +193,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
         step = state.global_step + 1
         wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
         self._step = WatchedStep(self._run, self._missing, wants_sharpness=wants_sharpness)
+        self._step.is_skipped = step in self.rollbacks.skips
+        self._keeping.begin_step(step, state.epoch or 0.0)
+        if self._step.is_skipped:
+            return
         if self._run.is_due(step, self.every) and not self._is_blind:
             # The rows depend on the step alone: a resumed run samples what an unbroken one does.
             generator = torch.Generator().manual_seed(step)
@@ -181,6 +208,27 @@ class StabilityCallback(TrainerCallback, ExportableState):
                         maps=self.maps or (), generator=generator,
                     )
                 )  # fmt: skip
+
+    def loss_of_skipped(self) -> float | None:
+        """Return what stands for the loss of a step that is skipped; None where it is trained on.
+
+        The Trainer averages the losses that it logs: with the last one the mean stays what it is.
+        """
+        if not self._step.is_skipped:
+            return None
+        self._keeping.pass_by()
+        return self._run.recent.last or 0.0
+
+    def observe_batch(
+        self, inputs: Mapping[str, Any], loss_of: Callable[[Mapping[str, Any]], Tensor]
+    ) -> None:
+        """Take the inputs of a micro-batch before it is trained on.
+
+        Args:
+            inputs: as the data loader made them.
+            loss_of: computes the loss of such inputs, or of a part of them.
+        """
+        self._keeping.add(inputs, loss_of)
 
     def observe_loss(self, loss: Tensor, loss_again: Callable[[], Tensor] | None = None) -> None:
         """Take the loss of one micro-batch, as the Trainer adds them up.
@@ -198,15 +246,20 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "observe_loss, or leave sharpness_every out"
             )
         self._step.add_loss(loss, loss_again)
+        self._keeping.note_loss(loss.detach())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read the step's loss and gradients and what the probe saw; judge them."""
         self._stack.close()
-        model = kwargs["model"]
-        self._step.judge(state.global_step + 1, model, kwargs["optimizer"])
-        if self._acting.spares_weights and any(a.kind == "nonfinite" for a in self._step.alarms):
+        model, step = kwargs["model"], state.global_step + 1
+        if not self._step.is_skipped:
+            self._step.judge(step, model, kwargs["optimizer"])
+        self._suspicious = suspicious_steps(self._step.alarms, dict(self._run.recent.of_steps()))
+        self._keeping.write(self._step.alarms, self._suspicious, self.rollbacks.count, model)
+        is_bad = any(alarm.kind == "nonfinite" for alarm in self._step.alarms)
+        if self._step.is_skipped or (is_bad and self._acting.spares_weights):
             for parameter in model.parameters():
                 parameter.grad = None
 
@@ -221,6 +274,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Write down and log what was seen, and act on alarms."""
         step = state.global_step
+        if self._step.is_skipped:
+            self._acting.note_skip(step)
         if self._step.has_something:
             line = self._step.publish(kwargs["model"], log_layers=self.log_layers)
             self._journal.write("probe", self.rollbacks.count, step, line)
@@ -230,9 +285,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
         if self._acting.needs_first_checkpoint and step == 1:
             control.should_save = True  # there is always something to go back to
         for alarm in self._step.alarms:
-            self._acting.act(alarm, control)
+            self._acting.act(alarm, control, self._suspicious)
             if state.is_world_process_zero:
                 alert_trackers(args.report_to, f"{alarm.kind} at step {alarm.step}", str(alarm))
+        self._keeping.tell()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -255,6 +311,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         """Undo what was done to the model and to the folder for a training that ends here."""
         self._stack.close()
         self._step = WatchedStep(self._run, self._missing)
+        self._keeping.stop()
         self._journal.close()
 
     def expect_checkpoints_in(self, folder: str) -> None:
@@ -289,6 +346,8 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "log_layers": self.log_layers,
                 "console": self.console,
                 "thresholds": None if self.thresholds is None else asdict(self.thresholds),
+                "keep_batches": self._keeping.ring.keep,
+                "skip_batches": self._acting.skip_batches,
             },
             "attributes": {"progress": self._run.state()},
         }

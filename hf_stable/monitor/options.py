@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from hf_stable.measures.entropy import sample_queries
 from hf_stable.monitor.readings import check_sharpness_can_be_measured
 from hf_stable.monitor.records import check_maps, resolve_terms
-from hf_stable.monitor.rollbacks import check_can_roll_back
+from hf_stable.monitor.rollbacks import check_can_roll_back, check_can_skip
 from hf_stable.monitor.thresholds import Thresholds
 
 __all__ = ["ACTIONS", "Console", "action_name", "as_thresholds", "check_options", "check_training"]
@@ -36,6 +36,8 @@ def check_options(
     max_rollbacks: Any,
     rollback_lr_factor: Any,
     console: Any,
+    keep_batches: Any,
+    skip_batches: Any,
 ) -> None:
     """Raise ValueError for an option out of range, saying what is allowed."""
     _check_count("every", every, 1, "steps")
@@ -54,15 +56,26 @@ def check_options(
         raise ValueError(
             f"on_collapse is one of {', '.join(ACTIONS)} or a function, got {on_collapse!r}"
         )
+    _check_batches(keep_batches, skip_batches, on_collapse)
     is_number = isinstance(rollback_lr_factor, int | float)
-    if not is_number or not 0 < rollback_lr_factor < 1:
-        raise ValueError(f"rollback_lr_factor lies between 0 and 1, got {rollback_lr_factor!r}")
+    is_kept = skip_batches and rollback_lr_factor == 1  # the rate was not to blame
+    if not is_number or not (0 < rollback_lr_factor < 1 or is_kept):
+        raise ValueError(
+            "rollback_lr_factor lies between 0 and 1 (with skip_batches=True it may be 1), got "
+            f"{rollback_lr_factor!r}"
+        )
     if console not in get_args(Console):
         raise ValueError(f"console is one of {', '.join(get_args(Console))}, got {console!r}")
 
 
 def check_training(
-    args: TrainingArguments, model: nn.Module, saved: Any, *, on_collapse: Any, sharpness_every: Any
+    args: TrainingArguments,
+    model: nn.Module,
+    saved: Any,
+    *,
+    on_collapse: Any,
+    sharpness_every: Any,
+    skip_batches: bool,
 ) -> None:
     """Raise ValueError for what these options cannot do in this training.
 
@@ -72,6 +85,7 @@ def check_training(
         saved: the callback's entry in the Trainer's state.
         on_collapse: option of the callback.
         sharpness_every: option of the callback.
+        skip_batches: option of the callback.
     """
     if isinstance(saved, list):
         raise ValueError("this Trainer has two StabilityCallbacks: remove one of them")
@@ -82,6 +96,8 @@ def check_training(
         )
     if on_collapse == "rollback":
         check_can_roll_back(args)
+    if skip_batches:
+        check_can_skip(args)
     if sharpness_every:
         check_sharpness_can_be_measured(args, model)
 
@@ -108,6 +124,21 @@ def action_name(on_collapse: Any) -> str:
     if isinstance(on_collapse, str):
         return on_collapse
     return _FUNCTION + getattr(on_collapse, "__qualname__", type(on_collapse).__qualname__)
+
+
+def _check_batches(keep: Any, skip: Any, on_collapse: Any) -> None:
+    if keep != "auto" and (not isinstance(keep, int) or isinstance(keep, bool) or keep < 0):
+        raise ValueError(
+            'keep_batches is a number of micro-batches, 0 for none, or "auto" for those that can '
+            f"have caused an alarm; got {keep!r}"
+        )
+    if not isinstance(skip, bool):
+        raise ValueError(f"skip_batches is True or False, got {skip!r}")
+    if skip and on_collapse != "rollback":
+        raise ValueError(
+            "skip_batches=True says what a run does after it went back: it needs on_collapse="
+            f'"rollback", got {on_collapse!r}'
+        )
 
 
 def _check_count(name: str, value: Any, least: int, what: str) -> None:

@@ -44,6 +44,7 @@ class WatchedStep:
         alarms: that begin with the step.
         pending: values for the Trainer's record.
         short: for the console; None as long as nothing was published.
+        is_skipped: whether its batches are skipped, so that there is nothing to see.
     """
 
     def __init__(self, run: Progress, missing: Missing, *, wants_sharpness: bool = False) -> None:
@@ -54,6 +55,7 @@ class WatchedStep:
         self.alarms: list[Alarm] = []
         self.pending: dict[str, float] = {}
         self.short: str | None = None
+        self.is_skipped = False
         self._run = run
         self._missing = missing
         self._wants_sharpness = wants_sharpness

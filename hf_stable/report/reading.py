@@ -91,6 +91,7 @@ def read_run(
         history=(*history, *_later_results(folder, last, num_steps, notes)),
         probes=tuple(logged.probes),
         events=tuple(event for event in logged.events if event.name != "end"),
+        batches=tuple(logged.batches),
         num_steps=num_steps,
         max_steps=to_step(state.get("max_steps")),
         has_ended=_has_ended(history, logged.events, num_steps),

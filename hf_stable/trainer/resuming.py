@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +23,8 @@ from hf_stable.checkpoints.completeness import (
     newest_complete,
 )
 from hf_stable.checkpoints.continuing import restoring, restoring_where_possible
-from hf_stable.checkpoints.key_renaming import state_conversion
+from hf_stable.checkpoints.key_renaming import KeyConversion
+from hf_stable.checkpoints.weight_files import open_weights
 from hf_stable.methods.patching import is_patched
 from hf_stable.trainer.changes import wrapping
 from hf_stable.trainer.saving import has_adapters, is_adapted
@@ -36,8 +37,7 @@ _training: ContextVar[Any] = ContextVar("hf_stable_training", default=None)
 
 @wrapping(
     "transformers.trainer:Trainer._load_from_checkpoint", "resume_from_checkpoint", "model",
-    reason="renames native keys, merges experts (also for plain models), restores a patched model "
-    "exactly",
+    reason="renames native keys (also for plain models) and restores a patched model exactly",
 )  # fmt: skip
 def _load_from_checkpoint(
     original: Any, trainer: Any, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -45,7 +45,7 @@ def _load_from_checkpoint(
     target = trainer.model if model is None else model
     if not _loads_whole_weights(trainer, target):
         return original(trainer, resume_from_checkpoint, model)
-    with restoring(target, resume_from_checkpoint, _converting(target)):
+    with _restoring(target, resume_from_checkpoint):
         return original(trainer, resume_from_checkpoint, model)
 
 
@@ -57,7 +57,7 @@ def _load_best_model(original: Any, trainer: Any) -> None:
     if not _loads_whole_weights(trainer, trainer.model):
         return original(trainer)
     folder = trainer.state.best_model_checkpoint
-    with restoring(trainer.model, folder, _converting(trainer.model)):
+    with _restoring(trainer.model, folder):
         return original(trainer)
 
 
@@ -85,11 +85,26 @@ def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:
     )
 
 
-def _converting(model: nn.Module) -> Any:
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PreTrainedModel):
-        return state_conversion(model, getattr(model, "_weight_conversions", None))
-    return lambda state: state  # a module of the user's is saved under the names in memory
+def _restoring(model: nn.Module, folder: str) -> AbstractContextManager[None]:
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel):
+        # A module of the user's is saved under the names in memory.
+        return restoring(model, folder, lambda state_dict: state_dict)
+    conversions = getattr(inner, "_weight_conversions", None)
+    conversion = KeyConversion(inner, conversions, keys=_keys_in(folder))
+    # What the model makes itself, such as a table of sines.
+    return restoring(model, folder, conversion, inner._keys_to_ignore_on_save or ())
+
+
+def _keys_in(folder: str) -> list[str] | None:
+    """Return the names of all tensors in a checkpoint, or None where they are not known.
+
+    Pickles are in one state dict, and what is damaged or missing is refused by what loads it.
+    """
+    try:
+        return list(open_weights(folder).shapes)
+    except (OSError, ValueError):
+        return None
 
 
 _FOLDERS = {

@@ -1,9 +1,11 @@
 """How a Trainer serves callbacks that watch it: losses, values for its records, going back.
 
-A callback takes part by having one of the methods `observe_loss(loss, loss_again)`,
-`take_pending_logs() -> dict`, `shorten_record(record) -> what is printed of it`,
-`expect_checkpoints_in(folder)`, `take_rollback() -> checkpoint folder or None` and
-`abandon_step()`. The Trainer's methods that call these functions are wrapped in `training`.
+A callback takes part by having one of the methods `observe_batch(inputs, loss_of)`,
+`observe_loss(loss, loss_again)`, `loss_of_skipped() -> what stands for the loss of a micro-batch
+that is not trained on, or None`, `take_pending_logs() -> dict`,
+`shorten_record(record) -> what is printed of it`, `expect_checkpoints_in(folder)`,
+`take_rollback() -> checkpoint folder or None` and `abandon_step()`. The Trainer's methods that call
+these functions are wrapped in `training`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -29,19 +32,32 @@ _shortening: ContextVar[Sequence[Callable[[Any], dict[str, Any]]]] = ContextVar(
 
 def observing_step(
     original: Callable[..., Tensor],
-    loss_again: Callable[[], Tensor],
+    loss_of: Callable[[Any], Tensor],
     trainer: Any,
+    model: Any,
+    inputs: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run `Trainer.training_step` and show its loss, detached, to the callbacks that watch.
+    """Run `Trainer.training_step`, and show its inputs and its loss to the callbacks that watch.
 
-    They are given `loss_again` too, which computes the loss of this micro-batch once more.
+    They are given a way to compute the loss once more, too. Where one of them skips the step,
+    nothing runs.
     """
-    loss = original(trainer, *args, **kwargs)
-    for callback in trainer.callback_handler.callbacks:
+    callbacks = trainer.callback_handler.callbacks
+    for callback in callbacks:
+        if hasattr(callback, "loss_of_skipped"):
+            loss = callback.loss_of_skipped()
+            if loss is not None:
+                share = loss / trainer.current_gradient_accumulation_steps
+                return torch.tensor(share, device=trainer.args.device)
+    for callback in callbacks:
+        if hasattr(callback, "observe_batch"):
+            callback.observe_batch(inputs, loss_of)
+    loss = original(trainer, model, inputs, *args, **kwargs)
+    for callback in callbacks:
         if hasattr(callback, "observe_loss"):
-            callback.observe_loss(loss, loss_again)
+            callback.observe_loss(loss, lambda: loss_of(inputs))
     return loss
 
 

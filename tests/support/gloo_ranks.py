@@ -6,6 +6,7 @@ process otherwise, most of what such a test costs.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -93,6 +94,7 @@ def _printing_to(path: Path, function: Callable[..., Any], *args: Any) -> None:
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
+    gc.freeze()  # what the server has imported, as tests/conftest.py says
     function(*args)
     sys.stdout.flush()
 

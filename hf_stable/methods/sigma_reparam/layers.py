@@ -162,7 +162,7 @@ class SigmaLayer(nn.Module):
         given = {name for name in names if prefix + name in state_dict}
         settle_loaded(self, given)
         if "weight" in given:  # what was not given is that of the weight now: nothing is missing
-            beside = {prefix + name for name in self.SIGMA_TENSORS}
+            beside = {prefix + name for name in self.sigma_tensors}
             missing_keys[:] = [key for key in missing_keys if key not in beside]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +177,9 @@ class SigmaLayer(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             dtype = spectral_dtype(result.dtype)
-            if result.dtype != dtype and any(tensor is other for other in kept):
+            # What is less precise already is so on purpose: DeepSpeed has a float32 master of it.
+            was_exact = tensor.dtype == spectral_dtype(tensor.dtype)
+            if result.dtype != dtype and was_exact and any(tensor is other for other in kept):
                 return tensor.to(device=result.device, dtype=dtype)
             return result
 

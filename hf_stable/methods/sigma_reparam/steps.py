@@ -23,12 +23,22 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from hf_stable._late_changes import make_late_changes
 from hf_stable.kernels.choosing import refresh_by_kernels
 from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
-__all__ = ["follow", "forget", "hooks_are_installed", "install_hooks", "live_layers", "refresh"]
+__all__ = [
+    "check_gammas",
+    "follow",
+    "forget",
+    "hooks_are_installed",
+    "install_hooks",
+    "live_layers",
+    "refresh",
+    "rate_is_zero",
+]
 
 _serial_numbers = itertools.count()
 _live: WeakSet[Any] = WeakSet()
@@ -126,7 +136,27 @@ def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) ->
         torch._foreach_copy_(old, new)
 
 
+def check_gammas(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:
+    """Check the groups of an optimizer that takes other tensors than the model's later on.
+
+    DeepSpeed puts flat partitions in the place of parameters, so that no step shows what is owned.
+
+    Args:
+        layers: of the model.
+        groups: as the optimizer was given them.
+
+    Raises:
+        RuntimeError: if the weight of a layer is among them but not its gamma.
+    """
+    owned = {id(p) for group in groups for p in group["params"]}
+    moving = [layer for layer in layers if layer.weight.requires_grad and id(layer.weight) in owned]
+    if moving:
+        _check_gammas_are_trained(moving, owned)
+    _warn_of_decay([layer for layer in layers if id(layer.gamma) in owned], groups)
+
+
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    make_late_changes()
     _stepping.append(ref(optimizer))
 
 
@@ -146,20 +176,21 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     gammas = [layer for layer in live if id(layer.gamma) in owned]
     unseen = [layer for layer in gammas if layer.serial_number not in with_gammas]
     if unseen:
-        _warn_of_decay(unseen, optimizer)
+        _warn_of_decay(unseen, optimizer.param_groups)
         with_gammas.update(layer.serial_number for layer in unseen)
     if not layers:
         return
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
-    moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
+    moved = {id(p) for g in optimizer.param_groups if not rate_is_zero(g) for p in g["params"]}
     layers = [layer for layer in layers if id(layer.weight) in moved]
     if layers:
         # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
         refresh(layers, keep=getattr(optimizer, "found_inf", None))
 
 
-def _has_rate_zero(group: dict[str, Any]) -> bool:
+def rate_is_zero(group: dict[str, Any]) -> bool:
+    """Say whether a step moves nothing of a group of an optimizer."""
     rate = group.get("lr")
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
         return False  # not read back from a device; torch's zero is on the CPU
@@ -170,17 +201,14 @@ def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
     return outer is not None and any(value is inner for value in vars(outer).values())
 
 
-def _warn_of_decay(layers: Sequence[LayerWithTriple], optimizer: Optimizer) -> None:
+def _warn_of_decay(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:
     """Warn of gammas that an optimizer's groups decay.
 
     They are not exempted here: what the groups of an optimizer say, its state and the records of
     the run say too.
     """
     decayed = {
-        id(p): group["weight_decay"]
-        for group in optimizer.param_groups
-        if _decays(group)
-        for p in group["params"]
+        id(p): group["weight_decay"] for group in groups if _decays(group) for p in group["params"]
     }
     found = [layer for layer in layers if id(layer.gamma) in decayed]
     if found:
