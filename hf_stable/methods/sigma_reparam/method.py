@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
@@ -135,7 +136,9 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
 
     # Of a product with a vector BLAS takes one thread, and threads that share one wait for each
     # other most of the time. So each thread has matrices of its own.
-    threads = torch.get_num_threads() if all(_is_on_cpu(each) for each in layers) else 1
+    threads = torch.get_num_threads() if all(_is_local(each) for each in layers) else 1
+    if threads == 1:  # also where ranks gather weights, in the same order on each
+        return SigmaReparamPlan(tuple(map(plan, layers)))
     with ThreadPoolExecutor(threads) as pool:
         try:
             return SigmaReparamPlan(tuple(pool.map(plan, layers)))
@@ -265,5 +268,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_on_cpu(layer: FoundLayer) -> bool:
-    return layer.weight is not None and layer.weight.is_cpu
+def _is_local(layer: FoundLayer) -> bool:
+    """Say whether a weight is all on this process's CPU."""
+    weight = layer.weight
+    return weight is not None and weight.is_cpu and not isinstance(weight, DTensor)

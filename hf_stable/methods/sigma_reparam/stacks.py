@@ -7,17 +7,15 @@ parameter moves into a `SigmaStack` of its name, and the module that uses it bec
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from hf_stable.methods.sigma_reparam.class_swapping import swap_class
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.undoing import Undo
 
-__all__ = ["SigmaExperts", "SigmaStack", "put_stack", "swap_class", "take_stack_out"]
-
-# accelerate calls the second from the first; its removal leaves the first behind.
-_FORWARDS = ("forward", "_old_forward")
+__all__ = ["SigmaExperts", "SigmaStack", "put_stack", "take_stack_out"]
 
 
 class SigmaStack(SigmaLayer):
@@ -101,11 +99,11 @@ def sigma_experts_class(plain: type[nn.Module]) -> type[SigmaExperts]:
     return _classes[plain]
 
 
-def put_stack(holder: nn.Module, parameter: str) -> SigmaStack:
+def put_stack(holder: nn.Module, parameter: str, undo: Undo) -> SigmaStack:
     """Put a bare `SigmaStack` in the place of a parameter, and return it."""
     if not isinstance(holder, SigmaExperts):
         plain, names = type(holder), tuple(holder._parameters)
-        swap_class(holder, sigma_experts_class(plain))
+        swap_class(holder, sigma_experts_class(plain), undo)
         assert isinstance(holder, SigmaExperts)
         holder.plain_class, holder.own_order = plain, names
     weight = holder._parameters.pop(parameter)
@@ -116,25 +114,16 @@ def put_stack(holder: nn.Module, parameter: str) -> SigmaStack:
     return layer
 
 
-def take_stack_out(layer: SigmaStack) -> nn.Module:
+def take_stack_out(layer: SigmaStack, undo: Undo) -> nn.Module:
     """Put the parameter of a stack back in its place, and return the module that has it."""
     holder: Any = layer.holder
     del holder._modules[layer.parameter]
     holder._parameters[layer.parameter] = layer.weight
     _put_in_order(holder._parameters, holder.own_order)
     if not _stacks_of(holder):
-        swap_class(holder, holder.plain_class)
+        swap_class(holder, holder.plain_class, undo)
         del holder.plain_class, holder.own_order
     return holder
-
-
-def swap_class(module: nn.Module, new: type[Any]) -> None:
-    """Give a module another class, also where its `forward` is held as the bound one of the old."""
-    held = MethodType(type(module).forward, module)
-    module.__class__ = new
-    for name in _FORWARDS:
-        if module.__dict__.get(name) == held:
-            module.__dict__[name] = MethodType(new.forward, module)
 
 
 def _put_in_order(table: dict[str, Any], names: tuple[str, ...]) -> None:

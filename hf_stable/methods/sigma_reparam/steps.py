@@ -24,9 +24,7 @@ from torch.optim.optimizer import (
 )
 
 from hf_stable._late_changes import make_late_changes
-from hf_stable.kernels.choosing import refresh_by_kernels
-from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
-from hf_stable.measures.power_iteration import power_step
+from hf_stable.kernels.choosing import refresh_layers
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
 __all__ = [
@@ -95,45 +93,9 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
             skipped because a gradient overflowed).
     """
-    left = refresh_by_kernels(layers, keep)
-    if left:
-        _refresh_by_torch(left, keep)
+    refresh_layers(layers, keep)
     for layer in layers:
         mark_settled(layer)
-
-
-def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) -> None:
-    matrices: list[Tensor | MatrixShard] = []
-    counts: list[int] = []
-    sigmas: list[Tensor] = []
-    us: list[Tensor] = []
-    vs: list[Tensor] = []
-    for layer in layers:
-        matrices += matrices_of(layer.weight, layer.parts)
-        counts += [layer.power_iterations] * len(layer.sigma)
-        sigmas += layer.sigma.unbind()
-        shapes = shapes_of(layer.weight.shape, layer.parts)
-        us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
-        vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
-    near_us, near_vs = us, vs
-    if any(layer.weight.device != layer.sigma.device for layer in layers):
-        # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
-        shards = [each.local if isinstance(each, MatrixShard) else each for each in matrices]
-        near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
-        near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
-    triples = power_step(matrices, near_us, near_vs)
-    for done in range(1, max(counts)):
-        more = [index for index, count in enumerate(counts) if count > done]
-        further = power_step(
-            [matrices[i] for i in more], [triples[i].u for i in more], [triples[i].v for i in more]
-        )
-        for index, triple in zip(more, further, strict=True):
-            triples[index] = triple
-    for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
-        new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
-        if keep is not None:  # its device may be another's, where a model lies on several
-            new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
-        torch._foreach_copy_(old, new)
 
 
 def check_gammas(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:

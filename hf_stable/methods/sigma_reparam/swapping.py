@@ -13,13 +13,16 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import local_tensor, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
+from hf_stable.measures.matrix_shards import is_shared
 from hf_stable.measures.parts import WHOLE, Parts
+from hf_stable.methods.sigma_reparam.class_swapping import cell_of_forward, swap_class
 from hf_stable.methods.sigma_reparam.layers import (
     SigmaConv1D,
     SigmaConv1d,
@@ -32,7 +35,6 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
 from hf_stable.methods.sigma_reparam.stacks import (
     SigmaStack,
     put_stack,
-    swap_class,
     take_stack_out,
 )
 from hf_stable.methods.sigma_reparam.steps import follow, forget
@@ -120,11 +122,12 @@ def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> 
         )
     held = layer.__dict__.get("forward")
     inner = layer.__dict__.get("_old_forward") if hasattr(layer, "_hf_hook") else held
-    if held is not None and inner != MethodType(type(layer).forward, layer):
+    followed = inner == MethodType(type(layer).forward, layer) or cell_of_forward(layer)
+    if held is not None and not followed:
         raise UnsupportedModelError(
             f"something has replaced the forward of {name!r} by {held!r}, which would "
             "go on using the raw weight. Take it off, call hf_stable.patch, then put it on again; "
-            "accelerate's hooks alone are followed"
+            "accelerate's hooks and transformers' tensor parallelism alone are followed"
         )
 
 
@@ -156,8 +159,15 @@ def prepare(
     weight = _weight(layer, parameter)
     if parameter == "weight":
         parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
+    if isinstance(weight, DTensor) and is_shared(weight) and not parts.is_whole:
+        what = "experts in one parameter" if parts.stacked else "a fused projection"
+        raise UnsupportedModelError(
+            f"{name or 'a layer'} is {what}, and tensor parallelism has cut it: in "
+            "evaluation transformers hands the layer a part of the weight without saying which. "
+            "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
+        )
     triples = []
-    for matrix in local_matrices(weight.detach(), parts):
+    for matrix in local_matrices(whole_tensor(weight.detach()), parts):
         try:
             triples.append(leading_triple(matrix))
         except ValueError as error:
@@ -186,16 +196,16 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     """
     undo.append(keep_attributes(module))
     if state.parameter != "weight":
-        layer: SigmaLayer = put_stack(module, state.parameter)
+        layer: SigmaLayer = put_stack(module, state.parameter, undo)
     else:
         plain_class, sigma_class = type(module), sigma_class_of(type(module))
         assert sigma_class is not None  # `prepare` has checked it
-        swap_class(module, sigma_class)
+        swap_class(module, sigma_class, undo)
         assert isinstance(module, SigmaLayer)
         layer = module
         layer.plain_class = plain_class
     gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
-    if layer.weight.data_ptr() % _ALIGNMENT:
+    if not isinstance(layer.weight, DTensor) and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
@@ -236,12 +246,12 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
         weight.copy_(folded)
         if isinstance(layer, SigmaStack):
             undo.append(keep_attributes(layer.holder))
-            plain = take_stack_out(layer)
+            plain = take_stack_out(layer, undo)
         else:
             plain_class = layer.plain_class
             for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
                 delattr(layer, name)
-            swap_class(layer, plain_class)
+            swap_class(layer, plain_class, undo)
             plain = layer
         forget(layer)
     return plain

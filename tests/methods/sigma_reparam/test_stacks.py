@@ -196,7 +196,7 @@ def test_a_failure_leaves_the_parameters_where_they_were():
     plain_class = type(experts)
     with pytest.raises(KeyError), undoing() as undo:
         undo.append(keep_attributes(experts))
-        put_stack(experts, "gate_up_proj")
+        put_stack(experts, "gate_up_proj", undo)
         assert type(experts) is not plain_class
         raise KeyError
     assert type(experts) is plain_class and [n for n, _ in model.named_parameters()] == names
