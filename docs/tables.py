@@ -104,9 +104,7 @@ def _row(region: Region) -> str:
     entry, inside = region.architecture, set(map(id, region.module.modules()))
     layers = [each for each in find_layers(region.module) if id(each.module) in inside]
     blocks = find_blocks(region.module)
-    out = {"experts": any(each.parameter != "weight" for each in layers),
-           "attention": any(each.bypassed for each in layers)}  # fmt: skip
-    without = [what for what, is_out in out.items() if is_out]
+    bypassed = any(each.bypassed for each in layers)
     fused = sorted({_parts(each.parts) for each in layers if not each.parts.is_whole})
     bound = all(b.has_plain_logits(a) for b in blocks for _, a in b.attentions())
     placements = {norm.placement for norm in find_norms(region.module)}
@@ -114,7 +112,7 @@ def _row(region: Region) -> str:
                "branch": "`remove_layernorm`"}  # fmt: skip
     cells = (
         f"`{entry.model_type}`",
-        f"all but {' and '.join(without)}" if without else "yes",
+        "all but attention" if bypassed else "yes",
         ", ".join(fused),
         "spectra only" if entry.is_unseen else "yes",
         "yes" if bound and not entry.is_unseen else "",
