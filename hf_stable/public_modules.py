@@ -49,6 +49,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "make_plan",
         "print_plan",
     ),
+    "commands.preflight.beginnings": ("judge_beginnings",),
     "entropy": (
         "attention_entropy",
         "attention_entropy_from_logits",

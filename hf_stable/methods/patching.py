@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
+from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.paths import plain_name
@@ -86,6 +86,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
             matrix, or a model that is patched by the same method with another config.
         TypeError: if a layer is of a type that cannot be reparametrised.
     """
+    make_late_changes()
     configs = _resolve(method, options)
     _refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
@@ -241,11 +242,20 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        if isinstance(parameter, DTensor):
+        if parameter.numel() == 0:
             raise UnsupportedModelError(
-                f"{name} is sharded already (DTensor); call hf_stable.patch before fully_shard or "
-                "accelerator.prepare"
+                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model. "
+                "Patch it before deepspeed.initialize or the Trainer's training, and make or load "
+                "it before TrainingArguments with a stage 3 config are (and outside of "
+                "deepspeed.zero.Init), which partition it from the start"
             )
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        raise UnsupportedModelError(
+            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
+            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
+            "model that tensor parallelism has cut can be patched"
+        )
 
 
 def _wrapper_of(model: nn.Module) -> str | None:

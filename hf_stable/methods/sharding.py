@@ -20,7 +20,6 @@ def refuse_unfit_sharding(
     model: nn.Module,
     *,
     fsdp_plugin: Any = None,
-    deepspeed_plugin: Any = None,
     mixed_precision: str = "no",
 ) -> None:
     """Raise for settings under which sigma layers cannot train; other models pass.
@@ -28,22 +27,23 @@ def refuse_unfit_sharding(
     Args:
         model: before it is wrapped or sharded.
         fsdp_plugin: accelerate's `FullyShardedDataParallelPlugin`, or None.
-        deepspeed_plugin: accelerate's `DeepSpeedPlugin`, or None.
         mixed_precision: accelerate's setting. Anything but "no" makes it train float32 weights.
 
     Raises:
-        ValueError: under DeepSpeed or FSDP1, with cpu_ram_efficient_loading, or for weights of less
+        ValueError: under FSDP1, with cpu_ram_efficient_loading, or for weights of less
             than float32 under FSDP2 without mixed precision.
     """
     layers = [layer for _, layer in sigma_layers(model)]
     if not layers:
         return
-    if deepspeed_plugin is not None:
-        raise ValueError(_flattens("DeepSpeed"))
     if fsdp_plugin is None:
         return
     if fsdp_plugin.fsdp_version != 2:
-        raise ValueError(_flattens("FSDP1"))
+        raise ValueError(
+            "a model patched with sigma_reparam does not train under FSDP1: it flattens the "
+            "parameters, so there are no matrices to take a spectral norm of. Use FSDP2 "
+            "(fsdp_version 2), DeepSpeed ZeRO or DDP"
+        )
     if fsdp_plugin.cpu_ram_efficient_loading:
         raise ValueError(
             "cpu_ram_efficient_loading=True lets one process alone hold the weights, but every "
@@ -60,11 +60,3 @@ def refuse_unfit_sharding(
             f"{name}: TrainingArguments(bf16=True), Accelerator(mixed_precision=...) or "
             f"fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.{name}))"
         )
-
-
-def _flattens(what: str) -> str:
-    return (
-        f"a model patched with sigma_reparam does not train under {what}: it flattens the "
-        "parameters, so there are no matrices to take a spectral norm of. Use FSDP2 "
-        "(fsdp_version 2) or DDP"
-    )

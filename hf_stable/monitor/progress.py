@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_stable.monitor.alarms import Alarm, AlarmRules
+from hf_stable.monitor.batches.suspects import RecentLosses
 from hf_stable.monitor.rollbacks import Rollbacks
 from hf_stable.monitor.signs import Values
 from hf_stable.monitor.thresholds import Thresholds
@@ -28,6 +29,7 @@ class Progress:
         rollbacks: the ways back.
         nonfinite_steps: steps so far with a NaN or infinite loss or gradient.
         num_alarms: so far.
+        recent: losses of the last steps.
     """
 
     def __init__(self, rollbacks: Rollbacks, thresholds: Thresholds | None) -> None:
@@ -41,6 +43,7 @@ class Progress:
         self.rollbacks.begin()
         self.nonfinite_steps = 0
         self.num_alarms = 0
+        self.recent = RecentLosses()
         self._nonfinite_streak = 0
         self._last_probe = 0
 
@@ -64,6 +67,7 @@ class Progress:
         """
         self._nonfinite_streak = 0 if finite else self._nonfinite_streak + 1
         self.nonfinite_steps += not (finite and math.isfinite(loss))
+        self.recent.add(step, loss, finite)
         bearable = has_scaler and self._nonfinite_streak <= SCALER_PATIENCE
         return self._count(self.rules.observe_loss(step, loss, finite or bearable))
 
@@ -79,6 +83,7 @@ class Progress:
             "nonfinite_streak": self._nonfinite_streak,
             "num_alarms": self.num_alarms,
             "rollbacks": self.rollbacks.state(),
+            "recent": self.recent.state(),
             "last_probe": self._last_probe,
         }
 
@@ -89,6 +94,7 @@ class Progress:
         self._nonfinite_streak = state["nonfinite_streak"]
         self.num_alarms = state["num_alarms"]
         self.rollbacks.load_state(state["rollbacks"])
+        self.recent.load_state(state.get("recent", ()))
         self._last_probe = state["last_probe"]
         if not self.rules.is_suspicious:
             self.rollbacks.note(step)  # it was written after its own state

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 from hf_stable.report.run_records import RunRecords
+from hf_stable.report.values import evenly
 
 __all__ = [
     "ALL_RUNS",
@@ -37,6 +38,9 @@ WIDE_POINTS, SMALL_POINTS = 1000, 160
 
 ALL_RUNS = "All runs"
 """The form of a section that compares runs."""
+
+MOST_MARKS = 60
+"""Events of a run that charts show: more are closer than an eye tells apart."""
 
 FEWEST_POINTS = 64
 """Points that a curve keeps however many there are."""
@@ -275,8 +279,12 @@ def _gap_marks(curves: Iterable[Curve]) -> tuple[Mark, ...]:
     return tuple(marks)
 
 
-def marks_of(run: RunRecords, number: int) -> Iterable[Mark]:
-    """Yield the alarms, rollbacks and stops of a run."""
+def marks_of(run: RunRecords, number: int) -> list[Mark]:
+    """Return the alarms, rollbacks and stops of a run; of many the first, the last, even ones."""
+    return evenly(list(_all_marks(run, number)), MOST_MARKS)
+
+
+def _all_marks(run: RunRecords, number: int) -> Iterator[Mark]:
     for event in run.events:
         if event.name == "alarm":
             where = f" in {event.layer}" if event.layer else ""
@@ -286,5 +294,5 @@ def marks_of(run: RunRecords, number: int) -> Iterable[Mark]:
         elif event.name == "rollback":
             text = f"rollback to step {event.to_step}"
             yield Mark("rollback", event.step, number, text)
-        else:
+        elif event.name == "stop":
             yield Mark("stop", event.step, number, f"stopped: {event.reason}")

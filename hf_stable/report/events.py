@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_stable.report.values import to_number, to_step, to_text
 
-__all__ = ["EVENTS", "Event", "describe_event", "read_event"]
+__all__ = [
+    "EVENTS",
+    "KEPT",
+    "Event",
+    "KeptFiles",
+    "describe_event",
+    "read_event",
+    "read_kept",
+    "some_events",
+]
 
-EVENTS = ("alarm", "rollback", "stop", "end")
+EVENTS = ("alarm", "rollback", "skip", "stop", "end")
 """The lines of `stability.jsonl` that are no probes."""
+
+KEPT = "batches"
+"""And that of what was kept at an alarm."""
+
+MOST_EVENTS = 60
+"""Events of a run that a page lists."""
+
+MOST_FILES = 1024
+"""Files of an alarm that are looked at."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """An `alarm`, `rollback`, `stop` or `end` line of `stability.jsonl`.
+    """An `alarm`, `rollback`, `skip`, `stop` or `end` line of `stability.jsonl`.
 
     Attributes:
         name: which of them.
@@ -34,6 +52,7 @@ class Event:
         to_step: where a rollback went, or None.
         lr_scale: what the rates were multiplied by since the beginning.
         seconds: of the leg of training that an `end` line ends.
+        skips: steps whose batches are skipped after a rollback.
     """
 
     name: str
@@ -50,6 +69,26 @@ class Event:
     to_step: int | None = None
     lr_scale: float = math.nan
     seconds: float = math.nan
+    skips: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeptFiles:
+    """A `batches` line of `stability.jsonl`: the files that an alarm led to.
+
+    Attributes:
+        step: optimizer step of the alarm.
+        kind: of the alarm.
+        steps: whose batches are suspicious.
+        files: names in the folder of batches, as the line has them.
+        left_out: micro-batches for which there was no room.
+    """
+
+    step: int
+    kind: str
+    steps: tuple[int, ...]
+    files: tuple[str, ...]
+    left_out: int
 
 
 TEXTS = ("kind", "layer", "quantity", "reason", "advice")
@@ -76,14 +115,44 @@ def read_event(
     ]
     if name == "alarm":
         texts["kind"] = texts["kind"] or "unknown"
-    fields: dict[str, Any] = {**texts, **counts, **numbers}
+    fields: dict[str, Any] = {**texts, **counts, **numbers, "skips": _steps(content.get("skips"))}
     return Event(name, attempt, step, **fields), damaged
+
+
+def read_kept(step: int, content: Mapping[str, Any]) -> KeptFiles:
+    """Return what a line says was kept, as far as it is what belongs there."""
+    files = content.get("files")
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    return KeptFiles(
+        step,
+        to_text(content.get("kind")) or "unknown",
+        _steps(content.get("steps")),
+        tuple(names[:MOST_FILES]),
+        to_step(content.get("left_out")) or 0,
+    )
+
+
+def _steps(value: Any) -> tuple[int, ...]:
+    found = map(to_step, value) if isinstance(value, list) else ()
+    return tuple(step for step in found if step is not None)
+
+
+def some_events(events: Sequence[Event]) -> tuple[Sequence[Event], int]:
+    """Return the first and the last events, as many as a page lists, and how many are left out."""
+    if len(events) <= MOST_EVENTS:
+        return events, 0
+    half = MOST_EVENTS // 2
+    return [*events[:half], *events[-half:]], len(events) - MOST_EVENTS
 
 
 def describe_event(event: Event) -> str:
     """Say in one sentence what an alarm found and advises, or what was done."""
     if event.name == "rollback":
-        return f"went back to step {event.to_step}, rates times {event.lr_scale:.4g}"
+        skips = f", without the batches of steps {', '.join(map(str, event.skips))}"
+        back = f"went back to step {event.to_step}, rates times {event.lr_scale:.4g}"
+        return back + (skips if event.skips else "")
+    if event.name == "skip":
+        return "its batches were skipped: weights stayed as they were"
     if event.name == "stop":
         return event.reason
     where = f"{event.layer}, " if event.layer else ""

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.monitor.terms import find_term
-from hf_stable.report.events import EVENTS, Event, read_event
+from hf_stable.report.events import EVENTS, KEPT, Event, KeptFiles, read_event, read_kept
 from hf_stable.report.map_lines import CUT, cut_maps
 from hf_stable.report.run_records import Probe
 from hf_stable.report.values import to_number, to_step, to_text
@@ -31,6 +31,7 @@ class LoggedRun:
     Attributes:
         probes: in the order of the file.
         events: likewise.
+        batches: what was kept at alarms, likewise.
         damaged_lines: how many lines could not be read.
         damaged_fields: how many fields of other lines are not what belongs there.
         first_damage: where the first of these is.
@@ -38,6 +39,7 @@ class LoggedRun:
 
     probes: list[Probe] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    batches: list[KeptFiles] = field(default_factory=list)
     damaged_lines: int = 0
     damaged_fields: int = 0
     first_damage: str = ""
@@ -130,12 +132,14 @@ def _take(found: LoggedRun, line: bytes, begin: int, last: int | None) -> None:
     content = _parse(cut_maps(line))
     attempt, step = to_step(content.get("attempt")), to_step(content.get("step"))
     event = content.get("event")
-    if attempt is None or step is None or event not in ("probe", *EVENTS):
+    if attempt is None or step is None or event not in ("probe", KEPT, *EVENTS):
         found.damaged_lines += 1
     elif last is not None and step > last:
         return
     elif event == "probe":
         found.probes.append(_probe(attempt, step, begin, content, found))
+    elif event == KEPT:
+        found.batches.append(read_kept(step, content))
     else:
         read, damaged = read_event(event, attempt, step, content)
         found.events.append(read)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Section
-from hf_stable.report.events import describe_event
+from hf_stable.report.events import describe_event, some_events
+from hf_stable.report.kept_batches import worst_samples
 from hf_stable.report.maps import MapSeries, choose_maps
 from hf_stable.report.payload import chart_payload, map_payload
 from hf_stable.report.preface import Preface
@@ -74,6 +75,7 @@ def build_page(
         "columns": TABLE_COLUMNS,
         "states": STATES,
         "sections": sections,
+        "batches": [shown for run in runs for shown in worst_samples(run)],
         "payload": chart_payload(runs, sections),
         "plotly_js": require_page_packages().replace("</script", "<\\/script"),
         "style": _asset("page.css"),
@@ -115,7 +117,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["happening"] = describe_event
+    environment.filters |= {"happening": describe_event, "some": some_events}
     return environment
 
 

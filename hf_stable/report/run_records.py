@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hf_stable._wording import short_names
 from hf_stable.monitor.terms import find_term
-from hf_stable.report.events import Event
+from hf_stable.report.events import Event, KeptFiles
 from hf_stable.report.values import evenly, to_number, worst_head
 
 __all__ = ["MOST_LAYERS", "AttentionMap", "Probe", "RunRecords"]
@@ -68,6 +68,7 @@ class RunRecords:
         history: the Trainer's records, in order; the newest attempt's alone.
         probes: in the order of the file, all attempts.
         events: likewise.
+        batches: what was kept at alarms, likewise.
         num_steps: optimizer steps done, as far as known.
         max_steps: optimizer steps planned, or None.
         has_ended: whether training came to its end; one that was interrupted or goes on did not.
@@ -83,6 +84,7 @@ class RunRecords:
     history: tuple[dict[str, Any], ...] = ()
     probes: tuple[Probe, ...] = ()
     events: tuple[Event, ...] = ()
+    batches: tuple[KeptFiles, ...] = ()
     num_steps: int = 0
     max_steps: int | None = None
     has_ended: bool = True

@@ -169,6 +169,8 @@ def _about_events(run: RunRecords) -> list[str]:
                 f"At step {event.step} training went back to step {event.to_step}, to go on at "
                 f"{event.lr_scale:g} times the learning rate."
             )
+        elif event.name == "skip":
+            sentences.append(f"The batches of step {event.step} were skipped.")
         else:
             sentences.append(f"Training was stopped at step {event.step}: {event.reason}.")
     return sentences

@@ -16,6 +16,7 @@ from hf_stable.trainer import (  # noqa: F401  (each puts its changes on the lis
     training,
 )
 from hf_stable.trainer.changes import adding, make
+from hf_stable.trainer.deepspeed_engine import follow_deepspeed
 from hf_stable.trainer.optimizer import add_optimizer
 
 __all__ = ["register"]
@@ -40,5 +41,6 @@ def register() -> None:
             version. Nothing has been changed then.
     """
     make()
+    follow_deepspeed()
     register_auto_classes()
     add_optimizer()

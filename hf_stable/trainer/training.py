@@ -10,7 +10,10 @@ from transformers import PreTrainedModel
 from hf_stable.methods.layernorms.removal import check_can_be_saved, removed_norms
 from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
+from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.trainer.changes import wrapping
+from hf_stable.trainer.deepspeed_settings import refuse_unfit_settings
+from hf_stable.trainer.optimizer import OPTIMIZER_NAME
 from hf_stable.trainer.resuming import watching_own_ways
 from hf_stable.trainer.training_record import keeping_record
 from hf_stable.trainer.watching import (
@@ -49,17 +52,18 @@ for _printer in ("PrinterCallback", "ProgressCallback"):
 
 @wrapping(
     "transformers.trainer:Trainer.training_step", "model", "inputs",
-    reason="a callback sees the loss of each step (observe_loss), which averages and filters hide",
+    reason="a callback sees what each step takes and its loss (observe_batch, observe_loss), or "
+    "skips it (loss_of_skipped)",
 )  # fmt: skip
 def _training_step(
     original: Any, trainer: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
-    def loss_again() -> Tensor:
+    def loss_of(inputs: Any) -> Tensor:
         # The model inside DDP, which would wait for a backward.
         with trainer.compute_loss_context_manager():
             return trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
 
-    return observing_step(original, loss_again, trainer, model, inputs, *args, **kwargs)
+    return observing_step(original, loss_of, trainer, model, inputs, *args, **kwargs)
 
 
 @wrapping(
@@ -76,8 +80,12 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_unfit_sharding(
             trainer.model,
             fsdp_plugin=getattr(state, "fsdp_plugin", None),
-            deepspeed_plugin=getattr(state, "deepspeed_plugin", None),
             mixed_precision=state.mixed_precision,
+        )
+        refuse_unfit_settings(
+            getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", {}),
+            is_patched=bool(sigma_layers(whole)),
+            uses_adamw2=trainer.args.optim == OPTIMIZER_NAME,
         )
     with keeping_record(trainer), watching_own_ways(trainer):
         return train_with_rollbacks(original, trainer, *args, **kwargs)

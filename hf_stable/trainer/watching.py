@@ -1,21 +1,26 @@
 """How a Trainer serves callbacks that watch it: losses, values for its records, going back.
 
-A callback takes part by having one of the methods `observe_loss(loss, loss_again)`,
-`take_pending_logs() -> dict`, `shorten_record(record) -> what is printed of it`,
-`expect_checkpoints_in(folder)`, `take_rollback() -> checkpoint folder or None` and
+A callback takes part by having one of the methods `observe_batch(inputs, loss_of)`,
+`observe_loss(loss, loss_again)`, `loss_of_skipped() -> what stands for the loss of a micro-batch
+that is not trained on, or None`, `take_pending_logs() -> dict`,
+`shorten_record(record) -> what is printed of it`, `expect_checkpoints_in(folder)`,
+`take_rollback() -> checkpoint folder or None`, `why_it_stopped() -> reason or None` and
 `abandon_step()`. The Trainer's methods that call these functions are wrapped in `training`.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
 __all__ = ["log_with_pending", "observing_step", "printing", "train_with_rollbacks"]
 
@@ -29,19 +34,32 @@ _shortening: ContextVar[Sequence[Callable[[Any], dict[str, Any]]]] = ContextVar(
 
 def observing_step(
     original: Callable[..., Tensor],
-    loss_again: Callable[[], Tensor],
+    loss_of: Callable[[Any], Tensor],
     trainer: Any,
+    model: Any,
+    inputs: Any,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run `Trainer.training_step` and show its loss, detached, to the callbacks that watch.
+    """Run `Trainer.training_step`, and show its inputs and its loss to the callbacks that watch.
 
-    They are given `loss_again` too, which computes the loss of this micro-batch once more.
+    They are given a way to compute the loss once more, too. Where one of them skips the step,
+    nothing runs.
     """
-    loss = original(trainer, *args, **kwargs)
-    for callback in trainer.callback_handler.callbacks:
+    callbacks = trainer.callback_handler.callbacks
+    for callback in callbacks:
+        if hasattr(callback, "loss_of_skipped"):
+            loss = callback.loss_of_skipped()
+            if loss is not None:
+                share = loss / trainer.current_gradient_accumulation_steps
+                return torch.tensor(share, device=trainer.args.device)
+    for callback in callbacks:
+        if hasattr(callback, "observe_batch"):
+            callback.observe_batch(inputs, loss_of)
+    loss = original(trainer, model, inputs, *args, **kwargs)
+    for callback in callbacks:
         if hasattr(callback, "observe_loss"):
-            callback.observe_loss(loss, loss_again)
+            callback.observe_loss(loss, lambda: loss_of(inputs))
     return loss
 
 
@@ -103,6 +121,7 @@ def train_with_rollbacks(
     """Run `Trainer.train`, again from a checkpoint as often as a callback asks for it.
 
     Whatever ends it, Ctrl-C included, callbacks undo what they have done to the model for a step.
+    A trial of a search that a callback has stopped does not count as finished.
     """
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "expect_checkpoints_in"):
@@ -117,7 +136,31 @@ def train_with_rollbacks(
             if hasattr(callback, "abandon_step"):
                 callback.abandon_step()
         raise
+    for callback in trainer.callback_handler.callbacks if trial is not None else ():
+        if hasattr(callback, "why_it_stopped") and (why := callback.why_it_stopped()) is not None:
+            _end_trial(trainer, why)
     return result
+
+
+def _end_trial(trainer: Any, why: str) -> None:
+    """End a trial of a search as one that was broken off, where the backend has such.
+
+    Raises:
+        optuna.TrialPruned: of optuna, on the process that runs the search.
+    """
+    if trainer.hp_search_backend != HPSearchBackend.OPTUNA:
+        warnings.warn(
+            f"this trial was stopped ({why}), and {trainer.hp_search_backend} counts it as "
+            "finished: its objective is that of the model as it is",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif trainer.args.process_index:
+        trainer.objective = math.nan  # the first process ends it; nobody is to evaluate alone
+    else:
+        import optuna
+
+        raise optuna.TrialPruned(f"hf-stable stopped this trial: {why}")
 
 
 def _rollback(trainer: Any) -> str | None:

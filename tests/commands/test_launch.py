@@ -499,15 +499,19 @@ def test_the_monitor_is_set_from_either(tmp_path):
     config.write_text(
         "monitor-every: 7\nterms: [entropy, sigma_qk]\nconsole: 'off'\n"
         "thresholds: {entropy_share: 0.1}\nregister: entry.py\n"
+        "on_collapse: rollback\nkeep_batches: 4\nskip_batches: true\n"
     )
     from_file = parse_options("--config", config)
     given = ("--monitor", "7", "--terms", "entropy,sigma_qk", "--console", "off")
+    given += ("--on-collapse", "rollback", "--keep-batches", "4", "--skip-batches")
     from_line = parse_options(*given, "--thresholds", "entropy_share=0.1", "--register", "entry.py")
     assert from_file == from_line == RunOptions(
         monitor=7, terms=("entropy", "sigma_qk"), console="off",
-        thresholds={"entropy_share": 0.1}, register=("entry.py",),
+        thresholds={"entropy_share": 0.1}, register=("entry.py",), on_collapse="rollback",
+        keep_batches=4, skip_batches=True,
     )  # fmt: skip
     assert parse("--terms", "all").monitor_options == {"terms": "all"}
+    assert parse("--keep-batches", "auto").monitor_options == {"keep_batches": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -543,6 +547,9 @@ def test_what_is_within_the_bounds_is_read_and_long_values_are_shortened(tmp_pat
     [
         (["--terms", "entropi"], "", "--terms: unknown term 'entropi'"),
         (["--console", "loud"], "", "--console: console is one of short, full, off"),
+        (["--keep-batches", "all"], "", "--keep-batches: keep_batches is a number of micro-"),
+        (["--skip-batches"], "", "needs on_collapse=\"rollback\", got 'warn'"),
+        (["--config", "FILE"], "skip_batches: 3", "skip_batches in FILE: skip_batches is True or"),
         (["--thresholds", "a"], "", "--thresholds takes NAME=NUMBER"),
         (["--thresholds", "no_such=1"], "", "--thresholds: thresholds is a"),
         (["--config", "FILE"], "monitor: 5\nmonitor-every: 6", "FILE gives monitor twice"),

@@ -27,7 +27,10 @@ FOLDERS = (
 )  # fmt: skip
 """From the ground up: a folder imports from itself and from those before it."""
 
-GROUND = ("_file_names", "_json", "_ranks", "_whole_files", "_wording", "modeling_hf_stable")
+GROUND = (
+    "_file_names", "_json", "_late_changes", "_ranks", "_whole_files", "_wording",
+    "modeling_hf_stable",
+)  # fmt: skip
 FACES = (
     "", "_library", "_registering", "entropy", "public_modules", "run", "spectral",
     "stability_log", "trainer_plugin",

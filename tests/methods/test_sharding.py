@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -33,7 +31,6 @@ def environment(monkeypatch):
          "Set cpu_ram_efficient_loading to false"),
         (dict(fsdp_plugin=dict(fsdp_version=1)), torch.float32, "does not train under FSDP1"),
         (dict(fsdp_plugin={}), torch.bfloat16, r"MixedPrecisionPolicy\(param_dtype=torch.bfloat16"),
-        (dict(deepspeed_plugin=SimpleNamespace()), torch.float32, "does not train under DeepSpeed"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_and_only_for_sigma_layers(options, dtype, message):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_stable.commands.launch.attaching import LAUNCHER
 from hf_stable.commands.preflight.child import PREFLIGHT
 from hf_stable.trainer.changes import ON_IMPORT, listed
+from hf_stable.trainer.deepspeed_engine import ON_DEEPSPEED
 from hf_stable.trainer.plugin import register
 
 try:
@@ -47,6 +48,8 @@ TARGETS = {
     "torch.optim.lr_scheduler:OneCycleLR.__init__",
     "torch.optim.lr_scheduler:CyclicLR.__init__",
     "torch.optim.lr_scheduler:ReduceLROnPlateau.__init__",
+    "accelerate.accelerator:Accelerator.get_state_dict",
+    "accelerate.accelerator:Accelerator.prepare",
     "peft.tuners.tuners_utils:BaseTuner.__init__",
     "peft.peft_model:PeftModel.__init__",
 }
@@ -57,6 +60,11 @@ ADDED_TO = {
     "transformers.trainer_optimizer:_OPTIMIZER_HANDLERS",
     "transformers:AutoConfig.register",
     "torch.optim.optimizer:register_optimizer_step_post_hook",
+}
+
+DEEPSPEED_TARGETS = {
+    "deepspeed.runtime.engine:DeepSpeedEngine.__init__",
+    "deepspeed.runtime.engine:DeepSpeedEngine.step",
 }
 
 LAUNCHER_TARGETS = {
@@ -77,8 +85,8 @@ import torch, transformers, transformers.trainer, transformers.modeling_utils
 
 def functions():
     seen = {}
-    for module in [m for n, m in sys.modules.items() if n.split(".")[0] in ("transformers", "peft")
-                   or n.startswith("torch.optim")]:
+    for module in [m for n, m in sys.modules.items() if n.startswith("torch.optim")
+                   or n.split(".")[0] in ("accelerate", "transformers", "peft")]:
         for name, value in list(vars(module).items()):
             seen[module.__name__ + ":" + name] = value
             if isinstance(value, type) and value.__module__ == module.__name__:
@@ -103,16 +111,18 @@ def test_the_list_is_pinned_and_says_why():
         maker: [wrap for wrap in listed() if wrap.made_by == maker]
         for maker in {wrap.made_by for wrap in listed()}
     }
-    assert by_maker.keys() == {ON_IMPORT, LAUNCHER, PREFLIGHT}
+    assert by_maker.keys() == {ON_IMPORT, ON_DEEPSPEED, LAUNCHER, PREFLIGHT}
     assert {wrap.target for wrap in by_maker[ON_IMPORT] if wrap.wrapper} == TARGETS
     assert {wrap.target for wrap in by_maker[ON_IMPORT] if not wrap.wrapper} == ADDED_TO
     assert {wrap.target for wrap in by_maker[LAUNCHER]} == LAUNCHER_TARGETS
     assert {wrap.target for wrap in by_maker[PREFLIGHT]} == PREFLIGHT_TARGETS
-    by_commands = len(LAUNCHER_TARGETS) + len(PREFLIGHT_TARGETS)
-    assert len(listed()) == len(TARGETS | ADDED_TO) + by_commands
+    assert {wrap.target for wrap in by_maker[ON_DEEPSPEED]} == DEEPSPEED_TARGETS
+    others = len(DEEPSPEED_TARGETS) + len(LAUNCHER_TARGETS) + len(PREFLIGHT_TARGETS)
+    assert len(listed()) == len(TARGETS | ADDED_TO) + others
     assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in listed())
 
 
+@pytest.mark.slow
 def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", SNAPSHOT if peft is None else f"import peft\n{SNAPSHOT}"],

@@ -105,6 +105,17 @@ Monitor = Annotated[
 OnCollapse = Annotated[
     str | None, typer.Option(metavar="ACTION", help="One of warn, stop, checkpoint, rollback.")
 ]
+KeepBatches = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Batches written down at an alarm: a number or auto; 0, the default, writes none.",
+    ),
+]
+SkipBatches = Annotated[
+    bool,
+    typer.Option("--skip-batches", help="After a rollback skip the batches of suspicious steps."),
+]
 Terms = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="What it records: default, all, or names with commas."),
@@ -145,6 +156,8 @@ def run(
     console: Console = None,
     thresholds: Thresholds = None,
     on_collapse: OnCollapse = None,
+    keep_batches: KeepBatches = None,
+    skip_batches: SkipBatches = False,
     fold_at_end: FoldAtEnd = False,
     register: Register = None,
     config: Config = None,
@@ -167,6 +180,8 @@ def run(
         "console": console,
         "thresholds": thresholds,
         "on_collapse": on_collapse,
+        "keep_batches": keep_batches,
+        "skip_batches": skip_batches or None,
         "fold_at_end": fold_at_end or None,
         "register": register or None,
     }

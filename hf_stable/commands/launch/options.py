@@ -32,6 +32,8 @@ class RunOptions:
         console: what it prints.
         thresholds: of its alarms, by name.
         on_collapse: what it does at a collapse.
+        keep_batches: micro-batches that it writes down at an alarm.
+        skip_batches: whether a run that goes back skips them.
         fold_at_end: fold the model when `Trainer.train` returns.
         register: Python files that register architectures.
     """
@@ -42,6 +44,8 @@ class RunOptions:
     console: str | None = None
     thresholds: dict[str, float] | None = None
     on_collapse: str | None = None
+    keep_batches: int | str | None = None
+    skip_batches: bool | None = None
     fold_at_end: bool = False
     register: tuple[str, ...] = ()
 
@@ -51,6 +55,7 @@ class RunOptions:
         arguments = {
             "every": self.monitor, "terms": self.terms, "console": self.console,
             "thresholds": self.thresholds, "on_collapse": self.on_collapse,
+            "keep_batches": self.keep_batches, "skip_batches": self.skip_batches,
         }  # fmt: skip
         return {name: value for name, value in arguments.items() if value is not None}
 
@@ -92,6 +97,8 @@ def read_options(
         console=_checked("console", options.get("console")),
         thresholds=_checked("thresholds", _numbers(options.get("thresholds"))),
         on_collapse=_checked_action(options.get("on_collapse")),
+        keep_batches=_checked("keep_batches", _count(options.get("keep_batches"))),
+        skip_batches=_checked_skip(options),
         fold_at_end=_checked_flag(options.get("fold_at_end")),
         register=_checked_files(options.get("register")),
     )
@@ -227,12 +234,26 @@ def _numbers(given: _Given | None) -> _Given | None:
         ) from error
 
 
-def _checked(name: str, given: _Given | None) -> Any:
-    """Return an argument of StabilityCallback, which says what is allowed."""
+def _count(given: _Given | None) -> _Given | None:
+    """Return digits as the number that they are, and anything else as it is."""
+    if given is None or not isinstance(given.value, str) or not given.value.isdecimal():
+        return given
+    return _Given(int(given.value), given.origin)
+
+
+def _checked_skip(options: Mapping[str, _Given]) -> bool | None:
+    given, action = options.get("skip_batches"), options.get("on_collapse")
+    if given is None:
+        return None
+    return _checked("skip_batches", given, on_collapse=action.value if action else "warn")
+
+
+def _checked(name: str, given: _Given | None, **others: Any) -> Any:
+    """Return an argument of StabilityCallback, which says what is allowed beside others."""
     if given is None:
         return None
     try:
-        StabilityCallback(**{name: given.value})
+        StabilityCallback(**{name: given.value}, **others)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{given.origin}: {error}") from error
     return given.value

@@ -20,11 +20,13 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from hf_stable.adamw2.planning import plan_tau
 from hf_stable.commands.launch.attaching import Attachment
 from hf_stable.commands.launch.options import RunOptions
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
 from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.monitor.readings import scale_rates
+from hf_stable.trainer.schedules import steps_at_full_rate
 
 __all__ = ["LegRefused", "prepare", "quieten", "train_leg"]
 
@@ -152,6 +154,7 @@ class LegCallback(TrainerCallback):
             "max_steps": state.max_steps,
             "warmup_steps": args.get_warmup_steps(state.max_steps),
             "first_rate": max(rates),
+            "tau": plan_tau(steps_at_full_rate(args, state.max_steps)),
         }
         scale_rates(optimizer, lr_scheduler, self.leg.factor)
 

@@ -78,7 +78,8 @@ class Ending:
         steps: optimizer steps done.
         seconds_per_step: median over the steps that were not probed, without the first.
         facts: of the run as the script plans it: `learning_rate`, `optim`, `warmup_steps`,
-            `max_grad_norm`, `max_steps`, `own_optimizer`, `model`.
+            `max_grad_norm`, `max_steps`, `own_optimizer`, `model`; `tau`, which AdamW2's `tau=auto`
+            is for it.
     """
 
     key: str

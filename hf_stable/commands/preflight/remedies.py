@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hf_stable._wording import nearest
+from hf_stable.adamw2.planning import AUTO
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.patching import METHODS
 
@@ -23,7 +24,7 @@ FORMS = {
     "none": "none",
     "warmup": "warmup, warmup:0.2 (share of the run's steps) or warmup:500 (steps)",
     "clip": "clip or clip:0.5 (largest norm of the gradient)",
-    "adamw2": "adamw2 or adamw2:tau=0.01",
+    "adamw2": "adamw2 (its tau by the length of the run) or adamw2:tau=0.01",
     "optim": "optim:NAME (a name that TrainingArguments takes), optim:NAME:option=value",
     **{method: f"{method} or {method}:option=value" for method in METHODS},
 }
@@ -100,7 +101,8 @@ def parse_remedies(text: str) -> tuple[Remedy, ...]:
 def parse_remedy(text: str) -> Remedy:
     """Read one remedy: parts joined by `+`, each a name with options behind colons.
 
-    `adamw2:tau=0.01+sigma_reparam:init=one` is AdamW2 with that tau on a patched model.
+    `adamw2:tau=0.01+sigma_reparam:init=one` is AdamW2 with that tau on a patched model, `adamw2`
+    alone AdamW2 with `tau=auto`.
 
     Raises:
         ValueError: for a part that is not known, naming the nearest; for an option or a number
@@ -162,6 +164,8 @@ def _read_optimizer(draft: _Draft, name: str, options: list[str]) -> None:
     for option in options:
         if "=" not in option:
             raise ValueError(f"option {option!r} of {chosen} has no value: {FORMS[name]}")
+    if name == "adamw2" and not any(option.partition("=")[0] == "tau" for option in options):
+        options = [f"tau={AUTO}", *options]
     draft.changes |= {"optim": chosen, "optim_args": ",".join(options)}
 
 

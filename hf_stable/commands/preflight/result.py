@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -55,6 +55,7 @@ class PreflightResult:
         outcomes: one per leg.
         remedies: one row each; the run as planned first.
         rate: the learning rate that the run plans.
+        tau: what AdamW2's `tau=auto` is for the run; None if that is not known.
         sentences: the paragraph.
         command: what to start the run with; "" where a function makes the Trainer.
         passed: whether the planned run has margin enough.
@@ -64,6 +65,7 @@ class PreflightResult:
     outcomes: tuple[Outcome, ...]
     remedies: tuple[RemedyResult, ...]
     rate: float
+    tau: float | None
     sentences: tuple[str, ...]
     command: str
     passed: bool
@@ -85,6 +87,7 @@ class PreflightResult:
             "settings": asdict(self.settings),
             "passed": self.passed,
             "learning_rate": self.rate,
+            "tau": self.tau,
             "remedies": rows,
             "legs": [outcome.to_dict() for outcome in self.outcomes],
             "sentences": list(self.sentences),
@@ -113,9 +116,13 @@ def conclude(outcomes: Sequence[Outcome], settings: Settings) -> PreflightResult
     best = None if passed else _choose(rows)
     sentences = [_about_plan(rows[0], planned, rate, settings)]
     sentences += [_about_remedy(row, rows[0]) for row in rows[1:]]
+    sentences += _about_tau(rows, facts)
     sentences += _advice(rows[0], best, rate, outcomes)
     command = _command(settings, best.remedy if best is not None else NONE)
-    return PreflightResult(settings, tuple(outcomes), rows, rate, tuple(sentences), command, passed)
+    tau = facts.get("tau")
+    return PreflightResult(
+        settings, tuple(outcomes), rows, rate, tau, tuple(sentences), command, passed
+    )
 
 
 def _undecided_as_training(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -192,6 +199,15 @@ def _about_remedy(row: RemedyResult, plain: RemedyResult) -> str:
         against = "" if ends[1] is None else f" against {ends[1]:.3g}"
         loss = f"; loss at the planned rate {ends[0]:.3g}{against}"
     return f"{row.remedy.name}: survives {row.survives_to:g} times the rate{limit}{loss}{cost}."
+
+
+def _about_tau(rows: Sequence[RemedyResult], facts: Mapping[str, Any]) -> list[str]:
+    """Suggest a tau for the whole run, where AdamW2 is among what was tried."""
+    tried = any(row.remedy.optim == "adamw2" and not row.refused for row in rows)
+    if not tried or "tau" not in facts:
+        return []
+    steps = facts["max_steps"]
+    return [f"For the {steps} steps of this run, AdamW2's tau=auto is tau={facts['tau']:.3g}."]
 
 
 def _advice(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.measures.matrices import spectral_dtype
@@ -25,6 +26,7 @@ from hf_stable.methods.sigma_reparam.function import (
     scaled_linear,
     scales_in_product,
 )
+from hf_stable.methods.sigma_reparam.shared_function import shared_effective_weight
 from hf_stable.methods.sigma_reparam.steps import follow
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR
 from hf_stable.methods.sigma_reparam.triples import (
@@ -85,6 +87,11 @@ class SigmaLayer(nn.Module):
         return (*self.SIGMA_TENSORS, *own)
 
     @property
+    def plain_place(self) -> tuple[nn.Module, str]:
+        """The module and the name under which the plain model has the weight."""
+        return self, "weight"
+
+    @property
     def num_parts(self) -> int:
         """The number of parts with a sigma and a gamma of their own."""
         return len(self.gamma)
@@ -92,9 +99,10 @@ class SigmaLayer(nn.Module):
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
         settle_if_moved(self, look=True)
-        return effective_weight(
-            self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.parts
-        )
+        weight, gamma, sigma, u, v = (getattr(self, name) for name in ("weight", *SIGMA_TENSORS))
+        if isinstance(weight, DTensor):
+            return shared_effective_weight(weight, gamma, sigma, u, v, self.parts)
+        return effective_weight(weight, gamma, sigma, u, v, self.parts)
 
     def scaled_product(self, x: Tensor) -> Tensor | None:
         """Map (..., in) to (..., out) where the product itself can scale, else return None."""
@@ -119,7 +127,7 @@ class SigmaLayer(nn.Module):
         also in the forward without gradients that reentrant checkpointing makes, so that both
         of its forwards round alike.
         """
-        if self.training or num_tokens >= in_features:
+        if self.training or num_tokens >= in_features or isinstance(self.weight, DTensor):
             return False
         return not (_is_differentiated(self.weight) or _is_differentiated(self.gamma))
 
@@ -157,7 +165,7 @@ class SigmaLayer(nn.Module):
         given = {name for name in names if prefix + name in state_dict}
         settle_loaded(self, given)
         if "weight" in given:  # what was not given is that of the weight now: nothing is missing
-            beside = {prefix + name for name in self.SIGMA_TENSORS}
+            beside = {prefix + name for name in self.sigma_tensors}
             missing_keys[:] = [key for key in missing_keys if key not in beside]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -172,7 +180,9 @@ class SigmaLayer(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             dtype = spectral_dtype(result.dtype)
-            if result.dtype != dtype and any(tensor is other for other in kept):
+            # What is less precise already is so on purpose: DeepSpeed has a float32 master of it.
+            was_exact = tensor.dtype == spectral_dtype(tensor.dtype)
+            if result.dtype != dtype and was_exact and any(tensor is other for other in kept):
                 return tensor.to(device=result.device, dtype=dtype)
             return result
 

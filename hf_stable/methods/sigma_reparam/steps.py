@@ -23,12 +23,20 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from hf_stable.kernels.choosing import refresh_by_kernels
-from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
-from hf_stable.measures.power_iteration import power_step
+from hf_stable._late_changes import make_late_changes
+from hf_stable.kernels.choosing import refresh_layers
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
-__all__ = ["follow", "forget", "hooks_are_installed", "install_hooks", "live_layers", "refresh"]
+__all__ = [
+    "check_gammas",
+    "follow",
+    "forget",
+    "hooks_are_installed",
+    "install_hooks",
+    "live_layers",
+    "refresh",
+    "rate_is_zero",
+]
 
 _serial_numbers = itertools.count()
 _live: WeakSet[Any] = WeakSet()
@@ -85,48 +93,32 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
             skipped because a gradient overflowed).
     """
-    left = refresh_by_kernels(layers, keep)
-    if left:
-        _refresh_by_torch(left, keep)
+    refresh_layers(layers, keep)
     for layer in layers:
         mark_settled(layer)
 
 
-def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) -> None:
-    matrices: list[Tensor | MatrixShard] = []
-    counts: list[int] = []
-    sigmas: list[Tensor] = []
-    us: list[Tensor] = []
-    vs: list[Tensor] = []
-    for layer in layers:
-        matrices += matrices_of(layer.weight, layer.parts)
-        counts += [layer.power_iterations] * len(layer.sigma)
-        sigmas += layer.sigma.unbind()
-        shapes = shapes_of(layer.weight.shape, layer.parts)
-        us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
-        vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
-    near_us, near_vs = us, vs
-    if any(layer.weight.device != layer.sigma.device for layer in layers):
-        # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
-        shards = [each.local if isinstance(each, MatrixShard) else each for each in matrices]
-        near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
-        near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
-    triples = power_step(matrices, near_us, near_vs)
-    for done in range(1, max(counts)):
-        more = [index for index, count in enumerate(counts) if count > done]
-        further = power_step(
-            [matrices[i] for i in more], [triples[i].u for i in more], [triples[i].v for i in more]
-        )
-        for index, triple in zip(more, further, strict=True):
-            triples[index] = triple
-    for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
-        new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
-        if keep is not None:  # its device may be another's, where a model lies on several
-            new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
-        torch._foreach_copy_(old, new)
+def check_gammas(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:
+    """Check the groups of an optimizer that takes other tensors than the model's later on.
+
+    DeepSpeed puts flat partitions in the place of parameters, so that no step shows what is owned.
+
+    Args:
+        layers: of the model.
+        groups: as the optimizer was given them.
+
+    Raises:
+        RuntimeError: if the weight of a layer is among them but not its gamma.
+    """
+    owned = {id(p) for group in groups for p in group["params"]}
+    moving = [layer for layer in layers if layer.weight.requires_grad and id(layer.weight) in owned]
+    if moving:
+        _check_gammas_are_trained(moving, owned)
+    _warn_of_decay([layer for layer in layers if id(layer.gamma) in owned], groups)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    make_late_changes()
     _stepping.append(ref(optimizer))
 
 
@@ -146,20 +138,21 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     gammas = [layer for layer in live if id(layer.gamma) in owned]
     unseen = [layer for layer in gammas if layer.serial_number not in with_gammas]
     if unseen:
-        _warn_of_decay(unseen, optimizer)
+        _warn_of_decay(unseen, optimizer.param_groups)
         with_gammas.update(layer.serial_number for layer in unseen)
     if not layers:
         return
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
-    moved = {id(p) for g in optimizer.param_groups if not _has_rate_zero(g) for p in g["params"]}
+    moved = {id(p) for g in optimizer.param_groups if not rate_is_zero(g) for p in g["params"]}
     layers = [layer for layer in layers if id(layer.weight) in moved]
     if layers:
         # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
         refresh(layers, keep=getattr(optimizer, "found_inf", None))
 
 
-def _has_rate_zero(group: dict[str, Any]) -> bool:
+def rate_is_zero(group: dict[str, Any]) -> bool:
+    """Say whether a step moves nothing of a group of an optimizer."""
     rate = group.get("lr")
     if isinstance(rate, Tensor) and rate.device.type != "cpu":
         return False  # not read back from a device; torch's zero is on the CPU
@@ -170,17 +163,14 @@ def _wraps(outer: Optimizer | None, inner: Optimizer) -> bool:
     return outer is not None and any(value is inner for value in vars(outer).values())
 
 
-def _warn_of_decay(layers: Sequence[LayerWithTriple], optimizer: Optimizer) -> None:
+def _warn_of_decay(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:
     """Warn of gammas that an optimizer's groups decay.
 
     They are not exempted here: what the groups of an optimizer say, its state and the records of
     the run say too.
     """
     decayed = {
-        id(p): group["weight_decay"]
-        for group in optimizer.param_groups
-        if _decays(group)
-        for p in group["params"]
+        id(p): group["weight_decay"] for group in groups if _decays(group) for p in group["params"]
     }
     found = [layer for layer in layers if id(layer.gamma) in decayed]
     if found:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.kernels.weights import TrackedWeight
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
 from hf_stable.measures.parts import Parts
@@ -45,36 +46,18 @@ NUM_ENTRIES = 64
 rows and of columns."""
 
 
-class LayerWithTriple(Protocol):
+class LayerWithTriple(TrackedWeight, Protocol):
     """What a sigma layer has to have here and in `steps`; see `layers.SigmaLayer`."""
 
     layer_name: str
-    parts: Parts
-    power_iterations: int
     serial_number: int
     settled_for: tuple[int, int]
     seen_entries: Tensor | None
     training: bool
 
     @property
-    def weight(self) -> Tensor:
-        """The raw weight W."""
-
-    @property
     def gamma(self) -> Tensor:
         """(k,) the learnable scale of each part."""
-
-    @property
-    def sigma(self) -> Tensor:
-        """(k,) the value of `u.T W v` of each part."""
-
-    @property
-    def sigma_u(self) -> Tensor:
-        """(k, m) left singular vectors."""
-
-    @property
-    def sigma_v(self) -> Tensor:
-        """(k, n) right singular vectors."""
 
 
 def mark_settled(layer: LayerWithTriple) -> None:
@@ -127,14 +110,18 @@ def _has_moved_unseen(layer: LayerWithTriple) -> bool:
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    seen, entries = layer.seen_entries, _some_entries(weight)
+    seen, entries = layer.seen_entries, _some_entries(weight, layer.parts)
     if seen is None or seen.device != entries.device or seen.dtype != entries.dtype:
         return True  # not looked at since it was trained, or elsewhere: all of it is, once
     return not torch.equal(seen, entries)
 
 
-def _some_entries(weight: Tensor) -> Tensor:
-    """View entries of a weight along the diagonal of its matrix."""
+def _some_entries(weight: Tensor, parts: Parts) -> Tensor:
+    """View entries of a weight along the diagonal of its matrix, or some of each of a stack."""
+    if parts.stacked:
+        entries = weight.detach().flatten()
+        # One more than a share of them: it is no multiple of a row, which would be one column.
+        return entries[:: 1 + len(entries) // max(NUM_ENTRIES, 2 * len(weight))]
     diagonal = as_matrix(weight.detach()).diagonal()
     return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
 
@@ -167,7 +154,7 @@ def settle(layer: LayerWithTriple) -> None:
                 layer.sigma[part] = now[part]
     mark_settled(layer)
     if not isinstance(weight, DTensor):
-        layer.seen_entries = _some_entries(weight).clone()
+        layer.seen_entries = _some_entries(weight, layer.parts).clone()
 
 
 def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:

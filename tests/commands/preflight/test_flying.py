@@ -8,11 +8,15 @@ import math
 import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
+from tiny_training import Interrupt
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import hf_stable
+from hf_stable.adamw2.planning import plan_tau
+from hf_stable.commands.preflight.beginnings import judge_beginnings
 from hf_stable.commands.preflight.flying import RESULT_FILE
 from hf_stable.commands.preflight.page import write_page
+from hf_stable.report.reading import read_run
 
 STEPS = 24
 
@@ -47,9 +51,17 @@ def test_a_leg_is_the_beginning_of_the_run_bit_for_bit(tmp_path):
     assert leg.ending.facts["max_steps"] == 200 and leg.ending.facts["optim"] == "adamw_torch_fused"
 
     whole = make_trainer(tmp_path, logging_steps=1, max_steps=200, save_strategy="no")
+    whole.add_callback(hf_stable.StabilityCallback(every=1))
+    whole.add_callback(Interrupt(2 * STEPS))
     whole.train()
     course = [record["loss"] for record in whole.state.log_history if "loss" in record]
     assert losses(leg.folder) == course[:STEPS]
+    whole.save_state()
+    own = read_run(tmp_path / "own")
+    beginning = judge_beginnings({1: own}, STEPS)[1]
+    assert (beginning.kind, own.num_steps) == (leg.kind, 2 * STEPS)
+    probes = [probe.quantities for probe in own.probes]
+    assert [probe.quantities for probe in read_run(leg.folder).probes] == probes[:STEPS]
     # A schedule made for the leg alone would be another run.
     short = make_trainer(tmp_path, logging_steps=1, max_steps=STEPS, save_strategy="no")
     short.train()
@@ -58,20 +70,28 @@ def test_a_leg_is_the_beginning_of_the_run_bit_for_bit(tmp_path):
 
 
 def test_rates_and_remedies_make_legs_and_a_page(tmp_path):
-    result = fly(
-        tmp_path, rates=[0.5, 3.0, 1e6, 1e7], remedies="none,adamw2:tau=0.01+sigma_reparam"
-    )
+    made = []
+
+    def make():
+        made.append(make_trainer(tmp_path))
+        return made[-1]
+
+    result = fly(tmp_path, make, rates=[0.5, 3.0, 1e6, 1e7], remedies="none,adamw2+sigma_reparam")
     found = {(o.leg.remedy.name, o.leg.factor): o for o in result.outcomes}
     assert len(found) == 10
     plain = found["none", 1.0]
     assert found["none", 0.5].loss != plain.loss
     assert found["none", 1e6].is_lost and found["none", 1e7].kind == "skipped"
     assert "lost at 1e+06 times the rate" in found["none", 1e7].reason
-    both = found["adamw2:tau=0.01+sigma_reparam", 1.0]
+    both = found["adamw2+sigma_reparam", 1.0]
     probes = [json.loads(line) for line in (both.folder / "stability.jsonl").open()]
     rates = [line["effective_lr"] for line in probes if line["event"] == "probe"]
     assert any("gamma" in name for name in rates[0])  # patched, and stepped by AdamW2
     assert both.survives and result.remedies[0].fails_at == 1e6
+    # tau goes by the 200 steps of the run, half of them at the full rate, and not by the leg's.
+    assert math.isclose(result.tau, plan_tau(100), rel_tol=0.02)
+    assert result.tau in {group["tau"] for group in made[-1].optimizer.param_groups}
+    assert f"AdamW2's tau=auto is tau={result.tau:.3g}" in " ".join(result.sentences)
     assert json.loads((tmp_path / "legs" / RESULT_FILE).read_text())["passed"] is result.passed
     page = write_page(result, tmp_path / "legs").read_text()
     assert '<td class="failed">' in page and "not run" in page and result.sentences[0] in page

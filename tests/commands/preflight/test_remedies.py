@@ -18,7 +18,8 @@ def test_every_form_is_read():
     assert (warmup.warmup, steps.warmup, clip.clip) == (0.1, 500.0, 0.5)
     assert (adamw2.optim, adamw2.optim_args) == ("adamw2", "tau=0.01,lora=merged")
     assert (other.optim, other.optim_args) == ("adafactor", "")
-    assert both.methods == (SigmaReparamConfig(init="one"),) and both.optim == "adamw2"
+    assert both.methods == (SigmaReparamConfig(init="one"),)
+    assert (both.optim, both.optim_args) == ("adamw2", "tau=auto")
     assert warmup.needs_the_schedule and not warmup.needs_the_optimizer
     assert not clip.needs_the_schedule and both.needs_the_optimizer
 

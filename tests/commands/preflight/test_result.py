@@ -18,7 +18,7 @@ def outcome(remedy, factor, kind, loss=1.0, seconds=0.1, seed=0, **more):
     ending = None
     if kind != "skipped":
         ending = Ending("key", "steps", steps=60, seconds_per_step=seconds,
-                        facts={"first_rate": 1e-3})  # fmt: skip
+                        facts={"first_rate": 1e-3, "max_steps": 300, "tau": 0.0233})  # fmt: skip
     return Outcome(Leg(remedy, factor, seed), kind, loss=loss, ending=ending, **more)
 
 
@@ -55,6 +55,10 @@ def test_the_remedy_that_buys_enough_at_the_lowest_loss_is_advised_with_its_cost
     assert "loses its loss" in result.sentences[0]
     assert "survives 3 times the rate, no rate tried fails; loss at the planned rate 0.5 against 9"\
         ", at 1.50 times the time per step" in result.sentences[1]  # fmt: skip
+    assert result.tau == result.to_dict()["tau"] == 0.0233
+    suggestion = "For the 300 steps of this run, AdamW2's tau=auto is tau=0.0233."
+    assert suggestion == result.sentences[-2]
+    assert suggestion not in conclude(found[:3] + found[-2:], SETTINGS).sentences
     assert result.sentences[-1] == (
         "Use adamw2:tau=0.01: with it the planned rate has a margin of two. Without it, a rate of "
         "0.00015 would have a margin of two."

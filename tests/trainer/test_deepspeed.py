@@ -1,0 +1,245 @@
+"""The Trainer under DeepSpeed ZeRO on two processes: sigma follows the weights, folders are plain.
+
+All runs on ranks share two processes, whose imports would cost more than the training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import pytest
+import tiny_architectures
+import torch
+import torch.distributed as dist
+import transformers
+from gloo_ranks import run_ranks
+from tiny_models import DEFAULT_HEADS, tiny_batch, tiny_model
+from tiny_training import dataset, dropout_model, make_trainer
+from transformers import TrainerCallback
+
+import hf_stable
+from hf_stable._file_names import SIDECAR_FILE
+from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
+
+pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
+
+GLOBAL_BATCH = 8
+STEPS = 6
+HEADS = DEFAULT_HEADS | {"bert": "BertForSequenceClassification"}
+
+CASES = {
+    "gpt2-0": dict(stage=0),
+    "gpt2-1": dict(stage=1),
+    "gpt2-2": dict(stage=2),
+    "vit-1": dict(stage=1),
+    "swin-2": dict(stage=2),
+    "bert-2": dict(stage=2),
+    "llama-1": dict(stage=1),
+    "gpt2-1-offload": dict(stage=1, offload_optimizer={"device": "cpu"}),
+}
+"""Runs whose losses are those of one process, by model, stage and what else is asked for."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+    """DeepSpeed looks for an accelerator, and is told that there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        yield
+
+
+def settings(precision="fp32", **zero):
+    """A DeepSpeed config that leaves to the Trainer what it can."""
+    config = {
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+    return config if precision == "fp32" else config | {precision: {"enabled": True}}
+
+
+def make_model(name, dropout=False):
+    if name == "llama":
+        return tiny_architectures.build("llama")
+    return dropout_model(name) if dropout else tiny_model(name, HEADS[name])
+
+
+def train(name, folder, world=1, model=None, resume=None, **options):
+    """A few steps of a patched model on one global batch, in two micro-batches."""
+    model = hf_stable.patch(make_model(name) if model is None else model, "sigma_reparam")
+    trainer = make_trainer(
+        model, folder, max_steps=STEPS, weight_decay=0.1, max_grad_norm=0.5,
+        gradient_accumulation_steps=2, per_device_train_batch_size=GLOBAL_BATCH // 2 // world,
+        **(dict(save_strategy="no", optim="adamw_torch") | options),
+    )  # fmt: skip
+    trainer.model_accepts_loss_kwargs &= name != "bert"  # see tests/contracts/test_parity.py
+    trainer.train_dataset = examples = dataset(model)
+    if name == "bert":
+        trainer.train_dataset = [e | {"labels": e["labels"][0] % 2} for e in examples]
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def digest(model):
+    """A digest of what every rank has to agree on."""
+    tensors = [
+        getattr(layer, part).detach().float()
+        for _, layer in sigma_layers(model)
+        for part in ("gamma", "sigma", "sigma_u", "sigma_v")
+    ]
+    numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(numbers).hexdigest()
+
+
+def same_on_ranks(model):
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest(model))
+    return len(set(digests)) == 1
+
+
+def largest_error(model):
+    """The largest relative error of a sigma against `u.T W v` of the weights as they are."""
+    errors = [
+        sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.parts) / layer.sigma - 1
+        for _, layer in sigma_layers(model)
+    ]
+    return torch.cat(errors).abs().max().item()
+
+
+class RemembersStart(TrainerCallback):
+    """Takes note of the vectors of a layer once the engine is built."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.layer = dict(sigma_layers(model))["transformer.h.0.attn.c_attn"]
+        self.start = self.layer.sigma_v.clone()
+
+
+def on_ranks(folder):
+    """Every run of this file, one after the other on the same two processes."""
+    world = dist.get_world_size()
+    found: dict = {"parity": {}}
+    for case, zero in CASES.items():
+        trainer = train(
+            case.partition("-")[0], folder / case, world, deepspeed=settings(**zero),
+            save_strategy="steps", save_steps=STEPS,
+        )  # fmt: skip
+        found["parity"][case] = {
+            "losses": losses_of(trainer),
+            "engine": type(trainer.deepspeed.optimizer).__name__,
+            "same": same_on_ranks(trainer.model),
+        }
+    found["bf16"] = continued_in_bfloat16(folder / "bf16", world)
+    found["skipped"] = overflowing(folder / "skipped", world)
+    found["cpu"] = time.process_time()
+    return found
+
+
+def losses_of(trainer):
+    return {r["step"]: r["loss"] for r in trainer.state.log_history if "loss" in r}
+
+
+def continued_in_bfloat16(folder, world):
+    """Steps with float32 masters under dropout, and half of them again from a checkpoint."""
+    options = dict(deepspeed=settings("bf16", stage=2), bf16=True)
+    whole = train(
+        "gpt2", folder / "whole", world, make_model("gpt2", dropout=True),
+        save_strategy="steps", save_steps=STEPS // 2, **options,
+    )  # fmt: skip
+    again = train(
+        "gpt2", folder / "again", world, make_model("gpt2", dropout=True),
+        resume=str(folder / "whole" / f"checkpoint-{STEPS // 2}"), **options,
+    )  # fmt: skip
+    return {
+        "dtypes": sorted({str(p.dtype) for p in whole.model.parameters()}),
+        "whole": losses_of(whole),
+        "again": losses_of(again),
+        "same": same_on_ranks(whole.model),
+        "state": digest(whole.model) == digest(again.model),
+        "error": largest_error(whole.model),
+    }
+
+
+def overflowing(folder, world):
+    """Steps whose gradients overflow, all of which DeepSpeed skips."""
+    config = settings("bf16", stage=1)
+    config["bf16"]["check_grad_overflow"] = True
+    model = make_model("gpt2")
+    model.transformer.h[0].attn.c_attn.bias.register_hook(lambda grad: grad * float("inf"))
+    remembers = RemembersStart()
+    trainer = train(
+        "gpt2", folder, world, model, deepspeed=config, bf16=True, callbacks=[remembers]
+    )  # fmt: skip
+    return {
+        "skipped": trainer.deepspeed.skipped_steps,
+        "moved": not torch.equal(remembers.layer.sigma_v, remembers.start),
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    result, _ = run_ranks(on_ranks, 2, folder)
+    return result, folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    names = {case.partition("-")[0] for case in CASES}
+    return {name: losses_of(train(name, folder / name)) for name in sorted(names)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_those_of_one_process(case, ran, alone):
+    found, expected = ran[0]["parity"][case], alone[case.partition("-")[0]]
+    assert ("ZeroOptimizer" in found["engine"]) == (CASES[case]["stage"] > 0)
+    assert found["same"]
+    assert list(found["losses"]) == list(expected) == list(range(1, STEPS + 1))
+    for step, loss in expected.items():
+        assert found["losses"][step] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert max(expected.values()) - min(expected.values()) > 1e-3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("offload")])
+def test_checkpoints_are_plain_folders(case, ran):
+    folder = ran[1] / case / f"checkpoint-{STEPS}"
+    name = case.partition("-")[0]
+    model_class = type(make_model(name))
+    plain = model_class.from_pretrained(folder).eval()
+    patched = hf_stable.load(model_class, folder).eval()
+    batch = {k: v for k, v in tiny_batch(plain).items() if k != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
+        )
+    start = make_model(name).eval()
+    with torch.no_grad():
+        assert not torch.allclose(plain(**batch).logits, start(**batch).logits, atol=1e-3)
+
+
+def test_bfloat16_with_float32_masters_resumes_exactly(ran):
+    found, folder = ran[0]["bf16"], ran[1] / "bf16" / "whole" / f"checkpoint-{STEPS}"
+    assert found["dtypes"] == ["torch.bfloat16"]
+    assert found["same"] and found["state"]
+    half = {step: loss for step, loss in found["whole"].items() if step > STEPS // 2}
+    assert {s: found["again"][s] for s in half} == half and len(half) == STEPS // 2
+    assert found["error"] < 1e-5  # of the weights that the next forward uses
+    raw = read_state(folder).tensors
+    assert {
+        tensor.dtype for name, tensor in raw.items() if name.endswith((".weight", ".gamma"))
+    } == {torch.float32}
+    weight = raw["transformer.h.0.attn.c_attn.weight"]
+    assert not torch.equal(weight, weight.bfloat16().float())  # masters, not roundings
+    assert (folder / SIDECAR_FILE).is_file()
+    plain = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype="auto")
+    assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
+def test_a_step_that_is_skipped_moves_nothing(ran):
+    assert ran[0]["skipped"] == {"skipped": STEPS, "moved": False}
