@@ -14,6 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from parity_rows import ASPECTS, read_rows
 
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.monitor import terms
@@ -46,6 +49,30 @@ def monitored() -> list[str]:
 def late() -> list[str]:
     """Return how late sigma was in training."""
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+def parity() -> list[str]:
+    """Return what many processes have been shown to do as one, by engine, model and method.
+
+    `python docs/parity.py` runs the tests that show it, and writes what passed.
+    """
+    shown: dict[tuple[str, str, str], set[str]] = {}
+    for row in read_rows():
+        place = row["engine"], row["model"], row["method"]
+        shown.setdefault(place, set()).update(row["same"])
+    ranks = {engine: index for index, engine in enumerate(ENGINES)}
+    lines = [
+        f"| engine | model | method | {' | '.join(ASPECTS)} |",
+        "|---|---|---|" + "---|" * len(ASPECTS),
+    ]
+    for place in sorted(shown, key=lambda each: (ranks.get(each[0], len(ranks)), *each)):
+        cells = ("equal" if aspect in shown[place] else "" for aspect in ASPECTS)
+        lines.append(f"| {' | '.join((*place, *cells))} |")
+    return lines
+
+
+ENGINES = ("DDP", "ZeroRedundancyOptimizer", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP")
+"""In the order of the table; others follow by name."""
 
 
 def models() -> list[str]:
@@ -91,6 +118,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
     "left-out": ("docs/guides/supported-models.md", left_out),
+    "parity": ("docs/guides/many-processes.md", parity),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
