@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
 
 from hf_stable._late_changes import make_late_changes
 from hf_stable.kernels.choosing import refresh_by_kernels
+from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
 from hf_stable.measures.power_iteration import power_step
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
@@ -83,7 +84,11 @@ def hooks_are_installed() -> bool:
 
 
 @torch.no_grad()
-def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> None:
+def refresh(
+    layers: Sequence[LayerWithTriple],
+    keep: Tensor | None = None,
+    weights: Sequence[FlatRange] | None = None,
+) -> None:
     """Move u and v of the layers by power iterations and set sigma from them, in place.
 
     Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
@@ -94,29 +99,36 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         layers: sigma layers, the same and in the same order on every rank.
         keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
             skipped because a gradient overflowed).
+        weights: what is here of each layer's weight, where its parameter does not hold it (between
+            the steps of DeepSpeed ZeRO-3).
     """
-    left = refresh_by_kernels(layers, keep)
-    if left:
-        _refresh_by_torch(left, keep)
+    if weights is not None:
+        _refresh_by_torch(layers, weights, keep)
+    elif left := refresh_by_kernels(layers, keep):
+        _refresh_by_torch(left, [layer.weight for layer in left], keep)
     for layer in layers:
         mark_settled(layer)
 
 
-def _refresh_by_torch(layers: Sequence[LayerWithTriple], keep: Tensor | None) -> None:
+def _refresh_by_torch(
+    layers: Sequence[LayerWithTriple],
+    weights: Sequence[Tensor | FlatRange],
+    keep: Tensor | None,
+) -> None:
     matrices: list[Tensor | MatrixShard] = []
     counts: list[int] = []
     sigmas: list[Tensor] = []
     us: list[Tensor] = []
     vs: list[Tensor] = []
-    for layer in layers:
-        matrices += matrices_of(layer.weight, layer.parts)
+    for layer, weight in zip(layers, weights, strict=True):
+        matrices += matrices_of(weight, layer.parts)
         counts += [layer.power_iterations] * len(layer.sigma)
         sigmas += layer.sigma.unbind()
-        shapes = shapes_of(layer.weight.shape, layer.parts)
+        shapes = shapes_of(weight.shape, layer.parts)
         us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
         vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
     near_us, near_vs = us, vs
-    if any(layer.weight.device != layer.sigma.device for layer in layers):
+    if any(w.device != layer.sigma.device for w, layer in zip(weights, layers, strict=True)):
         # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
         shards = [each.local if isinstance(each, MatrixShard) else each for each in matrices]
         near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
