@@ -17,6 +17,7 @@ __all__ = [
     "local_tensor",
     "mean_over_ranks",
     "num_ranks",
+    "placed_like",
     "value_of_first_rank",
     "values_of_all_ranks",
     "whole_tensor",
@@ -34,6 +35,17 @@ def whole_tensor(value: Any) -> Any:
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the rows of a sharded tensor that this process holds, and a plain one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a sharded tensor placed as another is, and anything else as it is.
+
+    The gradient of a weight may still have to be summed over ranks, or be whole on each (that of an
+    embedding which tensor parallelism has cut), until an operation needs both.
+    """
+    if isinstance(value, DTensor) and isinstance(like, DTensor):
+        return value.redistribute(placements=like.placements)
+    return value
 
 
 def num_ranks() -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable._ranks import placed_like
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
 from hf_stable.adamw2.options import (
@@ -258,6 +259,7 @@ class AdamW2(Optimizer):
                 raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
             same = len(params) == len(shapes) and param.shape == shapes[index]
             refuse_flattened(param, replaced=not same)
+            grad = placed_like(grad, param)
             weights.append(Weight(param, grad, self.state[param], group, parts))
         return weights
 

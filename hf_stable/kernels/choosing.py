@@ -1,4 +1,4 @@
-"""Which kernels step and refresh which weights; what none of them takes is left to torch."""
+"""Which kernels step and refresh which weights, and what torch does in their place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hf_stable.kernels import cpu, gpu
+from hf_stable.kernels import cpu, gpu, reference
 from hf_stable.kernels.weights import RuledWeight, TrackedWeight
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Workspaces",
     "chosen",
     "describe_paths",
-    "refresh_by_kernels",
+    "refresh_layers",
     "step_by_kernels",
 ]
 
@@ -37,7 +37,6 @@ Workspaces = MutableMapping[tuple[torch.dtype, torch.device], Any]
 """What the kernels keep from step to step, by dtype and device. It is no state."""
 
 Ruled = TypeVar("Ruled", bound=RuledWeight)
-Tracked = TypeVar("Tracked", bound=TrackedWeight)
 
 
 def chosen() -> str:
@@ -65,6 +64,9 @@ def _paths() -> list[ModuleType]:
 def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ruled]:
     """Step under Rule 1 what a kernel takes, in place, and return the other weights untouched.
 
+    Beside a kernel, the reference steps weights whose layout or dtype it does not know. What is
+    left is new to the rule, or sharded, or on a device without kernels.
+
     Args:
         weights: with their state prepared.
         workspaces: of the optimizer, to be handed in again.
@@ -73,11 +75,15 @@ def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ru
     taken: dict[tuple[torch.dtype, torch.device], tuple[ModuleType, list[Ruled]]] = {}
     for weight in weights:
         path = next((path for path in paths if path.takes(weight)), None)
-        if path is None:
+        if path is not None:
+            key = weight.param.dtype, weight.param.device
+            taken.setdefault(key, (path, []))[1].append(weight)
+        elif any(weight.param.device.type == path.DEVICE for path in paths) and reference.takes(
+            weight
+        ):
+            reference.step_weight(weight)
+        else:
             left.append(weight)
-            continue
-        key = weight.param.dtype, weight.param.device
-        taken.setdefault(key, (path, []))[1].append(weight)
     for key in [key for key in workspaces if key not in taken]:
         del workspaces[key]
     for key, (path, own) in taken.items():
@@ -85,25 +91,24 @@ def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ru
     return left
 
 
-def refresh_by_kernels(layers: Sequence[Tracked], keep: Tensor | None) -> list[Tracked]:
-    """Move the triples of layers whose weight a kernel takes, and return the others untouched.
+def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None:
+    """Move the triples of layers, by a kernel where one takes the weight, else by the reference.
 
     Args:
-        layers: whose triples are to be moved.
+        layers: whose triples are to be moved; the same and in the same order on every rank of a
+            sharded weight.
         keep: where this tensor of one element is not zero, everything stays as it is.
     """
-    paths, left = _paths(), []
-    taken: dict[tuple[Any, ...], tuple[ModuleType, list[Tracked]]] = {}
+    paths = _paths()
+    taken: dict[tuple[Any, ...], tuple[ModuleType, list[TrackedWeight]]] = {}
     for layer in layers:
-        path = next((path for path in paths if path.tracks(layer, keep)), None)
-        if path is None:
-            left.append(layer)
-            continue
-        key = layer.weight.dtype, layer.weight.device, layer.power_iterations
+        path = next((path for path in paths if path.tracks(layer, keep)), reference)
+        key: tuple[Any, ...] = ()
+        if path is not reference:
+            key = layer.weight.dtype, layer.weight.device, layer.power_iterations
         taken.setdefault(key, (path, []))[1].append(layer)
     for path, own in taken.values():
         path.refresh_layers(own, keep)
-    return left
 
 
 def describe_paths() -> dict[str, str]:

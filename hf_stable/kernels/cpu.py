@@ -28,6 +28,9 @@ __all__ = [
     "tracks",
 ]
 
+DEVICE = "cpu"
+"""The kind of device whose weights they are for."""
+
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 """Dtypes of weights that are compiled for."""
 

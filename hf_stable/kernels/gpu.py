@@ -31,6 +31,9 @@ __all__ = [
     "tracks",
 ]
 
+DEVICE = "cuda"
+"""The kind of device whose weights they are for."""
+
 DTYPES = (torch.float32, torch.bfloat16)  # float16 is left to torch, as on a CPU
 """Dtypes of weights that there are kernels for; all arithmetic is in float32."""
 

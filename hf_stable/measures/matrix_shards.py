@@ -20,7 +20,17 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from hf_stable.measures.parts import Parts
 
-__all__ = ["Held", "MatrixShard", "Piece", "is_shared", "pieces_of", "shards_of", "take_held"]
+__all__ = [
+    "Held",
+    "MatrixShard",
+    "Piece",
+    "as_local_matrix",
+    "groups_of",
+    "is_shared",
+    "pieces_of",
+    "shards_of",
+    "take_held",
+]
 
 Held = slice | Tensor
 """Places along one dimension: a slice where they lie side by side, else their numbers."""
@@ -73,8 +83,19 @@ class Piece(NamedTuple):
         """Return the matrix out of the local part of a weight: a view, where slices say it all."""
         if self.member is None:
             return local.new_empty(0, local.shape[-1])[:, self.local_columns]
-        matrix = local[self.member] if local.ndim == 3 else local
-        return matrix[self.local_rows][:, self.local_columns]
+        return self._member_of(local)[self.local_rows][:, self.local_columns]
+
+    def put(self, local: Tensor, values: Tensor) -> None:
+        """Write the matrix into the local part of a weight, where this process holds some of it."""
+        if self.member is None:
+            return
+        rows, columns = self.local_rows, self.local_columns
+        if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+            rows = rows.unsqueeze(1)
+        self._member_of(local)[rows, columns] = values
+
+    def _member_of(self, local: Tensor) -> Tensor:
+        return local if local.ndim == 2 or self.member is None else local[self.member]
 
 
 def is_shared(weight: Tensor) -> bool:
@@ -101,20 +122,27 @@ def shards_of(weight: DTensor, parts: Parts) -> list[MatrixShard]:
     Raises:
         ValueError: if the weight cannot be cut like this.
     """
-    cutting = _cutting_dimensions(weight)
-    groups = tuple(weight.device_mesh.get_group(dim) for dim in cutting)
+    groups = groups_of(weight)
     column_dims = {2} if parts.stacked else set(range(1, weight.ndim))
-    splits_columns = any(
-        _cut_by(weight.placements[dim], weight.ndim) in column_dims for dim in cutting
-    )
-    local = weight.to_local().detach()
-    matrix = local if parts.stacked else local.reshape(len(local), _numel(local.shape[1:]))
+    cut = {_cut_by(weight.placements[dim], weight.ndim) for dim in _cutting_dimensions(weight)}
+    splits_columns = not cut.isdisjoint(column_dims)
+    matrix = as_local_matrix(weight.to_local().detach(), parts)
     return [
         MatrixShard(
             piece.take(matrix), piece.shape, piece.rows, piece.columns, splits_columns, groups
         )
         for piece in pieces_of(weight, parts)
     ]
+
+
+def groups_of(weight: DTensor) -> tuple[Any, ...]:
+    """Return the process groups over which a sum over all of a weight is taken, one by one."""
+    return tuple(weight.device_mesh.get_group(dim) for dim in _cutting_dimensions(weight))
+
+
+def as_local_matrix(local: Tensor, parts: Parts) -> Tensor:
+    """View the local part of a weight as the matrix, or the stack, of which pieces are taken."""
+    return local if parts.stacked else local.reshape(len(local), _numel(local.shape[1:]))
 
 
 def pieces_of(weight: DTensor, parts: Parts) -> tuple[Piece, ...]:

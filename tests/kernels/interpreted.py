@@ -16,11 +16,10 @@ from kernel_cases import (
     errors,
     make_weight,
     set_gradients,
-    step_plainly,
     views,
 )
 
-from hf_stable.kernels import gpu
+from hf_stable.kernels import gpu, reference
 from hf_stable.kernels.layouts import lay_out
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import power_step
@@ -44,7 +43,7 @@ def check_steps(names, dtype, steps=2, **options):
         set_gradients(weights, generator)
         for weight, truth in zip(weights, truths, strict=True):
             truth.grad = weight.grad
-            step_plainly(truth)
+            reference.step_weight(truth)
         workspace = gpu.step_weights(weights, workspace)
     for name, weight, truth in zip(names, weights, truths, strict=True):
         found = errors(weight, truth)

@@ -15,12 +15,11 @@ from kernel_cases import (
     random_case,
     same,
     set_gradients,
-    step_plainly,
     views,
 )
 from torch import nn
 
-from hf_stable.kernels import cpu, threads
+from hf_stable.kernels import cpu, reference, threads
 from hf_stable.kernels.layouts import lay_out
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import power_step
@@ -62,7 +61,7 @@ def run_plainly(weights, steps=STEPS, *, seed=1):
     for _ in range(steps):
         set_gradients(weights, generator)
         for weight in weights:
-            step_plainly(weight)
+            reference.step_weight(weight)
     return weights
 
 

@@ -1,4 +1,4 @@
-"""Weights of many layouts for tests of kernels, and AdamW2's step on them in float64, plainly."""
+"""Weights of many layouts for tests of kernels."""
 
 from __future__ import annotations
 
@@ -148,46 +148,8 @@ def errors(weight, truth):
     }
 
 
-def step_plainly(weight):
-    """Take AdamW2's step for one weight in float64, matrix by matrix (Algorithm 1)."""
-    state, group = weight.state, weight.group
-    beta1, beta2 = group["betas"]
-    state["step"] += 1
-    t, grad = state["step"].item(), weight.grad.double() * (-1 if group["maximize"] else 1)
-    first = state["exp_avg"].lerp_(grad, 1 - beta1)
-    second = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    update = first / (1 - beta1**t) / ((second / (1 - beta2**t)).sqrt() + group["eps"])
-    parts = zip(views(weight, weight.param), views(weight, update), strict=True)
-    for place, (own, theirs) in enumerate(parts):
-        v, update_v = state["weight_v"][place], state["update_v"][place]
-        sigmas = [
-            iterate(matrix, vector, group["power_iterations"], extra)
-            for matrix, vector, extra in ((own, v, False), (theirs, update_v, True))
-        ]
-        bound = group["tau"] * sigmas[0] / sigmas[1] if sigmas[1] else float("inf")
-        rate = group["lr"] if state["exempt"][place] else min(group["lr"], bound)
-        state["effective_lr"][place] = rate
-        own.mul_(1 - rate * group["weight_decay"]).sub_(theirs, alpha=rate)
-
-
 def views(weight, tensor):
     """Return views of the parts of a tensor that is laid out like the weight."""
     parts = weight.parts
     matrix = tensor if parts.stacked else tensor.view(len(tensor) if tensor.ndim else 1, -1)
     return parts.views(matrix)
-
-
-def iterate(matrix, v, times, extra):
-    """Move a vector by power iterations, one more if it has turned; return sigma."""
-    matrix = matrix.flatten(0, -2) if matrix.ndim > 2 else matrix
-    v = v[: matrix.shape[1]]
-    cosine = 1.0
-    for count in range(times + extra):
-        if count == times and cosine >= 0.995:
-            break
-        product = matrix @ v
-        moved = matrix.T @ product
-        sigma = (moved.norm() / product.norm()).item()
-        cosine = (product.square().sum() / moved.norm()).item()
-        v.copy_(moved / moved.norm())
-    return sigma

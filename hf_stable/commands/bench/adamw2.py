@@ -1,45 +1,32 @@
-"""What AdamW2 costs: its step against torch's AdamW, a whole training step, depth and memory.
-
-Beside the baseline, torch's fused AdamW, stands a second one (the ratio that noise alone makes),
-torch's foreach form, and the paper's algorithm written down plainly.
-"""
+"""What AdamW2 costs: its step against torch's AdamW, a whole training step, depth and memory."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Unpack
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from hf_stable.adamw2.model_optimizer import ModelAdamW2
-from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.commands.bench.cases import Case, NewClock, Options, Subject, run_cases
 from hf_stable.commands.bench.models import build_gpt2, build_vit, make_tokens
-from hf_stable.commands.bench.timing import (
-    PeakBytes,
-    PhaseClock,
-    Summary,
-    alternate,
-    print_summaries,
-    summarise,
-    write_results,
+from hf_stable.commands.bench.optimizers import (
+    BASELINE,
+    TORCH_ALONE,
+    make_optimizers,
+    make_peers,
 )
+from hf_stable.commands.bench.timing import PeakBytes, Summary
 from hf_stable.kernels.choosing import SWITCH, chosen
 
-__all__ = ["BASELINE", "AdamW2BenchSizes", "bench_adamw2", "measure_memory"]
-
-BASELINE = "AdamW fused"
-
-TORCH_ALONE = "AdamW2 by torch alone"
-"""The subject that uses no kernels."""
-
-Subject = Callable[[], dict[str, float]]
+__all__ = ["BASELINE", "TINY", "AdamW2BenchSizes", "bench_adamw2", "measure_memory"]
 
 
 @dataclass(frozen=True)
@@ -68,58 +55,49 @@ class AdamW2BenchSizes:
     depth_hidden: int = 256
 
 
-def bench_adamw2(
-    *,
-    output: str | os.PathLike[str] | None = None,
-    rounds: int = 10,
-    sizes: AdamW2BenchSizes | None = None,
-    device: torch.device | str = "cpu",
-    only: str = "",
-    console: Console | None = None,
-) -> list[Summary]:
-    """Measure AdamW2 against torch's AdamW, print a table and write JSON.
+TINY = AdamW2BenchSizes(
+    layers=1,
+    hidden=64,
+    vocabulary=300,
+    batch=1,
+    sequence=4,
+    narrow=((16, 2),),
+    depths=(1, 2),
+    depth_hidden=64,
+)
+"""To try the benchmark itself."""
 
-    Steps of the optimizer alone run on one thread and on all of torch's; a whole training step
-    and the depths on all.
+
+def bench_adamw2(
+    *, sizes: AdamW2BenchSizes | None = None, **options: Unpack[Options]
+) -> list[Summary]:
+    """Measure AdamW2 against torch's AdamW and its peers, print a table and write JSON.
 
     Args:
-        output: JSON file to write.
-        rounds: repetitions of every optimizer of every case, alternated.
         sizes: models and inputs.
-        device: where to run.
-        only: run the cases whose name contains this text.
-        console: where to print.
+        **options: of `Options`; 10 rounds.
 
     Returns:
-        The summaries that were printed, one per case, optimizer and phase.
+        The summaries that were printed.
 
     Raises:
         ValueError: if `only` matches no case, or `rounds` is less than 1.
         OSError: if `output` cannot be written.
     """
-    sizes, device = sizes or AdamW2BenchSizes(), torch.device(device)
-    console = console or Console()
-    summaries: list[Summary] = []
-    memory: dict[str, dict[str, float]] = {}
-    cases = _cases(sizes, device)
-    for name, (threads, prepare) in cases.items():
-        if only not in name:
-            continue
-        with _threads(threads):
-            subjects = prepare()
-            summaries += summarise(name, alternate(subjects, rounds=rounds), BASELINE)
-    if not summaries:
-        raise ValueError(f"no case has {only!r} in its name; the cases are {', '.join(cases)}")
-    if only in "memory":
-        memory = measure_memory(_gpt2(sizes.layers, sizes.hidden, sizes).to(device))
-        for subject, shares in memory.items():
-            text = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    sizes = sizes or AdamW2BenchSizes()
+    device = torch.device(options.get("device", "cpu"))
+
+    def memory(console: Console) -> dict[str, Any]:
+        shares = measure_memory(_gpt2(sizes, sizes.layers, sizes.hidden, 1).to(device))
+        for subject, of in shares.items():
+            text = ", ".join(f"{name} {share:.2%}" for name, share in of.items())
             console.print(f"memory, share of the parameters' bytes: {subject}: {text}")
-    print_summaries(f"AdamW2, {rounds} rounds, ratio to {BASELINE}", summaries, console)
-    if output is not None:
-        settings = {"benchmark": "adamw2", "rounds": rounds, "memory": memory, **asdict(sizes)}
-        write_results(output, map(asdict, summaries), {"settings": settings}, device)
-    return summaries
+        return {"memory": shares}
+
+    return run_cases(
+        "adamw2", _cases(sizes, device), BASELINE, options, rounds=10, about=asdict(sizes),
+        measure_more=memory,
+    )  # fmt: skip
 
 
 def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -132,9 +110,7 @@ def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
     _set_gradients(model)
     total = sum(param.nbytes for param in model.parameters())
     shares = {}
-    for name, optimizer in _optimizers(model).items():
-        if name == "naive loop":
-            continue
+    for name, optimizer in make_optimizers(model).items():
         optimizer.step()
         optimizer.step()
         entries = [item for state in optimizer.state.values() for item in state.items()]
@@ -149,98 +125,35 @@ def measure_memory(model: nn.Module) -> dict[str, dict[str, float]]:
     return shares
 
 
-class _NaiveAdamW2(Optimizer):
-    """Algorithm 1 as one would write it first: weight by weight, three cold power iterations."""
+def _cases(sizes: AdamW2BenchSizes, device: torch.device) -> Iterator[Case]:
+    """Yield the cases; a model exists only while its case runs."""
 
-    def __init__(self, params: Any, lr: float = 1e-3, tau: float = 0.01) -> None:
-        super().__init__(params, dict(lr=lr, tau=tau))
+    def gpt2(layers: int, hidden: int, share: int, new_clock: NewClock) -> dict[str, Subject]:
+        return _steps(_gpt2(sizes, layers, hidden, share).to(device), make_optimizers, new_clock)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state[param]
-                if not state:
-                    state.update(t=0, m=torch.zeros_like(param), v=torch.zeros_like(param))
-                state["t"] += 1
-                state["m"].lerp_(param.grad, 0.1)
-                state["v"].mul_(0.999).addcmul_(param.grad, param.grad, value=0.001)
-                root = (state["v"] / (1 - 0.999 ** state["t"])).sqrt() + 1e-8
-                update = state["m"] / (1 - 0.9 ** state["t"]) / root
-                bound = group["tau"] * self._sigma(param) / self._sigma(update)
-                rate = min(group["lr"], bound) if bound > 0 else group["lr"]
-                param.sub_(rate * update + rate * 0.01 * param)
+    def vit(new_clock: NewClock) -> dict[str, Subject]:
+        model = build_vit(sizes.hidden, sizes.layers, image=224, patch=16, num_labels=1000)
+        # Here and not with GPT-2, whose size they would multiply: each keeps two moments.
+        return _steps(model.to(device), lambda m: make_optimizers(m) | make_peers(m), new_clock)
 
-    def _sigma(self, weight: Tensor) -> float:
-        matrix = weight.flatten(1) if weight.ndim > 1 else weight.unsqueeze(1)
-        v = torch.randn(matrix.shape[1], device=matrix.device)
-        for _ in range(3):
-            u = nn.functional.normalize(matrix @ v, dim=0)
-            v = matrix.T @ u
-            sigma = v.norm()
-            v = v / (sigma + 1e-30)
-        return sigma.item()
+    def depth(layers: int, new_clock: NewClock) -> dict[str, Subject]:
+        subjects = gpt2(layers, sizes.depth_hidden, 100, new_clock)
+        return {name: subjects[name] for name in (BASELINE, "AdamW2")}
 
-
-def _optimizers(model: nn.Module) -> dict[str, Optimizer]:
-    """Return the optimizers to compare, all over the same parameters."""
-    params = list(model.parameters())
-    return {
-        BASELINE: torch.optim.AdamW(params, fused=True),
-        "AdamW fused, again": torch.optim.AdamW(params, fused=True),
-        "AdamW foreach": torch.optim.AdamW(params, foreach=True),
-        "AdamW2": ModelAdamW2([dict(params=params)], structure=model),
-        "AdamW2, embeddings too": AdamW2(params),
-        TORCH_ALONE: ModelAdamW2([dict(params=params)], structure=model),
-        "naive loop": _NaiveAdamW2(params),
-    }
-
-
-def _cases(
-    sizes: AdamW2BenchSizes, device: torch.device
-) -> dict[str, tuple[int, Callable[[], dict[str, Subject]]]]:
-    """Return threads and preparation of each case; a model exists only while its case runs."""
-    threads = torch.get_num_threads()
-    cases: dict[str, tuple[int, Callable[[], dict[str, Subject]]]] = {}
-    for count in dict.fromkeys((1, threads)):
-        label = f"step alone, {count} thread{'s' if count > 1 else ''}"
-        cases[f"gpt2 {label}"] = (
-            count,
-            lambda: _steps(_gpt2(sizes.layers, sizes.hidden, sizes).to(device)),
-        )
-        cases[f"vit {label}"] = count, lambda: _steps(_vit(sizes).to(device))
+    yield Case("gpt2 step alone", partial(gpt2, sizes.layers, sizes.hidden, 1))
+    yield Case("vit step alone", vit)
     for hidden, layers in sizes.narrow:
-
-        def narrow(hidden: int = hidden, layers: int = layers) -> dict[str, Subject]:
-            model = _gpt2(layers, hidden, sizes, vocabulary=sizes.vocabulary // 100)
-            return _steps(model.to(device))
-
-        cases[f"gpt2 {hidden} wide, {layers} blocks, step alone"] = 1, narrow
-    cases["gpt2 training step"] = threads, lambda: _training_steps(sizes, device)
-    for depth in sizes.depths:
-
-        def prepare(depth: int = depth) -> dict[str, Subject]:
-            model = _gpt2(depth, sizes.depth_hidden, sizes, vocabulary=sizes.vocabulary // 100)
-            subjects = _steps(model.to(device))
-            return {name: subjects[name] for name in (BASELINE, "AdamW2")}
-
-        cases[f"gpt2 of {depth} blocks"] = threads, prepare
-    return cases
+        name = f"gpt2 {hidden} wide, {layers} blocks, step alone"
+        yield Case(name, partial(gpt2, layers, hidden, 100))
+    for layers in sizes.depths:
+        yield Case(f"gpt2 of {layers} blocks", partial(depth, layers))
+    yield Case("gpt2 training step", partial(_training_steps, sizes, device))
 
 
-def _gpt2(
-    layers: int, hidden: int, sizes: AdamW2BenchSizes, vocabulary: int | None = None
-) -> nn.Module:
-    return build_gpt2(
-        hidden,
-        layers,
-        vocabulary=vocabulary or sizes.vocabulary,
-        positions=max(1024, sizes.sequence),
-    )
-
-
-def _vit(sizes: AdamW2BenchSizes) -> nn.Module:
-    return build_vit(sizes.hidden, sizes.layers, image=224, patch=16, num_labels=1000)
+def _gpt2(sizes: AdamW2BenchSizes, layers: int, hidden: int, share: int) -> nn.Module:
+    """Return a GPT-2 that knows the n-th part of the vocabulary."""
+    positions = max(1024, sizes.sequence)
+    return build_gpt2(hidden, layers, vocabulary=sizes.vocabulary // share, positions=positions)
 
 
 def _set_gradients(model: nn.Module) -> None:
@@ -249,10 +162,9 @@ def _set_gradients(model: nn.Module) -> None:
         param.grad = torch.randn_like(param)
 
 
-def _steps(model: nn.Module) -> dict[str, Subject]:
+def _steps(model: nn.Module, make: Any, new_clock: NewClock) -> dict[str, Subject]:
+    """Return a step of each optimizer that a function makes for a model."""
     _set_gradients(model)
-    device = next(model.parameters()).device
-
     by_shape: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
     for param in model.parameters():
         by_shape[param.shape].append(param)
@@ -261,14 +173,14 @@ def _steps(model: nn.Module) -> dict[str, Subject]:
         def step() -> dict[str, float]:
             _pass_gradients_on(by_shape.values())
             with _kernels("torch" if name == TORCH_ALONE else chosen()):
-                clock = PhaseClock(device)
+                clock = new_clock()
                 optimizer.step()
                 clock.lap("step")
             return clock.seconds
 
         return step
 
-    return {name: subject(name, optimizer) for name, optimizer in _optimizers(model).items()}
+    return {name: subject(name, optimizer) for name, optimizer in make(model).items()}
 
 
 def _pass_gradients_on(alike: Iterable[Sequence[nn.Parameter]]) -> None:
@@ -291,13 +203,15 @@ def _kernels(choice: str) -> Iterator[None]:
             os.environ[SWITCH] = before
 
 
-def _training_steps(sizes: AdamW2BenchSizes, device: torch.device) -> dict[str, Subject]:
-    model = _gpt2(sizes.layers, sizes.hidden, sizes).to(device).train()
+def _training_steps(
+    sizes: AdamW2BenchSizes, device: torch.device, new_clock: NewClock
+) -> dict[str, Subject]:
+    model = _gpt2(sizes, sizes.layers, sizes.hidden, 1).to(device).train()
     tokens = make_tokens(sizes.batch, sizes.sequence, sizes.vocabulary)["input_ids"].to(device)
 
     def subject(optimizer: Optimizer) -> Subject:
         def step() -> dict[str, float]:
-            clock = PhaseClock(device)
+            clock = new_clock()
             model(input_ids=tokens, labels=tokens).loss.backward()
             clock.lap("forward and backward")
             optimizer.step()
@@ -308,15 +222,5 @@ def _training_steps(sizes: AdamW2BenchSizes, device: torch.device) -> dict[str, 
         return step
 
     kept = (BASELINE, "AdamW fused, again", "AdamW2")
-    optimizers = _optimizers(model)
+    optimizers = make_optimizers(model)
     return {name: subject(optimizers[name]) for name in kept}
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

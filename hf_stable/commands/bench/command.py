@@ -69,67 +69,73 @@ def _bench(
 
 
 BenchOutput = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Alternated repetitions of every case.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")]
-Only = Annotated[str, typer.Option(help="Only cases with this text in their name.")]
+MEASURED = {
+    "sigma": "Time sigmaReparam against the plain model and against torch's spectral_norm.",
+    "adamw2": "Time AdamW2 against torch's AdamW, its peers and a naive loop.",
+    "monitor": "Time StabilityCallback against the same steps without it.",
+}
+"""The benchmarks that take the same options, and what each is for."""
 
 
-@bench.command(epilog=examples("hf-stable bench sigma --rounds 20 --output sigma.json"))
-def sigma(
-    output: BenchOutput = None,
-    rounds: Rounds = 20,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time sigmaReparam against the plain model and against torch's spectral_norm."""
-    from hf_stable.commands.bench.sigma import bench_sigma
+def _add(name: str, purpose: str) -> None:
+    """Add the command of a benchmark."""
 
-    _measure(bench_sigma, as_json, output=output, rounds=rounds, only=only, device=device)
-
-
-@bench.command(epilog=examples("hf-stable bench adamw2 --rounds 10 --output adamw2.json"))
-def adamw2(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time AdamW2 against torch's AdamW, fused and foreach, and a naive loop."""
-    from hf_stable.commands.bench.adamw2 import bench_adamw2
-
-    _measure(bench_adamw2, as_json, output=output, rounds=rounds, only=only, device=device)
-
-
-@bench.command(epilog=examples("hf-stable bench monitor --rounds 10 --output monitor.json"))
-def monitor(
-    output: BenchOutput = None,
-    rounds: Rounds = 10,
-    only: Only = "",
-    device: Device = "cpu",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time StabilityCallback against the same steps without it."""
-    from hf_stable.commands.bench.monitor import bench_monitor
-
-    _measure(bench_monitor, as_json, output=output, rounds=rounds, only=only, device=device)
+    @bench.command(name, help=purpose, epilog=examples(f"hf-stable bench {name} --output r.json"))
+    def measure(
+        output: BenchOutput = None,
+        rounds: Annotated[
+            int | None, typer.Option(min=1, help="Alternated repetitions of every case, at most.")
+        ] = None,
+        only: Annotated[str, typer.Option(help="Only cases with this text in their name.")] = "",
+        device: Annotated[str, typer.Option(help="Where to run: cpu, cuda ...")] = "cpu",
+        seconds: Annotated[
+            float, typer.Option(min=0, help="About how long a case may take; five rounds at least.")
+        ] = 20.0,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="Not on one thread and on all, but on so many.")
+        ] = None,
+        cpu_time: Annotated[
+            bool, typer.Option(help="Count processor time: for one thread on a busy machine.")
+        ] = False,
+        tiny: Annotated[
+            bool, typer.Option(help="Small models: to try the benchmark itself.")
+        ] = False,
+        as_json: Json = False,
+        debug: Debug = False,
+    ) -> None:
+        # The table goes to stderr where JSON goes to stdout.
+        benchmark, small = _benchmark(name)
+        options = dict(
+            output=output, only=only, device=device, seconds=seconds, threads=threads,
+            cpu_time=cpu_time, console=make_console(stderr=as_json),
+        )  # fmt: skip
+        if rounds is not None:
+            options["rounds"] = rounds
+        summaries = benchmark(sizes=small if tiny else None, **options)
+        if as_json:
+            print_json({"results": [asdict(summary) for summary in summaries]})
 
 
-def _measure(benchmark: Callable[..., list[Summary]], as_json: bool, **options: Any) -> None:
-    """Run a benchmark, which prints a table; with --json the table goes to stderr."""
-    summaries = benchmark(console=make_console(stderr=as_json), **options)
-    if as_json:
-        print_json({"results": [asdict(summary) for summary in summaries]})
+for _name, _purpose in MEASURED.items():
+    _add(_name, _purpose)
+
+
+def _benchmark(name: str) -> tuple[Callable[..., list[Summary]], Any]:
+    """Return the function of a benchmark and its smallest sizes; imports torch."""
+    from hf_stable.commands.bench import adamw2, monitor, sigma
+
+    known: dict[str, tuple[Any, Any]] = {
+        "sigma": (sigma.bench_sigma, sigma.TINY),
+        "adamw2": (adamw2.bench_adamw2, adamw2.TINY),
+        "monitor": (monitor.bench_monitor, monitor.TINY),
+    }
+    return known[name]
 
 
 @bench.command(epilog=examples("hf-stable bench scale --output scale.json"))
 def scale(
     output: BenchOutput = None,
-    rounds: Rounds = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternated repetitions of every case.")] = 10,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

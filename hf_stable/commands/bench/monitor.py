@@ -7,33 +7,23 @@ turns step by step.
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, Unpack
 
 import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_stable.commands.bench.cases import Case, NewClock, Options, Subject, run_cases
 from hf_stable.commands.bench.models import build_gpt2, build_vit, make_images, make_tokens
-from hf_stable.commands.bench.timing import (
-    TOTAL,
-    PeakBytes,
-    PhaseClock,
-    Samples,
-    Summary,
-    alternate,
-    print_summaries,
-    summarise,
-    write_results,
-)
+from hf_stable.commands.bench.timing import TOTAL, PeakBytes, Samples, Summary
 from hf_stable.measures.entropy import attention_entropy, attention_entropy_from_qk
 from hf_stable.monitor.callback import StabilityCallback
 
-__all__ = ["BASELINE", "MonitorBenchSizes", "bench_monitor", "measure_entropy_memory"]
+__all__ = ["BASELINE", "TINY", "MonitorBenchSizes", "bench_monitor", "measure_entropy_memory"]
 
 BASELINE = "no monitor"
 
@@ -41,8 +31,6 @@ EVERY = 50
 """Steps from probe to probe for which the whole cost is worked out; the callback's default."""
 
 AMORTISED = f"monitor, every={EVERY}"
-
-Subject = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -70,14 +58,14 @@ class MonitorBenchSizes:
     keys: int = 4096
 
 
+TINY = MonitorBenchSizes(
+    layers=2, hidden=16, batch=2, sequence=12, image=8, patch=4, vocabulary=37, keys=512
+)
+"""To try the benchmark itself."""
+
+
 def bench_monitor(
-    *,
-    output: str | os.PathLike[str] | None = None,
-    rounds: int = 10,
-    sizes: MonitorBenchSizes | None = None,
-    device: torch.device | str = "cpu",
-    only: str = "",
-    console: Console | None = None,
+    *, sizes: MonitorBenchSizes | None = None, **options: Unpack[Options]
 ) -> list[Summary]:
     """Measure steps with and without the monitor, print a table and write JSON.
 
@@ -87,42 +75,37 @@ def bench_monitor(
     once the third, in the same round.
 
     Args:
-        output: JSON file to write.
-        rounds: repetitions of every subject, alternated.
         sizes: models and inputs.
-        device: where to run.
-        only: run the models whose name contains this text.
-        console: where to print.
+        **options: of `Options`; 10 rounds.
 
     Returns:
         The summaries that were printed.
 
     Raises:
-        ValueError: if `only` matches no model, or `rounds` is less than 1.
+        ValueError: if `only` matches no case, or `rounds` is less than 1.
         OSError: if `output` cannot be written.
     """
-    sizes, device = sizes or MonitorBenchSizes(), torch.device(device)
-    summaries: list[Summary] = []
-    cases = {"gpt2 step": _gpt2, "vit step": _vit}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, build in cases.items():
-            if only in name:
-                model, inputs = build(sizes)
-                inputs = {key: value.to(device) for key, value in inputs.items()}
-                subjects = _subjects(model.to(device), inputs, device, folder)
-                samples = alternate(subjects, rounds=rounds)
-                summaries += summarise(name, _with_amortised(samples), BASELINE)
-    if not summaries:
-        raise ValueError(f"no case has {only!r} in its name; the cases are {', '.join(cases)}")
-    print_summaries(f"StabilityCallback, {rounds} rounds, ratio to {BASELINE}", summaries, console)
-    memory = measure_entropy_memory(sizes.keys)
-    if console is not None:
-        text = ", ".join(f"{name} {share:.1%}" for name, share in memory.items())
+    sizes = sizes or MonitorBenchSizes()
+    device = torch.device(options.get("device", "cpu"))
+
+    def memory(console: Console) -> dict[str, Any]:
+        shares = measure_entropy_memory(sizes.keys)
+        text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         console.print(f"entropy at T = {sizes.keys}, peak as a share of one T x T matrix: {text}")
-    if output is not None:
-        settings = {"benchmark": "monitor", "rounds": rounds, "memory": memory, **asdict(sizes)}
-        write_results(output, map(asdict, summaries), {"settings": settings}, device)
-    return summaries
+        return {"memory": shares}
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compare(build: Any, new_clock: NewClock) -> dict[str, Subject]:
+            model, inputs = build(sizes)
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            return _subjects(model.to(device), inputs, new_clock, folder)
+
+        cases = [Case(f"{name} step", partial(compare, build)) for name, build in MODELS.items()]
+        return run_cases(
+            "monitor", cases, BASELINE, options, rounds=10, about=asdict(sizes),
+            derive=_with_amortised, measure_more=memory,
+        )  # fmt: skip
 
 
 def measure_entropy_memory(num_keys: int) -> dict[str, float]:
@@ -165,15 +148,18 @@ def _vit(sizes: MonitorBenchSizes) -> tuple[Any, dict[str, Tensor]]:
     return model, make_images(sizes.batch, sizes.image)
 
 
+MODELS = {"gpt2": _gpt2, "vit": _vit}
+
+
 def _subjects(
-    model: Any, inputs: dict[str, Tensor], device: torch.device, folder: str
+    model: Any, inputs: dict[str, Tensor], new_clock: NewClock, folder: str
 ) -> dict[str, Subject]:
     def plain(variant: Any) -> Subject:
-        return _Loop(variant, inputs, device, folder).step
+        return _Loop(variant, inputs, new_clock, folder).step
 
     def monitored(every: int, terms: Any) -> Subject:
         monitor = StabilityCallback(every=every, terms=terms)
-        return _Loop(copy.deepcopy(model), inputs, device, folder, monitor).step
+        return _Loop(copy.deepcopy(model), inputs, new_clock, folder, monitor).step
 
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
@@ -183,7 +169,7 @@ def _subjects(
         "monitor, no probe": monitored(10**9, "default"),
         "monitor, default terms": monitored(1, "default"),
         "monitor, all terms": monitored(1, "all"),
-        "eager maps and their entropy": _Loop(eager, inputs, device, folder, maps=True).step,
+        "eager maps and their entropy": _Loop(eager, inputs, new_clock, folder, maps=True).step,
     }
 
 
@@ -194,13 +180,13 @@ class _Loop:
         self,
         model: Any,
         inputs: dict[str, Tensor],
-        device: torch.device,
+        new_clock: NewClock,
         folder: str,
         monitor: StabilityCallback | None = None,
         *,
         maps: bool = False,
     ) -> None:
-        self.model, self.inputs, self.device = model.train(), inputs, device
+        self.model, self.inputs, self.new_clock = model.train(), inputs, new_clock
         self.monitor, self.maps = monitor, maps
         # A rate at which nothing moves: the work is the same in every round.
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-12, fused=True)
@@ -218,7 +204,7 @@ class _Loop:
             )  # fmt: skip
 
     def step(self) -> dict[str, float]:
-        clock = PhaseClock(self.device)
+        clock = self.new_clock()
         self._tell("on_step_begin")
         output = self.model(**self.inputs, output_attentions=self.maps)
         if self.maps:

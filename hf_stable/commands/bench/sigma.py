@@ -7,35 +7,24 @@ Beside the plain model stand a second plain one (the ratio that noise alone make
 from __future__ import annotations
 
 import copy
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from hf_stable.commands.bench.cases import Case, NewClock, Options, Subject, run_cases
 from hf_stable.commands.bench.models import build_gpt2, build_vit, make_images, make_tokens
-from hf_stable.commands.bench.timing import (
-    PhaseClock,
-    Summary,
-    alternate,
-    print_summaries,
-    summarise,
-    write_results,
-)
+from hf_stable.commands.bench.timing import Summary
 from hf_stable.methods.patching import is_patched, patch
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
-__all__ = ["BASELINE", "SigmaBenchSizes", "bench_sigma"]
+__all__ = ["BASELINE", "TINY", "SigmaBenchSizes", "bench_sigma"]
 
 BASELINE = "plain"
-
-Subject = Callable[[], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +33,7 @@ class SigmaBenchSizes:
 
     Attributes:
         hidden: width of both models.
+        narrow: width of models whose step is many calls and few bytes.
         layers: number of blocks of both.
         heads: number of attention heads.
         image: side of a ViT's input in pixels.
@@ -56,6 +46,7 @@ class SigmaBenchSizes:
     """
 
     hidden: int = 384
+    narrow: int = 32
     layers: int = 4
     heads: int = 6
     image: int = 224
@@ -67,106 +58,87 @@ class SigmaBenchSizes:
     new_tokens: int = 32
 
 
+TINY = SigmaBenchSizes(
+    hidden=16,
+    narrow=16,
+    layers=1,
+    heads=2,
+    image=8,
+    patch=4,
+    vocabulary=37,
+    sequence=12,
+    batches=(2,),
+    prompt=3,
+    new_tokens=2,
+)
+"""To try the benchmark itself."""
+
+
 def bench_sigma(
-    *,
-    output: str | os.PathLike[str] | None = None,
-    rounds: int = 20,
-    sizes: SigmaBenchSizes | None = None,
-    device: torch.device | str = "cpu",
-    only: str = "",
-    seconds: float = 20.0,
-    cpu_time: bool = False,
-    console: Console | None = None,
+    *, sizes: SigmaBenchSizes | None = None, **options: Unpack[Options]
 ) -> list[Summary]:
     """Measure sigmaReparam against the plain model, print a table and write JSON.
 
-    The number of threads is torch's (`torch.set_num_threads`, `OMP_NUM_THREADS`).
-
     Args:
-        output: JSON file to write.
-        rounds: most repetitions of every variant of every case, alternated.
         sizes: models and inputs.
-        device: where to run.
-        only: run the cases whose name contains this text.
-        seconds: about how long one case may take; at least five rounds are run.
-        cpu_time: count the processor time of this process, not the time on the clock: what the
-            work costs while other programs use the machine. Says little with several threads,
-            which wait for each other by spinning.
-        console: where to print.
+        **options: of `Options`; 20 rounds.
 
     Returns:
-        The summaries that were printed, one per case, variant and phase.
+        The summaries that were printed.
 
     Raises:
         ValueError: if `only` matches no case, or `rounds` is less than 1.
         OSError: if `output` cannot be written.
     """
     sizes = sizes or SigmaBenchSizes()
-    device = torch.device(device)
-    summaries: list[Summary] = []
-    names = []
-    new_clock = partial(PhaseClock, device, time.process_time if cpu_time else time.perf_counter)
-    for name, prepare in _cases(sizes, device, new_clock):
-        names.append(name)
-        if only in name:
-            samples = alternate(prepare(), rounds=rounds, seconds=seconds)
-            summaries += summarise(name, samples, BASELINE)
-    if not summaries:
-        raise ValueError(f"no case has {only!r} in its name; the cases are {', '.join(names)}")
-    timer = "processor time" if cpu_time else "time on the clock"
-    title = f"sigmaReparam: {timer}, {torch.get_num_threads()} threads, ratio to plain"
-    print_summaries(title, summaries, console)
-    if output is not None:
-        settings = {"benchmark": "sigma", "timer": timer, "only": only, **asdict(sizes)}
-        write_results(output, map(asdict, summaries), {"settings": settings}, device)
-    return summaries
+    cases = _cases(sizes, torch.device(options.get("device", "cpu")))
+    return run_cases("sigma", cases, BASELINE, options, rounds=20, about=asdict(sizes))
 
 
-def _cases(
-    sizes: SigmaBenchSizes, device: torch.device, new_clock: Callable[[], PhaseClock]
-) -> Iterator[tuple[str, Callable[[], dict[str, Subject]]]]:
-    """Yield the name of each case and the function that builds its subjects."""
-    for model_type in ("vit", "gpt2"):
-        for kind, subject in (("step", _training_step), ("eval", _evaluation)):
-            for batch in sizes.batches:
+def _cases(sizes: SigmaBenchSizes, device: torch.device) -> Iterator[Case]:
+    """Yield the cases."""
 
-                def prepare(
-                    model_type: str = model_type,
-                    subject: Callable[..., Subject] = subject,
-                    batch: int = batch,
-                ) -> dict[str, Subject]:
-                    inputs = _inputs(model_type, sizes, batch, device)
-                    variants = _variants(_model(model_type, sizes).to(device))
-                    return {n: subject(m, inputs, new_clock) for n, m in variants.items()}
+    def compare(
+        model_type: str, subject: Any, batch: int, hidden: int, new_clock: NewClock
+    ) -> dict[str, Subject]:
+        inputs = _inputs(model_type, sizes, batch, device)
+        variants = _variants(_model(model_type, sizes, hidden).to(device))
+        return {name: subject(model, inputs, new_clock) for name, model in variants.items()}
 
-                yield f"{model_type} {kind}, batch {batch}", prepare
-
-    def prepare_generation() -> dict[str, Subject]:
-        variants = _variants(_model("gpt2", sizes).to(device))
+    def generate(new_clock: NewClock) -> dict[str, Subject]:
+        variants = _variants(_model("gpt2", sizes, sizes.hidden).to(device))
         prompts = torch.randint(1, sizes.vocabulary, (2, sizes.prompt), device=device)
         return {
             name: _generation(model, prompts, sizes.new_tokens, new_clock)
             for name, model in variants.items()
         }
 
-    yield "gpt2 generate, batch 2", prepare_generation
+    for model_type in ("vit", "gpt2"):
+        for kind, subject in (("step", _training_step), ("eval", _evaluation)):
+            for batch in sizes.batches:
+                prepare = partial(compare, model_type, subject, batch, sizes.hidden)
+                yield Case(f"{model_type} {kind}, batch {batch}", prepare)
+        prepare = partial(compare, model_type, _training_step, sizes.batches[0], sizes.narrow)
+        yield Case(f"{model_type} {sizes.narrow} wide step, batch {sizes.batches[0]}", prepare)
+    yield Case("gpt2 generate, batch 2", generate)
 
 
-def _model(model_type: str, sizes: SigmaBenchSizes) -> Any:
+def _model(model_type: str, sizes: SigmaBenchSizes, hidden: int) -> Any:
+    heads = min(sizes.heads, max(1, hidden // 16))
     if model_type == "vit":
         return build_vit(
-            sizes.hidden,
+            hidden,
             sizes.layers,
             image=sizes.image,
             patch=sizes.patch,
-            num_attention_heads=sizes.heads,
+            num_attention_heads=heads,
         )
     return build_gpt2(
-        sizes.hidden,
+        hidden,
         sizes.layers,
         vocabulary=sizes.vocabulary,
         positions=max(sizes.sequence, sizes.prompt + sizes.new_tokens),
-        n_head=sizes.heads,
+        n_head=heads,
         eos_token_id=None,  # a generation ends at its last token
         pad_token_id=0,
     )
@@ -199,9 +171,7 @@ def _variants(model: Any) -> dict[str, Any]:
     }
 
 
-def _training_step(
-    model: nn.Module, inputs: dict[str, Tensor], new_clock: Callable[[], PhaseClock]
-) -> Subject:
+def _training_step(model: nn.Module, inputs: dict[str, Tensor], new_clock: NewClock) -> Subject:
     """One step with the Trainer's default optimizer; the refresh is a phase of its own."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -226,9 +196,7 @@ def _training_step(
     return step
 
 
-def _evaluation(
-    model: nn.Module, inputs: dict[str, Tensor], new_clock: Callable[[], PhaseClock]
-) -> Subject:
+def _evaluation(model: nn.Module, inputs: dict[str, Tensor], new_clock: NewClock) -> Subject:
     def evaluate() -> dict[str, float]:
         model.eval()
         clock = new_clock()
@@ -240,9 +208,7 @@ def _evaluation(
     return evaluate
 
 
-def _generation(
-    model: Any, prompts: Tensor, new_tokens: int, new_clock: Callable[[], PhaseClock]
-) -> Subject:
+def _generation(model: Any, prompts: Tensor, new_tokens: int, new_clock: NewClock) -> Subject:
     def generate() -> dict[str, float]:
         model.eval()
         clock = new_clock()

@@ -13,6 +13,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -172,15 +174,18 @@ def summarise(case: str, samples: Samples, baseline: str) -> list[Summary]:
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return what a reader needs to judge a timing: processor, cores, threads, torch."""
+    """Return what a reader needs to judge a timing: processor, cores, threads, load, versions."""
     device = torch.device(device)
+    names = ("torch", "transformers", "numba", "triton")
+    versions = {name: version(name) for name in names if find_spec(name) is not None}
     return {
         "processor": _processor_name() if device.type == "cpu" else _accelerator_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device.type,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        # Programs that wanted a core in the last minute, this one among them.
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "versions": versions | {"python": platform.python_version()},
     }
 
 

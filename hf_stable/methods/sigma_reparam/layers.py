@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.measures.matrices import spectral_dtype
@@ -25,6 +26,7 @@ from hf_stable.methods.sigma_reparam.function import (
     scaled_linear,
     scales_in_product,
 )
+from hf_stable.methods.sigma_reparam.shared_function import shared_effective_weight
 from hf_stable.methods.sigma_reparam.steps import follow
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR
 from hf_stable.methods.sigma_reparam.triples import (
@@ -92,9 +94,10 @@ class SigmaLayer(nn.Module):
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
         settle_if_moved(self, look=True)
-        return effective_weight(
-            self.weight, self.gamma, self.sigma, self.sigma_u, self.sigma_v, self.parts
-        )
+        weight, gamma, sigma, u, v = (getattr(self, name) for name in ("weight", *SIGMA_TENSORS))
+        if isinstance(weight, DTensor):
+            return shared_effective_weight(weight, gamma, sigma, u, v, self.parts)
+        return effective_weight(weight, gamma, sigma, u, v, self.parts)
 
     def scaled_product(self, x: Tensor) -> Tensor | None:
         """Map (..., in) to (..., out) where the product itself can scale, else return None."""
@@ -119,7 +122,7 @@ class SigmaLayer(nn.Module):
         also in the forward without gradients that reentrant checkpointing makes, so that both
         of its forwards round alike.
         """
-        if self.training or num_tokens >= in_features:
+        if self.training or num_tokens >= in_features or isinstance(self.weight, DTensor):
             return False
         return not (_is_differentiated(self.weight) or _is_differentiated(self.gamma))
 

@@ -24,10 +24,10 @@ from torch.optim.optimizer import (
 )
 
 from hf_stable._late_changes import make_late_changes
-from hf_stable.kernels.choosing import refresh_by_kernels
+from hf_stable.kernels.choosing import refresh_layers
+from hf_stable.kernels.reference import refresh_layers as refresh_by_torch
 from hf_stable.measures.flat_ranges import FlatRange
-from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of
-from hf_stable.measures.power_iteration import power_step
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
 __all__ = [
@@ -102,50 +102,23 @@ def refresh(
         weights: what is here of each layer's weight, where its parameter does not hold it (between
             the steps of DeepSpeed ZeRO-3).
     """
-    if weights is not None:
-        _refresh_by_torch(layers, weights, keep)
-    elif left := refresh_by_kernels(layers, keep):
-        _refresh_by_torch(left, [layer.weight for layer in left], keep)
+    if weights is None:
+        refresh_layers(layers, keep)
+    else:
+        pairs = zip(layers, weights, strict=True)
+        refresh_by_torch([_Elsewhere(layer, weight) for layer, weight in pairs], keep)
     for layer in layers:
         mark_settled(layer)
 
 
-def _refresh_by_torch(
-    layers: Sequence[LayerWithTriple],
-    weights: Sequence[Tensor | FlatRange],
-    keep: Tensor | None,
-) -> None:
-    matrices: list[Tensor | MatrixShard] = []
-    counts: list[int] = []
-    sigmas: list[Tensor] = []
-    us: list[Tensor] = []
-    vs: list[Tensor] = []
-    for layer, weight in zip(layers, weights, strict=True):
-        matrices += matrices_of(weight, layer.parts)
-        counts += [layer.power_iterations] * len(layer.sigma)
-        sigmas += layer.sigma.unbind()
-        shapes = shapes_of(weight.shape, layer.parts)
-        us += [u[:height] for u, (height, _) in zip(layer.sigma_u, shapes, strict=True)]
-        vs += [v[:width] for v, (_, width) in zip(layer.sigma_v, shapes, strict=True)]
-    near_us, near_vs = us, vs
-    if any(w.device != layer.sigma.device for w, layer in zip(weights, layers, strict=True)):
-        # FSDP2's CPUOffloadPolicy has the shards on the CPU between passes, but not the buffers.
-        shards = [each.local if isinstance(each, MatrixShard) else each for each in matrices]
-        near_us = [u.to(shard.device) for u, shard in zip(us, shards, strict=True)]
-        near_vs = [v.to(shard.device) for v, shard in zip(vs, shards, strict=True)]
-    triples = power_step(matrices, near_us, near_vs)
-    for done in range(1, max(counts)):
-        more = [index for index, count in enumerate(counts) if count > done]
-        further = power_step(
-            [matrices[i] for i in more], [triples[i].u for i in more], [triples[i].v for i in more]
-        )
-        for index, triple in zip(more, further, strict=True):
-            triples[index] = triple
-    for old, moved in zip((sigmas, us, vs), zip(*triples, strict=True), strict=True):
-        new = [n.to(o.device) for o, n in zip(old, moved, strict=True)]
-        if keep is not None:  # its device may be another's, where a model lies on several
-            new = [torch.where(keep.to(o.device) != 0, o, n) for o, n in zip(old, new, strict=True)]
-        torch._foreach_copy_(old, new)
+class _Elsewhere:
+    """A layer whose parameter does not hold its weight, with what is here of it in its place."""
+
+    def __init__(self, layer: LayerWithTriple, weight: FlatRange) -> None:
+        self.weight: Any = weight
+        self.parts: Parts = layer.parts
+        self.power_iterations = layer.power_iterations
+        self.sigma, self.sigma_u, self.sigma_v = layer.sigma, layer.sigma_u, layer.sigma_v
 
 
 def check_gammas(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
+from types import CellType, MethodType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable._ranks import local_tensor, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
+from hf_stable.measures.matrix_shards import is_shared
 from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.methods.sigma_reparam.layers import (
     SigmaConv1D,
@@ -55,6 +57,7 @@ _OWN_ATTRIBUTES = (
 )
 # accelerate calls the second from the first; its removal leaves the first behind.
 _FORWARDS = ("forward", "_old_forward")
+_TENSOR_PARALLELISM = "transformers.distributed.tensor_parallel"
 
 SIGMA_CLASSES: dict[type, type] = {
     nn.Linear: SigmaLinear,
@@ -109,11 +112,12 @@ def check_plain(layer: nn.Module, name: str = "") -> None:
         )
     held = layer.__dict__.get("forward")
     inner = layer.__dict__.get("_old_forward") if hasattr(layer, "_hf_hook") else held
-    if held is not None and inner != MethodType(type(layer).forward, layer):
+    followed = inner == MethodType(type(layer).forward, layer) or _cell_of_forward(layer)
+    if held is not None and not followed:
         raise UnsupportedModelError(
             f"something has replaced the forward of {name!r} by {held!r}, which would "
             "go on using the raw weight. Take it off, call hf_stable.patch, then put it on again; "
-            "accelerate's hooks alone are followed"
+            "accelerate's hooks and transformers' tensor parallelism alone are followed"
         )
 
 
@@ -141,8 +145,14 @@ def prepare(
     check_plain(layer, name)
     weight = _weight(layer)
     parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
+    if isinstance(weight, DTensor) and is_shared(weight) and not parts.is_whole:
+        raise UnsupportedModelError(
+            f"{name or 'a layer'} is a fused projection, and tensor parallelism has cut it: in "
+            "evaluation transformers hands the layer a part of the weight without saying which. "
+            "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
+        )
     triples = []
-    for matrix in local_matrices(weight.detach(), parts):
+    for matrix in local_matrices(whole_tensor(weight.detach()), parts):
         try:
             triples.append(leading_triple(matrix))
         except ValueError as error:
@@ -170,9 +180,9 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     undo.append(keep_attributes(layer))
     plain_class, sigma_class = type(layer), sigma_class_of(type(layer))
     assert sigma_class is not None  # `prepare` has checked it
-    _swap_class(layer, sigma_class)
+    _swap_class(layer, sigma_class, undo)
     assert isinstance(layer, SigmaLayer)
-    if layer.weight.data_ptr() % _ALIGNMENT:
+    if not isinstance(layer.weight, DTensor) and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
@@ -210,7 +220,7 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
         weight.copy_(folded)
         for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
             delattr(layer, name)
-        _swap_class(layer, plain_class)
+        _swap_class(layer, plain_class, undo)
         forget(layer)
     return layer
 
@@ -224,13 +234,29 @@ def _local_effective_weight(layer: SigmaLayer) -> Tensor:
     return (weight.to(scale.dtype) * scale).to(weight.dtype)
 
 
-def _swap_class(layer: nn.Module, new: type[Any]) -> None:
+def _swap_class(layer: nn.Module, new: type[Any], undo: Undo) -> None:
     """Give a layer another class, also where its `forward` is held as the bound one of the old."""
-    held = MethodType(type(layer).forward, layer)
+    held, forward = MethodType(type(layer).forward, layer), MethodType(new.forward, layer)
+    cell = _cell_of_forward(layer)
     layer.__class__ = new
     for name in _FORWARDS:
         if layer.__dict__.get(name) == held:
-            layer.__dict__[name] = MethodType(new.forward, layer)
+            layer.__dict__[name] = forward
+    if cell is not None:
+        undo.append(partial(setattr, cell, "cell_contents", held))
+        cell.cell_contents = forward
+
+
+def _cell_of_forward(layer: nn.Module) -> CellType | None:
+    """Return where transformers' tensor parallelism keeps the forward that it has wrapped.
+
+    Its function places inputs and outputs and calls the layer's own forward, bound in its closure.
+    """
+    wrapper: Any = layer.__dict__.get("forward")
+    if getattr(wrapper, "__module__", None) != _TENSOR_PARALLELISM:
+        return None
+    held = MethodType(type(layer).forward, layer)
+    return next((cell for cell in wrapper.__closure__ or () if cell.cell_contents == held), None)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.kernels.weights import TrackedWeight
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
-from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 
 __all__ = [
@@ -45,36 +45,18 @@ NUM_ENTRIES = 64
 rows and of columns."""
 
 
-class LayerWithTriple(Protocol):
+class LayerWithTriple(TrackedWeight, Protocol):
     """What a sigma layer has to have here and in `steps`; see `layers.SigmaLayer`."""
 
     layer_name: str
-    parts: Parts
-    power_iterations: int
     serial_number: int
     settled_for: tuple[int, int]
     seen_entries: Tensor | None
     training: bool
 
     @property
-    def weight(self) -> Tensor:
-        """The raw weight W."""
-
-    @property
     def gamma(self) -> Tensor:
         """(k,) the learnable scale of each part."""
-
-    @property
-    def sigma(self) -> Tensor:
-        """(k,) the value of `u.T W v` of each part."""
-
-    @property
-    def sigma_u(self) -> Tensor:
-        """(k, m) left singular vectors."""
-
-    @property
-    def sigma_v(self) -> Tensor:
-        """(k, n) right singular vectors."""
 
 
 def mark_settled(layer: LayerWithTriple) -> None:

@@ -1,28 +1,33 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
 from rich.console import Console
 from tiny_models import tiny_model
 
-from hf_stable.commands.bench.adamw2 import BASELINE, AdamW2BenchSizes, bench_adamw2, measure_memory
+from hf_stable.commands.bench.adamw2 import BASELINE, TINY, bench_adamw2, measure_memory
 from hf_stable.commands.bench.cost_model import measure_shape
 from hf_stable.commands.bench.timing import TOTAL
 
-TINY = AdamW2BenchSizes(
-    layers=1, hidden=64, vocabulary=300, batch=1, sequence=4, depths=(1, 2), depth_hidden=64
-)
 
-
+@pytest.mark.slow
 def test_every_case_compares_adamw2_with_the_fused_adamw(tmp_path):
-    threads = torch.get_num_threads()
     console = Console(record=True, width=200)
-    rows = bench_adamw2(output=tmp_path / "r.json", rounds=1, sizes=TINY, console=console)
-    cases = {row.case for row in rows}
-    assert {"gpt2 step alone, 1 thread", "vit step alone, 1 thread"} <= cases
-    assert {"gpt2 training step", "gpt2 of 1 blocks", "gpt2 of 2 blocks"} <= cases
+    options = dict(output=tmp_path / "r.json", rounds=1, threads=1, console=console)
+    rows = bench_adamw2(sizes=TINY, **options)
+    cases = {row.case.removesuffix(", 1 thread"): row.case for row in rows}
+    assert cases.keys() == {
+        "gpt2 step alone", "vit step alone", "gpt2 16 wide, 2 blocks, step alone",
+        "gpt2 training step", "gpt2 of 1 blocks", "gpt2 of 2 blocks",
+    }  # fmt: skip
+    peers = {row.subject for row in rows if row.case == cases["vit step alone"]}
+    assert "naive loop" in peers and "AdamW2 by torch alone" in peers
+    if find_spec("pytorch_optimizer"):
+        assert {f"pytorch_optimizer's {name}" for name in ("AdamW", "StableAdamW", "SPAM")} < peers
+    cases = set(cases.values())
     for case in cases:
         found = {row.subject: row for row in rows if (row.case, row.phase) == (case, TOTAL)}
         assert found[BASELINE].ratio == 1 and "AdamW2" in found
@@ -30,12 +35,23 @@ def test_every_case_compares_adamw2_with_the_fused_adamw(tmp_path):
         for row in found.values():
             expected = row.milliseconds / found[BASELINE].milliseconds
             assert row.ratio == pytest.approx(expected, rel=1e-9)
-    assert torch.get_num_threads() == threads
     content = json.loads((tmp_path / "r.json").read_text())
     assert len(content["results"]) == len(rows)
     memory = content["settings"]["memory"]
     assert memory["AdamW2"]["extra state"] > 2 * memory["AdamW foreach"]["extra state"]
     assert "working memory" in console.export_text()
+
+
+def test_a_case_runs_on_one_thread_and_on_all():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = bench_adamw2(rounds=1, sizes=TINY, only="16 wide")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    case = "gpt2 16 wide, 2 blocks, step alone"
+    assert {row.case for row in rows} == {f"{case}, 1 thread", f"{case}, 2 threads"}
 
 
 def test_refuses_a_case_that_does_not_exist():

@@ -10,22 +10,20 @@ from rich.console import Console
 from hf_stable.commands.bench.monitor import (
     AMORTISED,
     BASELINE,
-    MonitorBenchSizes,
+    TINY,
     bench_monitor,
     measure_entropy_memory,
 )
 from hf_stable.commands.bench.timing import TOTAL
 
-TINY = MonitorBenchSizes(
-    layers=2, hidden=16, batch=2, sequence=12, image=8, patch=4, vocabulary=37, keys=512
-)
-
 
 def test_every_subject_runs_on_both_models(tmp_path):
     console = Console(record=True, width=200)
-    rows = bench_monitor(output=tmp_path / "r.json", rounds=3, sizes=TINY, console=console)
-    assert {row.case for row in rows} == {"gpt2 step", "vit step"}
-    for case in ("gpt2 step", "vit step"):
+    rows = bench_monitor(
+        output=tmp_path / "r.json", rounds=3, sizes=TINY, threads=1, console=console
+    )
+    assert {row.case for row in rows} == {"gpt2 step, 1 thread", "vit step, 1 thread"}
+    for case in {row.case for row in rows}:
         found = {r.subject: r for r in rows if r.case == case and r.phase == TOTAL}
         assert found[BASELINE].ratio == 1 and len(found) == 7
         between = sorted(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_stable.commands.bench.sigma import SigmaBenchSizes, bench_sigma
+from hf_stable.commands.bench.sigma import TINY, bench_sigma
 from hf_stable.commands.bench.timing import (
     FEWEST_ROUNDS,
     TOTAL,
@@ -21,18 +21,6 @@ from hf_stable.commands.bench.timing import (
     write_results,
 )
 
-TINY = SigmaBenchSizes(
-    hidden=16,
-    layers=1,
-    heads=2,
-    image=8,
-    patch=4,
-    vocabulary=37,
-    sequence=12,
-    batches=(2,),
-    prompt=3,
-    new_tokens=2,
-)
 VARIANTS = ["plain", "plain again", "sigma_reparam", "torch spectral_norm"]
 
 
@@ -100,7 +88,9 @@ def test_table_and_json_hold_the_summaries(tmp_path):
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["settings"] == {"rounds": 1}
     assert content["machine"]["threads"] == torch.get_num_threads()
-    assert content["machine"]["torch"] == torch.__version__ and content["machine"]["processor"]
+    versions = content["machine"]["versions"]
+    assert torch.__version__.startswith(versions["torch"]) and versions["transformers"]
+    assert content["machine"]["processor"] and content["machine"]["load"] >= 0
     assert [row["ratio"] for row in content["results"]] == [s.ratio for s in summaries]
 
 
@@ -109,16 +99,18 @@ def test_bench_sigma_measures_every_case_and_variant(tmp_path):
     results = []
     table = printed(
         lambda console: results.extend(
-            bench_sigma(output=path, rounds=2, sizes=TINY, console=console)
+            bench_sigma(output=path, rounds=2, sizes=TINY, threads=1, console=console)
         )
     )
     cases = list(dict.fromkeys(row.case for row in results))
     assert cases == [
-        "vit step, batch 2",
-        "vit eval, batch 2",
-        "gpt2 step, batch 2",
-        "gpt2 eval, batch 2",
-        "gpt2 generate, batch 2",
+        "vit step, batch 2, 1 thread",
+        "vit eval, batch 2, 1 thread",
+        "vit 16 wide step, batch 2, 1 thread",
+        "gpt2 step, batch 2, 1 thread",
+        "gpt2 eval, batch 2, 1 thread",
+        "gpt2 16 wide step, batch 2, 1 thread",
+        "gpt2 generate, batch 2, 1 thread",
     ]
     for case in cases:
         assert [r.subject for r in results if r.case == case and r.phase == TOTAL] == VARIANTS
@@ -145,10 +137,12 @@ def test_bench_sigma_runs_chosen_cases_and_counts_processor_time():
     results = []
     table = printed(
         lambda console: results.extend(
-            bench_sigma(rounds=1, sizes=TINY, only="vit eval", cpu_time=True, console=console)
+            bench_sigma(
+                rounds=1, sizes=TINY, only="vit eval", threads=1, cpu_time=True, console=console
+            )
         )
     )
-    assert {row.case for row in results} == {"vit eval, batch 2"}
+    assert {row.case for row in results} == {"vit eval, batch 2, 1 thread"}
     assert "processor time" in table
     with pytest.raises(ValueError, match="no case has 'swin' in its name; the cases are vit step"):
         bench_sigma(rounds=1, sizes=TINY, only="swin")

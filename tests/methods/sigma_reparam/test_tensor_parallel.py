@@ -1,0 +1,211 @@
+"""Llamas that transformers' own tensor parallelism has cut: trained, saved and folded as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from gloo_ranks import run_ranks
+from tiny_architectures import build
+from tiny_training import losses, shard_on_cpus
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+import hf_stable
+from hf_stable._ranks import whole_tensor
+from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.sigma_reparam.method import sigma_layers
+
+pytestmark = pytest.mark.slow
+
+STEPS = 4
+
+
+def examples():
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 37, (4 * STEPS, 10), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def batch(step, rank=0, world=1):
+    rows = examples()[4 * step : 4 * step + 4][rank::world]
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def load(folder, tp_size=2):
+    cut = {} if tp_size == 1 else {"distributed_config": DistributedConfig(tp_size=tp_size)}
+    return AutoModelForCausalLM.from_pretrained(folder / "plain", **cut)
+
+
+def train(model, rank=0, world=1):
+    """Train a patched model in a loop of its own; everything that is to be the same."""
+    groups = hf_stable.parameter_groups(model, weight_decay=0.1)
+    optimizer = hf_stable.AdamW2(groups, lr=1e-2, tau=0.01)
+    found = []
+    for step in range(STEPS):
+        loss = model(**batch(step, rank, world)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    together = torch.stack(found)
+    if world > 1:
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(**batch(0)).loss
+    return {"losses": together, "evaluated": evaluated, "tensors": tensors_of(model)}
+
+
+def tensors_of(model):
+    return {name: whole_tensor(value).clone() for name, value in model.state_dict().items()}
+
+
+def train_cut(folder):
+    """On each of two ranks: the whole life of a patched model under tensor parallelism."""
+    model = load(folder)
+    layers = dict(hf_stable.patch(model, "sigma_reparam").named_modules())
+    up, down = (layers[f"model.layers.0.mlp.{name}_proj"].weight for name in ("up", "down"))
+    placed = [str(weight.placements[0]) for weight in (up, down)]
+    result = train(model) | {"placed": placed}
+    model.save_pretrained(folder / "saved")
+    hf_stable.fold(model)
+    with torch.no_grad():
+        result["folded"] = model(**batch(0)).loss
+    result["left"] = len(sigma_layers(model))
+    return result
+
+
+def cut_by_torch(model, mesh):
+    """Cut a Llama as its plan of transformers does, by torch's own functions."""
+    for block in model.model.layers:
+        plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+        plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+        parallelize_module(block, mesh, plan)
+    return model
+
+
+def train_cut_and_sharded(folder):
+    """On each of four ranks: a Llama cut by torch, and FSDP2 around it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_by_torch(load(folder, 1), mesh["tp"])
+    hf_stable.patch(model, "sigma_reparam")
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    placed = [str(model.model.layers[0].mlp.up_proj.weight.placements)]
+    return train(model, mesh.get_local_rank("dp"), 2) | {"placed": placed}
+
+
+def assert_same(ranks, alone):
+    for rank in ranks:
+        # float32 sums in another order, through four steps.
+        torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rank["evaluated"], alone["evaluated"], rtol=1e-4, atol=1e-4)
+        assert rank["tensors"].keys() == alone["tensors"].keys()
+        for name, tensor in alone["tensors"].items():
+            here = rank["tensors"][name]
+            torch.testing.assert_close(here, tensor, rtol=1e-3, atol=1e-4, msg=name)
+            assert torch.equal(here, ranks[0]["tensors"][name]), f"ranks differ: {name}"
+
+
+def make_plain(folder):
+    torch.manual_seed(0)
+    build("llama").save_pretrained(folder / "plain")
+
+
+def test_a_llama_cut_by_transformers_trains_saves_and_folds_as_one(tmp_path):
+    make_plain(tmp_path)
+    ranks = run_ranks(train_cut, 2, tmp_path)
+    assert ranks[0]["placed"] == ["S(0)", "S(1)"]
+    model = hf_stable.patch(load(tmp_path, 1), "sigma_reparam")
+    start = tensors_of(model)
+    alone = train(model)
+    assert_same(ranks, alone)
+    moved = [name for name, old in start.items() if not torch.allclose(old, alone["tensors"][name])]
+    assert moved == list(start), "not everything has moved"
+    for rank in ranks:
+        assert rank["left"] == 0
+        torch.testing.assert_close(rank["folded"], rank["evaluated"], rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    patched = hf_stable.load(transformers.LlamaForCausalLM, tmp_path / "saved")
+    assert all(torch.equal(t, ranks[0]["tensors"][n]) for n, t in tensors_of(patched).items())
+    for model in (plain, patched.eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch(0)).loss, ranks[0]["evaluated"])
+
+
+def test_fsdp2_around_tensor_parallelism_trains_as_one(tmp_path):
+    make_plain(tmp_path)
+    ranks = run_ranks(train_cut_and_sharded, 4, tmp_path)
+    assert ranks[0]["placed"] == ["(_StridedShard(dim=0, sf=2), Shard(dim=0))"]
+    alone = train(hf_stable.patch(load(tmp_path, 1), "sigma_reparam"))
+    assert_same(ranks, alone)
+
+
+def run_trainer(folder, tp_size):
+    """A Trainer with everything of ours; its losses, and what it has saved."""
+    if tp_size > 1:
+        shard_on_cpus()  # accelerate knows tensor parallelism on accelerators only
+    model = hf_stable.patch(load(folder, tp_size), "sigma_reparam")
+    args = TrainingArguments(
+        str(folder / f"run{tp_size}"), use_cpu=True, optim="adamw2", max_steps=STEPS,
+        per_device_train_batch_size=4, logging_steps=1, report_to="none", disable_tqdm=True,
+        weight_decay=0.1, save_only_model=True, seed=1,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=examples())
+    trainer.train()
+    return {"losses": losses(trainer), "cut": isinstance(model.lm_head.weight, DTensor)}
+
+
+def test_the_trainer_trains_a_cut_llama_as_one(tmp_path):
+    make_plain(tmp_path)
+    first, second = run_ranks(run_trainer, 2, tmp_path, 2)
+    assert first["cut"] and first["losses"] == second["losses"]
+    alone = run_trainer(tmp_path, 1)
+    assert not alone["cut"] and len(alone["losses"]) == STEPS
+    for step, values in alone["losses"].items():
+        torch.testing.assert_close(first["losses"][step], values, rtol=1e-4, atol=1e-5)
+    saved = [
+        hf_stable.load(
+            transformers.LlamaForCausalLM, tmp_path / f"run{size}" / f"checkpoint-{STEPS}"
+        )
+        for size in (1, 2)
+    ]
+    torch.testing.assert_close(*map(tensors_of, saved), rtol=1e-3, atol=1e-4)
+
+
+def refuse(folder):
+    """On each rank: what is refused before anything has changed, and that nothing has."""
+    said = {}
+    model = build("phi3")
+    model.save_pretrained(folder / f"phi3-{dist.get_rank()}")
+    dist.barrier()
+    cut = AutoModelForCausalLM.from_pretrained(
+        folder / "phi3-0", distributed_config=DistributedConfig(tp_size=2)
+    )
+    try:
+        hf_stable.patch(cut, "sigma_reparam")
+    except UnsupportedModelError as error:
+        said["fused"] = str(error)
+    said["touched"] = bool(sigma_layers(cut))
+    hf_stable.patch(cut, "sigma_reparam", fused_qkv="joint")
+    said["joint"] = len(sigma_layers(cut))
+    return said
+
+
+def test_a_fused_projection_that_is_cut_is_refused_and_joint_taken(tmp_path):
+    for said in run_ranks(refuse, 2, tmp_path):
+        assert "fused_qkv='joint'" in said["fused"] and not said["touched"]
+        assert said["joint"] == 8
