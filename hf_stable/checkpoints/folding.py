@@ -161,7 +161,7 @@ def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:
             f"{sidecar.path} belongs to another save than the weights beside it: {unmatched[0]!r} "
             "folds to none of them; save the model again"
         )
-    return len(partners)
+    return len({partner.layer for partner in partners.values()})
 
 
 def _copy_others(source: Path, target: Path) -> None:
@@ -193,7 +193,7 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
             for name, where in weights.file_of.items()
             if where == file and not weights.belongs_to_raw_layer(name)
         ]
-        tensors = {name: weights.read_effective(name) for name in plain}
+        tensors = {weights.plain_name(name): weights.read_effective(name) for name in plain}
         save_file(tensors, target / names[file], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, names[file])
     _write_index(weight_map, target)
@@ -220,7 +220,7 @@ def _write_index(weight_map: dict[str, str], target: Path) -> None:
 def _check_written(source: WeightFiles, target: Path) -> None:
     """Raise ValueError unless a folder has every tensor of the plain model in its shape."""
     expected = {
-        name: shape
+        source.plain_name(name): shape
         for name, shape in source.shapes.items()
         if not source.belongs_to_raw_layer(name)
     }

@@ -82,8 +82,9 @@ def preflight(
     from hf_stable.commands.preflight.flying import DEFAULT_REMEDIES, PROBES, fly
     from hf_stable.commands.preflight.legs import Settings
     from hf_stable.commands.preflight.page import write_page
+    from hf_stable.commands.preflight.processes import LegFailed
     from hf_stable.commands.preflight.remedies import parse_remedies
-    from hf_stable.commands.preflight.running import LegFailed, Plan
+    from hf_stable.commands.preflight.running import Plan
     from hf_stable.report.page import require_page_packages
 
     command = (*(["-m"] if module else []), *(script or []))
