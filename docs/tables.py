@@ -29,7 +29,7 @@ from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_change
 from hf_stable.measures.parts import Parts
 from hf_stable.monitor import terms
 from hf_stable.trainer.changes import ON_IMPORT
-from recipes.evidence import lateness
+from recipes.evidence import lateness, tau
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +54,11 @@ def monitored() -> list[str]:
 def late() -> list[str]:
     """Return how late sigma was in training."""
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+def short_runs() -> list[str]:
+    """Return what short runs came to under fixed and derived values of tau."""
+    return tau.table(json.loads(tau.RESULTS.read_text())["reported"])
 
 
 def models() -> list[str]:
@@ -110,6 +115,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "short runs": ("hf_stable/adamw2/README.md", short_runs),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
