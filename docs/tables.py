@@ -51,18 +51,13 @@ def late() -> list[str]:
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
 
 
-<<<<<<< HEAD
 def short_runs() -> list[str]:
     """Return what short runs came to under fixed and derived values of tau."""
     return tau.table(json.loads(tau.RESULTS.read_text())["reported"])
 
 
-def models() -> list[str]:
-    """Return what holds for every model type that an entry is shipped for.
-=======
 def parity() -> list[str]:
     """Return what many processes have been shown to do as one, by engine, model and method.
->>>>>>> main
 
     `python docs/parity.py` runs the tests that show it, and writes what passed.
     """
@@ -127,12 +122,9 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
-<<<<<<< HEAD
-    "short runs": ("hf_stable/adamw2/README.md", short_runs),
-=======
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),
->>>>>>> main
+    "short runs": ("hf_stable/adamw2/README.md", short_runs),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
