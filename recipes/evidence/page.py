@@ -20,12 +20,13 @@ verdict holds at this scale only.
 
 `python recipes/evidence/run.py` does the runs and writes this page; nothing in it is edited by
 hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and says whether they show
-what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The last
-column has the minutes that the runs of a claim took, one after the other, on machines that others
-used as well.
+what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The
+last column has the minutes that the runs of a claim took, one after the other, on machines that
+others used as well.
 
-Translation, speech and a Llama-like decoder have recipes, and no claims here: whether deep post-norm
-translation, speech without norms, or today's decoders and optimizers show what is claimed was not run.
+Translation, speech and a Llama-like decoder have recipes, and no claims here. Whether deep post-norm
+translation, speech without norms, or today's decoders and optimizers show what is claimed was not
+run.
 """
 
 RUNS = [

@@ -146,7 +146,7 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
     assert len(found) == 20 and found[1].text == "number aa"
     assert len(found[0].samples) == speech.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
     write_recordings(audio)
-    rows = [f'{number}.wav,"Yes, {number}",speaker{number // 2}' for number in range(20)]
+    rows = [f'{number}.wav,"Yes, {number}",reader{number // 2}' for number in range(20)]
     (audio / "metadata.csv").write_text("\n".join(["file_name,text,speaker", *rows]) + "\n")
     found = speech.recordings(audio)
     assert found[3].text == "yes, 3"
