@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
@@ -25,6 +26,7 @@ from hf_stable.architectures.finding import (
     find_norms,
     find_regions,
 )
+from hf_stable.commands.bench.cost_tables import cost_table
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.measures.parts import Parts
 from hf_stable.monitor import terms
@@ -108,10 +110,18 @@ def _parts(parts: Parts) -> str:
     return "q, k, v"
 
 
+def costs(name: str) -> list[str]:
+    """Return what a benchmark has measured, by its file in `recipes/costs`."""
+    return cost_table(json.loads((ROOT / "recipes" / "costs" / f"{name}.json").read_text()))
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "costs of adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
+    "costs of sigma": ("hf_stable/methods/sigma_reparam/README.md", partial(costs, "sigma")),
+    "costs of monitor": ("hf_stable/monitor/README.md", partial(costs, "monitor")),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

@@ -21,6 +21,7 @@ from kernel_cases import (
 )
 
 from hf_stable.kernels import gpu, reference
+from hf_stable.kernels.launches import MOST_COLUMNS
 from hf_stable.kernels.layouts import lay_out
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import power_step
@@ -105,7 +106,7 @@ def test_a_refresh_is_a_power_step_unless_the_step_was_skipped():
 
 
 def test_a_row_that_is_too_long_is_left_to_others():
-    wide = ((2, gpu.MOST_COLUMNS + 1), Parts())
+    wide = ((2, MOST_COLUMNS + 1), Parts())
     weight = make_weight(wide, torch.float32, torch.Generator())
     assert not gpu.takes(copy_weight(weight, device=DEVICE))
     weight = make_weights(["small"])[0]
