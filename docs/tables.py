@@ -120,8 +120,6 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
     "costs of adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
-    "costs of sigma": ("hf_stable/methods/sigma_reparam/README.md", partial(costs, "sigma")),
-    "costs of monitor": ("hf_stable/monitor/README.md", partial(costs, "monitor")),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
