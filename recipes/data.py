@@ -1,11 +1,13 @@
-"""Data of the recipes: digits and text that every machine has."""
+"""Data of the recipes: digits and text that every machine has; the tasks that are made of them."""
 
 from __future__ import annotations
 
 import functools
 import math
 import sysconfig
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy
@@ -35,6 +37,10 @@ class Task(NamedTuple):
         is_small: whether models of a toy's size are meant.
         collate: what makes a batch of examples; None for the Trainer's own way.
         loss: what makes a loss of outputs and labels; None for the model's own.
+        sizes: fields of the model's config that the data decide.
+        metrics: what makes figures, `accuracy` among them, of answers to the test; None for the
+            share of right labels.
+        score: figures of a trained model beyond its loss and accuracy, on the test.
     """
 
     train: Any
@@ -47,6 +53,9 @@ class Task(NamedTuple):
     is_small: bool = True
     collate: Any = None
     loss: Any = None
+    sizes: Mapping[str, Any] = MappingProxyType({})
+    metrics: Callable[[Any], dict[str, float]] | None = None
+    score: Callable[[Any], dict[str, float]] | None = None
 
 
 class Examples(Dataset):
@@ -117,11 +126,16 @@ def next_tokens() -> Task:
     modules, vocabulary = _stdlib_tokens()
     tokens = torch.cat(modules)
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    counts = tokens.bincount().double()
-    shares = counts[counts > 0] / len(tokens)
-    reference = -(shares * shares.log()).sum().item()
+    reference = unigram_entropy(tokens)
     train, test = _split(windows, labels=windows)
     return Task(train, test, num_labels=vocabulary, vocabulary=vocabulary, reference=reference)
+
+
+def unigram_entropy(tokens: Tensor) -> float:
+    """Return the loss of someone who knows only how frequent each token is, nats."""
+    counts = tokens.bincount().double()
+    shares = counts[counts > 0] / len(tokens)
+    return -(shares * shares.log()).sum().item()
 
 
 @functools.cache
@@ -145,11 +159,11 @@ def which_module() -> Task:
     )
 
 
-EMBEDDED = ("digits", "stdlib")
+EMBEDDED = ("digits", "stdlib", "django", "espeak")
 
 
 def load(name: str, *, model: str) -> Task:
-    """Return an embedded task by name.
+    """Return an embedded task by name, or recordings in a folder of the user's own.
 
     Raises:
         ValueError: for another name.
@@ -158,7 +172,24 @@ def load(name: str, *, model: str) -> Task:
         return digits()
     if name == "stdlib":
         return which_module() if model == "bert" else next_tokens()
-    raise ValueError(f"data {name!r} is not embedded; embedded are digits and stdlib")
+    # Each needs packages of its own.
+    if name == "django":
+        from recipes import translation
+
+        return translation.messages()
+    if name == "espeak" or is_folder_of_recordings(name):
+        from recipes import speech
+
+        return speech.spoken(name, model=model)
+    raise ValueError(
+        f"data {name!r} is not embedded; embedded are {', '.join(EMBEDDED)}, and a folder of "
+        "recordings has a metadata.csv"
+    )
+
+
+def is_folder_of_recordings(name: str) -> bool:
+    """Say whether data are recordings with their texts in a metadata.csv."""
+    return Path(name, "metadata.csv").is_file()
 
 
 def answers(logits: Any, labels: Tensor) -> Tensor:

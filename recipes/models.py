@@ -17,6 +17,12 @@ from recipes import linear_swin
 from recipes.data import CONTEXT, Task
 from recipes.settings import Settings
 
+LLAMA: dict[str, Any] = dict(
+    max_position_embeddings=CONTEXT, hidden_size=64, num_hidden_layers=6, num_attention_heads=2,
+    num_key_value_heads=2, intermediate_size=172,
+)  # fmt: skip
+"""Two thirds of four times the width for each of the three matrices of its MLP."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "vit": dict(
         patch_size=7, hidden_size=64, num_hidden_layers=8, num_attention_heads=2,
@@ -29,6 +35,30 @@ SMALL: dict[str, dict[str, Any]] = {
     "gpt2": dict(
         n_positions=CONTEXT, n_embd=64, n_layer=6, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    ),
+    "llama": LLAMA,
+    "qwen3": LLAMA | dict(head_dim=32),
+    "marian": dict(
+        d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0,
+        max_position_embeddings=128, scale_embedding=True, forced_eos_token_id=None,
+    ),
+    "wav2vec2": dict(
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256,
+        conv_dim=(32, 64, 64), conv_kernel=(40, 8, 8), conv_stride=(20, 4, 4),
+        num_feat_extract_layers=3, feat_extract_norm="layer", do_stable_layer_norm=True,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, hidden_dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0,
+        layerdrop=0.0, mask_time_prob=0.0, ctc_loss_reduction="mean", ctc_zero_infinity=True,
+    ),
+    "whisper": dict(
+        d_model=64, encoder_layers=3, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=256, decoder_ffn_dim=256, dropout=0.0,
+        max_target_positions=64,
+    ),
+    "t5": dict(
+        d_model=64, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=2,
+        dropout_rate=0.0,
     ),
     "bert": dict(
         max_position_embeddings=CONTEXT, hidden_size=64, num_hidden_layers=4,
@@ -44,8 +74,18 @@ CLASSES = {
     "swin": (transformers.SwinConfig, transformers.SwinForImageClassification),
     "linear_swin": (linear_swin.LinearSwinConfig, linear_swin.LinearSwinForImageClassification),
     "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    # A Llama whose queries and keys have norms of their own.
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "marian": (transformers.MarianConfig, transformers.MarianMTModel),
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "wav2vec2": (transformers.Wav2Vec2Config, transformers.Wav2Vec2ForCTC),
+    "whisper": (transformers.WhisperConfig, transformers.WhisperForConditionalGeneration),
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
 }
+
+DECODERS = ("gpt2", "llama", "qwen3")
+"""Models that predict the next token."""
 
 
 def build(settings: Settings, task: Task) -> Any:
@@ -71,6 +111,7 @@ def build(settings: Settings, task: Task) -> Any:
         sizes["vocab_size"] = task.vocabulary
         if settings.model == "bert" and task.is_small:
             sizes["num_labels"] = task.num_labels
+    sizes |= task.sizes
     model = model_class(config_class(**sizes))
     initialise(model, settings.init, settings.init_scale)
     if settings.qk_norm:

@@ -48,6 +48,9 @@ FREE_TO_CHANGE = ("output", "threads", "save_total_limit")
 FEWEST_KEPT = 2
 """Checkpoints that are kept: the last, and one in case that it was not saved to its end."""
 
+SCORES = ("bleu", "chrf", "copied_bleu", "copied_chrf", "word_error_rate", "character_error_rate")
+"""Of translations and transcripts, where a task has them."""
+
 PAUSE = 300.0
 """Seconds between lines that say how far a run is, where there is no terminal for a bar."""
 
@@ -104,6 +107,11 @@ def _prepare(
             sharpness_every=settings.sharpness_every or None,
         )
         watching.append(monitor)
+    if settings.intervention:
+        from recipes.evidence.interventions import Intervening
+
+        # First, so that what the monitor sees at a step is what was done before it.
+        watching.insert(0, Intervening(model, settings.intervention))
     streams = isinstance(task.train, streaming.Streamed)
     trainer = (streaming.StreamingTrainer if streams else Trainer)(
         model,
@@ -113,7 +121,8 @@ def _prepare(
         compute_loss_func=task.loss,
         eval_dataset=task.test,
         callbacks=[*watching, *callbacks],
-        compute_metrics=functools.partial(data.accuracy, next_token=settings.model == "gpt2"),
+        compute_metrics=task.metrics
+        or functools.partial(data.accuracy, next_token=settings.model in models.DECODERS),
         preprocess_logits_for_metrics=data.answers,
         optimizer_cls_and_kwargs=_other_optimizer(settings),
     )
@@ -146,6 +155,7 @@ def _train(prepared: _Prepared) -> dict[str, Any]:
         **({"loss_steps": steps} if settings.logging_steps > 1 else {}),
         **_watched(output if settings.monitor_every else None),
         **(generalisation(trainer.model, task) if task.image_size and task.is_small else {}),
+        **(task.score(trainer.model) if task.score else {}),
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(result) + "\n")
@@ -257,15 +267,20 @@ def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
 
 
 def _shrunk(settings: Settings) -> Settings:
-    if settings.data in data.EMBEDDED:
+    if _is_at_hand(settings):
         raise ValueError(f"data {settings.data!r} is embedded: there is nothing to try dry")
     from recipes import full_scale
 
     return full_scale.shrink(settings)
 
 
+def _is_at_hand(settings: Settings) -> bool:
+    """Say whether data are embedded, or recordings in a folder: small models are meant."""
+    return settings.data in data.EMBEDDED or data.is_folder_of_recordings(settings.data)
+
+
 def _task(settings: Settings, *, dry_run: bool) -> data.Task:
-    if settings.data in data.EMBEDDED:
+    if _is_at_hand(settings):
         return data.load(settings.data, model=settings.model)
     from recipes import full_scale
 
@@ -475,7 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except streaming.PlaceError as error:  # any other would be a mistake of ours
         _refuse(error)
     if int(os.environ.get("RANK", 0)) == 0:
-        shown = {k: result[k] for k in ("test_loss", "accuracy", "lost_step", "seconds", "alarms")}
+        keys = ("test_loss", "accuracy", *SCORES, "lost_step", "seconds", "alarms")
+        shown = {key: result[key] for key in keys if key in result}
         print(json.dumps(shown, indent=1))
 
 

@@ -36,7 +36,9 @@ class Fields(dict[str, Any]):
 class Settings:
     """One training run; a YAML file sets any of these, the command line overrides them."""
 
-    model: str = field(default="vit", metadata={"help": "vit, swin, linear_swin, gpt2 or bert"})
+    model: str = field(
+        default="vit", metadata={"help": "vit, swin, linear_swin, gpt2, llama, qwen3 or bert"}
+    )
     model_config: Fields | None = field(
         default=None, metadata={"help": "fields of the model's config, over those of its size"}
     )
@@ -69,6 +71,10 @@ class Settings:
         default="", metadata={"help": "in sigma's place: frobenius, weight_norm"}
     )
     qk_norm: bool = field(default=False, metadata={"help": "LayerNorm on queries and keys (vit)"})
+
+    intervention: Fields | None = field(
+        default=None, metadata={"help": "in attention: see recipes/evidence/interventions.py"}
+    )
 
     optim: str = field(
         default="adamw_torch_fused",

@@ -26,6 +26,7 @@ from hf_stable.architectures.heads import Role, parts_of_projection, roles_at
 from hf_stable.architectures.paths import (
     class_names,
     has_path,
+    is_stack,
     join,
     modules_of_class,
     named_modules,
@@ -298,9 +299,12 @@ def _found_layer(
     assert owner is not None  # `choose_block` has seen it
     module, attribute = owner
     target: Any = getattr(module, attribute)
+    dim = 1 if found.block.transposed_experts else 0
+    stack = Parts((1,) * len(roles), 1, dim, stacked=True)
     if isinstance(target, nn.Parameter):
-        dim = 1 if found.block.transposed_experts else 0
-        return FoundLayer(name, module, roles, Parts((1,) * len(roles), 1, dim, True), attribute)
+        return FoundLayer(name, module, roles, stack, attribute)
+    if is_stack(target):  # patched: a layer in the place of the parameter
+        return FoundLayer(name, target, roles, stack)
     parts = parts_of_projection(found.module, target, roles, attention)
     bypassed = attention is not None and attention.bypassed
     return FoundLayer(name, target, roles, parts, bypassed=bypassed)

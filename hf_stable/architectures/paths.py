@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["class_names", "has_path", "join", "modules_of_class", "named_modules", "owner_of",
-           "plain_name", "state_dict_name", "weight_holder"]  # fmt: skip
+__all__ = ["class_names", "has_path", "is_stack", "join", "modules_of_class", "named_modules",
+           "owner_of", "plain_name", "state_dict_name", "weight_holder"]  # fmt: skip
 
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 """What torch puts into the names of modules for activation checkpointing (`checkpoint_wrapper`),
@@ -73,6 +73,14 @@ def owner_of(module: nn.Module, path: str) -> tuple[Any, str] | None:
 def has_path(module: nn.Module, path: str) -> bool:
     """Say whether a dotted path leads to a module or a parameter."""
     return owner_of(module, path) is not None
+
+
+def is_stack(target: Any) -> bool:
+    """Say whether what is at a path is experts in one: (n, out, in), or a layer that holds them."""
+    if isinstance(target, nn.Parameter):
+        return target.ndim == 3
+    weight = getattr(target, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 3 and not isinstance(target, nn.Conv1d)
 
 
 def join(prefix: str, path: str) -> str:

@@ -25,6 +25,7 @@ from hf_stable.checkpoints.weight_files import open_weights
 from hf_stable.methods.patching import configs_by_part, patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.stored_parts import plain_weight_name
 
 __all__ = ["naming_damaged_weights", "restoring", "restoring_where_possible"]
 
@@ -59,6 +60,8 @@ def restoring(
     """
     saved = _state_for(model, folder)
     names = {plain_name(name): name for name in model.state_dict()}
+    for name, layer in sigma_layers(model):
+        names.setdefault(plain_weight_name(plain_name(name), layer.parts), f"{name}.weight")
     loaded: set[str] = set()
     # In the place of a norm that was removed, a file may have a guard against other classes.
     guards = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Identity)}

@@ -148,12 +148,12 @@ def plain_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     _refuse_wrapped(model)
     copied = copy.deepcopy(model, _sharing_memo(model))
     for _, layer in sigma_layers(copied):
-        given = layer.weight
+        given, (holder, name) = layer.weight, layer.plain_place
         wide = given.detach().to(spectral_dtype(given.dtype), copy=True)
         layer.weight = nn.Parameter(wide, requires_grad=given.requires_grad)
         fold_layer(layer)
         folded = layer.weight.detach().to(dtype or given.dtype)
-        layer.weight = nn.Parameter(folded, requires_grad=given.requires_grad)
+        setattr(holder, name, nn.Parameter(folded, requires_grad=given.requires_grad))
     for module in copied.modules():
         module.__dict__.pop(CONFIGS_ATTRIBUTE, None)
     return copied if dtype is None else copied.to(dtype)

@@ -24,6 +24,7 @@ from hf_stable.checkpoints.fsdp_shards import (
     save_folded,
 )
 from hf_stable.checkpoints.pairing import pair_layers
+from hf_stable.checkpoints.pickled_weights import find_pickled, read_pickled
 from hf_stable.checkpoints.processing_files import DESCRIPTIONS, PROCESSING_FILES, copy_files
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
@@ -65,6 +66,9 @@ def fold_checkpoint(
     Removed LayerNorms stay removed: raw weights without them are refused, for the config beside
     them would bring them back.
 
+    Where there is a `pytorch_model.bin` alone (DeepSpeed's `zero_to_fp32.py` and
+    `save_16bit_model`), it is read as tensors and nothing else, and needs the memory that it takes.
+
     What FSDP saved in shards (SHARDED_STATE_DICT) is put together, patched or not, in the memory
     that one copy of the weights takes. It has no config of its own.
 
@@ -102,6 +106,8 @@ def fold_checkpoint(
         partial.mkdir()
         if shards is not None and config is not None:
             num_layers = save_folded(read_distributed(shards), config, partial)
+        elif pickled := find_pickled(source):
+            num_layers = save_folded(read_pickled(pickled), str(source), partial)
         else:
             num_layers = _fold_files(source, partial)
         if shards != source:
@@ -155,7 +161,7 @@ def _check(weights: WeightFiles, sidecar: WeightFiles) -> int:
             f"{sidecar.path} belongs to another save than the weights beside it: {unmatched[0]!r} "
             "folds to none of them; save the model again"
         )
-    return len(partners)
+    return len({partner.layer for partner in partners.values()})
 
 
 def _copy_others(source: Path, target: Path) -> None:
@@ -187,7 +193,7 @@ def _write_folded(weights: WeightFiles, target: Path) -> None:
             for name, where in weights.file_of.items()
             if where == file and not weights.belongs_to_raw_layer(name)
         ]
-        tensors = {name: weights.read_effective(name) for name in plain}
+        tensors = {weights.plain_name(name): weights.read_effective(name) for name in plain}
         save_file(tensors, target / names[file], metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, names[file])
     _write_index(weight_map, target)
@@ -214,7 +220,7 @@ def _write_index(weight_map: dict[str, str], target: Path) -> None:
 def _check_written(source: WeightFiles, target: Path) -> None:
     """Raise ValueError unless a folder has every tensor of the plain model in its shape."""
     expected = {
-        name: shape
+        source.plain_name(name): shape
         for name, shape in source.shapes.items()
         if not source.belongs_to_raw_layer(name)
     }

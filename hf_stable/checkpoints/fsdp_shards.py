@@ -23,7 +23,11 @@ from hf_stable.checkpoints.described_models import empty_model
 from hf_stable.checkpoints.shard_lists import SafeReader
 from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
+from hf_stable.methods.sigma_reparam.stored_parts import (
+    PARTS_TENSOR,
+    parts_of_stored,
+    plain_weight_name,
+)
 
 __all__ = [
     "find_distributed",
@@ -110,10 +114,10 @@ def save_folded(tensors: Mapping[str, Tensor], config: str, output: Folder) -> i
     extra = {f"{layer}.{part}" for layer in layers for part in beside}
     plain = {name: tensor for name, tensor in tensors.items() if name not in extra}
     for layer in layers:
-        weight, u = tensors[f"{layer}.weight"], tensors[f"{layer}.sigma_u"]
+        weight, u = plain.pop(f"{layer}.weight"), tensors[f"{layer}.sigma_u"]
         scale = tensors[f"{layer}.gamma"] / tensors[f"{layer}.sigma"]
         parts = parts_of_stored(weight.shape, u.shape, tensors.get(f"{layer}.{PARTS_TENSOR}"))
-        plain[f"{layer}.weight"] = scale_parts(weight, scale, parts)
+        plain[plain_weight_name(layer, parts)] = scale_parts(weight, scale, parts)
     _check(model, plain, config)
     for name, source in model.all_tied_weights_keys.items():
         if name in plain and torch.equal(plain[name], plain[source]):

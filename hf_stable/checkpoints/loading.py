@@ -12,12 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable.architectures.paths import owner_of
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.continuing import naming_damaged_weights
 from hf_stable.checkpoints.described_models import implementations, read_config
 from hf_stable.checkpoints.provenance import restore_provenance
 from hf_stable.checkpoints.saved_state import SavedState
 from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
 from hf_stable.methods.layernorms.removal import RemovalConfig
 from hf_stable.methods.layernorms.standalone import config_without_norms, standalone_class
@@ -106,24 +108,25 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         saved: the sidecar.
         may_differ: whether a layer of another size counts as another layer.
     """
-    placing, modules = _Placing(), dict(model.named_modules())
+    placing = _Placing()
     for key in saved.layers:
-        name = next((n for n in _possible_names(model, key) if n in modules), None)
-        module: Any = modules.get(name) if name is not None else None
-        parts = saved.layer(key)
-        resized = may_differ and module is not None and module.weight.shape != parts["weight"].shape
-        if name is None or sigma_class_of(type(module)) is None or resized:
+        tensors, parts = saved.layer(key), saved.parts_of(key)
+        module: Any
+        name, module, parameter = _find_place(model, key, parts) or ("", None, "")
+        weight: Any = getattr(module, parameter, None)
+        if weight is None or (may_differ and weight.shape != tensors["weight"].shape):
             placing.left_out.append(key)
             continue
-        check_plain(module, name)
-        saved.check_folds_to(module.weight, key)
+        check_plain(module, name, parameter)
+        saved.check_folds_to(weight, key)
         # Copies, for what safetensors hands out lies unaligned in the memory of the file.
-        device = module.weight.device
-        own = {part: tensor.to(device, copy=True) for part, tensor in parts.items()}
+        own = {part: tensor.to(weight.device, copy=True) for part, tensor in tensors.items()}
         gamma, sigma, u, v = (own[part] for part in SIGMA_TENSORS)
-        own_parts = replace(saved.parts_of(key), dim=1 if isinstance(module, Conv1D) else 0)
-        placing.states.append((module, SigmaState(gamma, sigma, u, v, own_parts, name)))
-        module.weight.copy_(own["weight"])
+        if not parts.stacked:
+            parts = replace(parts, dim=1 if isinstance(module, Conv1D) else 0)
+        state = SigmaState(gamma, sigma, u, v, parts, name, parameter=parameter)
+        placing.states.append((module, state))
+        weight.copy_(own["weight"])
     if saved.layers and not placing.states:
         raise UnsupportedModelError(
             f"{saved.path} holds {saved.layers[0]!r}, which is no plain layer of this "
@@ -131,6 +134,18 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
             "that config.json names under 'architectures'"
         )
     return placing
+
+
+def _find_place(model: nn.Module, key: str, parts: Parts) -> tuple[str, Any, str] | None:
+    """Return the name in a plain model of something saved, its module, and the weight's name."""
+    for name in _possible_names(model, key):
+        owner = owner_of(model, name)
+        target = getattr(*owner) if owner is not None else None
+        if owner is not None and parts.stacked and isinstance(target, nn.Parameter):
+            return name, *owner
+        if target is not None and sigma_class_of(type(target)) is not None:
+            return name, target, "weight"
+    return None
 
 
 def _possible_names(model: nn.Module, key: str) -> tuple[str, ...]:
@@ -159,9 +174,13 @@ def _plan_new_layers(
         for config in configs:
             if module is None or not isinstance(config, SigmaReparamConfig):
                 continue
-            known = {id(placed) for placed, _ in placing.states}
-            chosen = choose_layers(module, config)[0]
-            plan = plan_layers([each for each in chosen if id(each.module) not in known], config)
+            known = {(id(placed), state.parameter) for placed, state in placing.states}
+            new = [
+                each
+                for each in choose_layers(module, config)[0]
+                if (id(each.module), each.parameter) not in known
+            ]
+            plan = plan_layers(new, config)
             plans.append(plan)
     return plans
 

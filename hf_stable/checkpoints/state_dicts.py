@@ -13,6 +13,7 @@ from hf_stable.architectures.paths import plain_name
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.part_arithmetic import scale_parts
+from hf_stable.methods.sigma_reparam.stored_parts import plain_weight_name
 from hf_stable.methods.sigma_reparam.triples import check_present, settle_given
 
 __all__ = ["fold_state_dict", "raw_layers"]
@@ -51,7 +52,7 @@ def fold_state_dict(
     is_whole = True
     for name, layer in layers.items():
         parts = {part: plain.pop(f"{name}.{part}", None) for part in layer.sigma_tensors}
-        weight = plain.get(f"{name}.weight")
+        weight = plain.pop(f"{name}.weight", None)
         if weight is None:
             is_whole = False
             continue
@@ -60,7 +61,8 @@ def fold_state_dict(
         folded = scale_parts(weight, scale, layer.parts)
         # DeepSpeed's float32 masters of a layer that has their roundings.
         is_master = parts["gamma"] is not None and layer.gamma.dtype not in _EXACT
-        plain[f"{name}.weight"] = folded.to(layer.weight.dtype) if is_master else folded
+        folded = folded.to(layer.weight.dtype) if is_master else folded
+        plain[plain_weight_name(name, layer.parts)] = folded
         raw |= {f"{name}.{part}": tensor for part, tensor in complete.items()}
     if left := raw_layers(plain):
         raise ValueError(

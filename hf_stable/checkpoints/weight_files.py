@@ -20,7 +20,11 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.function import scale_parts
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
+from hf_stable.methods.sigma_reparam.stored_parts import (
+    PARTS_TENSOR,
+    parts_of_stored,
+    plain_weight_name,
+)
 
 __all__ = [
     "WEIGHT_PATTERNS",
@@ -76,6 +80,12 @@ class WeightFiles:
             self.shapes[f"{raw_layer}.sigma_u"],
             self.read(stored) if stored in self.shapes else None,
         )
+
+    def plain_name(self, name: str) -> str:
+        """Return what the plain model calls a tensor that is here, a raw weight among others."""
+        layer = name.removesuffix(".weight")
+        is_raw = layer != name and f"{layer}.sigma_u" in self.shapes
+        return plain_weight_name(layer, self.parts(layer)) if is_raw else name
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.

@@ -19,6 +19,10 @@ from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_la
 __all__ = ["LayerReport", "PatchReport", "describe"]
 
 
+MOST_LISTED = 4
+"""Values of one layer that a table lists one by one."""
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One row of a `PatchReport`.
@@ -69,10 +73,7 @@ class PatchReport:
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
             if layer.skipped is None:
-                sigma, gamma = (
-                    " ".join(f"{value:.4g}" for value in values)
-                    for values in (layer.sigma, layer.gamma)
-                )
+                sigma, gamma = _listed(layer.sigma), _listed(layer.gamma)
                 rows.append((layer.name, layer.kind, shape, sigma, gamma))
             else:
                 rows.append((layer.name, layer.kind, shape, f"skipped: {layer.skipped}", ""))
@@ -96,6 +97,13 @@ class PatchReport:
                 for each in self.uncovered
             ]
         return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    """List a few values, and of many (every expert has its own) the range."""
+    if len(values) <= MOST_LISTED:
+        return " ".join(f"{value:.4g}" for value in values)
+    return f"{min(values):.4g} to {max(values):.4g} ({len(values)} values)"
 
 
 def describe(model: nn.Module) -> PatchReport:

@@ -234,6 +234,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "the model is quantised: its weights are no matrices of floating-point numbers; patch "
             "the model before it is quantised"
         )
+    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "pp_size", 1) > 1:
+        raise UnsupportedModelError(
+            f"pp_size={distributed.pp_size}: transformers' pipeline runs forwards alone. It gives "
+            "no loss, no gradient crosses its stages, and each process has some of the layers. "
+            "Load the model without pp_size; tp_size and FSDP2 can train it"
+        )
     find_regions(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -242,12 +249,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        if parameter.numel() == 0:
+        # A model may have empty parameters of its own: DINOv3 without register tokens.
+        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model. "
-                "Patch it before deepspeed.initialize or the Trainer's training, and make or load "
-                "it before TrainingArguments with a stage 3 config are (and outside of "
-                "deepspeed.zero.Init), which partition it from the start"
+                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model, "
+                "as it does to all that is loaded after TrainingArguments with such a config. Call "
+                "hf_stable.patch inside of deepspeed.zero.GatheredParameters("
+                "list(model.parameters())), before the training begins"
             )
     sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:

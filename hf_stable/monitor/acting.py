@@ -32,6 +32,7 @@ class Acting:
     Attributes:
         folder: in which the Trainer keeps its checkpoints.
         saves: whether this process writes them.
+        stopped: why the training was stopped for good, or None.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Acting:
         self.rollbacks = rollbacks
         self.folder = ""
         self.saves = False
+        self.stopped: str | None = None
         self.skip_batches = skip_batches
         self._journal = journal
         self._alarm_step = 0
@@ -78,7 +80,8 @@ class Acting:
             control.should_save = True
         elif self.on_collapse == "stop":
             if not control.should_training_stop:
-                self._write("stop", {"reason": f"on_collapse='stop', {alarm.kind}"})
+                self.stopped = f"on_collapse='stop', {alarm.kind}"
+                self._write("stop", {"reason": self.stopped})
             control.should_training_stop = True
         elif self.on_collapse == "rollback" and self.rollbacks.planned is None:
             control.should_training_stop, control.should_save = True, False
@@ -164,6 +167,7 @@ class Acting:
             self._journal.say(f"the checkpoints after step {step} were moved to {moved}")
 
     def _give_up(self, why: str) -> None:
+        self.stopped = why
         self._write("stop", {"reason": why})
         self._journal.say(f"training stops at step {self._alarm_step}: {why}")
 

@@ -22,7 +22,7 @@ from hf_stable.architectures.heads import (
     parts_of_projection,
     roles_at,
 )
-from hf_stable.architectures.paths import owner_of
+from hf_stable.architectures.paths import is_stack, owner_of
 from hf_stable.measures.matrices import as_matrix
 from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.function import scale_parts
@@ -115,10 +115,11 @@ class BlockWeights:
         module, name = owner
         target = getattr(module, name)
         shares = (1,) * num_parts
-        if isinstance(target, nn.Parameter):
+        if is_stack(target):
             transposed = self._found.block.transposed_experts
             parts = Parts(shares, dim=1 if transposed else 0, stacked=True)
-            matrices = parts.matrices(_effective(module, name))
+            bare = isinstance(target, nn.Parameter)
+            matrices = parts.matrices(_effective(*((module, name) if bare else (target, "weight"))))
         else:
             transposed = isinstance(target, Conv1D)
             parts = Parts(shares, dim=1 if transposed else 0)

@@ -1,11 +1,13 @@
-"""StabilityCallback: what is done at each of a Trainer's events."""
+"""StabilityCallback: what is done at each of a Trainer's events.
+
+Longer than others: a third of it is the class's own documentation.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -17,17 +19,10 @@ from hf_stable.monitor.acting import Acting
 from hf_stable.monitor.alarms import Alarm, AlarmRules
 from hf_stable.monitor.batches.keeping import Keeping
 from hf_stable.monitor.batches.ring import KeepBatches
-from hf_stable.monitor.batches.suspects import suspicious_steps
 from hf_stable.monitor.console import shorten
 from hf_stable.monitor.journal import Journal
 from hf_stable.monitor.missing import Missing
-from hf_stable.monitor.options import (
-    Console,
-    action_name,
-    as_thresholds,
-    check_options,
-    check_training,
-)
+from hf_stable.monitor.options import Console, Options, check_training, refuse_cut_attention
 from hf_stable.monitor.probing import Records, is_blind, probe
 from hf_stable.monitor.progress import Progress
 from hf_stable.monitor.readings import remedies_in_place
@@ -110,31 +105,19 @@ class StabilityCallback(TrainerCallback, ExportableState):
         skip_batches: bool = False,
     ) -> None:
         """Check the options; nothing is touched before training begins."""
-        check_options(
-            every=every, queries=queries, terms=terms, maps=maps, sharpness_every=sharpness_every,
-            on_collapse=on_collapse, max_rollbacks=max_rollbacks,
-            rollback_lr_factor=rollback_lr_factor, console=console, keep_batches=keep_batches,
-            skip_batches=skip_batches,
+        self.options = Options(
+            every, queries, terms, maps, sharpness_every, on_collapse, max_rollbacks,
+            rollback_lr_factor, log_layers, console, thresholds, keep_batches, skip_batches,
         )  # fmt: skip
-        self.every = every
-        self.queries = queries
-        self.terms = terms
-        self.maps: Any = maps if maps is not True else "all"
-        self.sharpness_every = sharpness_every
-        self.log_layers = log_layers
-        self.console = console
-        self.thresholds = as_thresholds(thresholds)
         self.progress: dict[str, Any] = {}  # the Trainer may set it; a run's own is in its state
-        self._run = Progress(Rollbacks(max_rollbacks, rollback_lr_factor), self.thresholds)
+        rollbacks = Rollbacks(max_rollbacks, rollback_lr_factor)
+        self._run = Progress(rollbacks, self.options.thresholds)
         self._journal = Journal()
-        self._acting = Acting(
-            on_collapse, self._run.rollbacks, self._journal, skip_batches=skip_batches
-        )
+        self._acting = Acting(on_collapse, rollbacks, self._journal, skip_batches=skip_batches)
         self._stack = ExitStack()
         self._missing = Missing()
         self._keeping = Keeping(keep_batches, self._journal, self._missing)
         self._expected_folder: str | None = None
-        self._suspicious: list[int] = []
         self._is_blind = False
         self._started = 0.0
         self._step = WatchedStep(self._run, self._missing)
@@ -160,17 +143,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
         # The Trainer fails to save where a checkpoint of a run without it left no entry for it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, {})
-        check_training(
-            args, model, saved, on_collapse=self._acting.on_collapse,
-            sharpness_every=self.sharpness_every, skip_batches=self._acting.skip_batches,
-        )  # fmt: skip
+        check_training(args, model, saved, self.options)
         self._is_blind = is_blind(
-            model, queries=self.queries, terms=self.terms, maps=self.maps or ()
-        )
+            model, queries=self.options.queries, terms=self.options.terms,
+            maps=self.options.wanted_maps,
+        )  # fmt: skip
         self._acting.folder = self._expected_folder or args.output_dir or "."
-        self._acting.saves = args.should_save
+        self._acting.saves, self._acting.stopped = args.should_save, None
         self._journal.open(self._acting.folder, writes=state.is_world_process_zero)
-        self._run.begin(self.thresholds)
+        self._run.begin(self.options.thresholds)
         self.rules.in_place = remedies_in_place(model, optimizer)
         if not state.global_step:
             self.rollbacks.due = None  # of a run that never came to resume
@@ -190,24 +171,26 @@ class StabilityCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open a probe if this step is due."""
-        step = state.global_step + 1
-        wants_sharpness = bool(self.sharpness_every) and step % self.sharpness_every == 0
-        self._step = WatchedStep(self._run, self._missing, wants_sharpness=wants_sharpness)
-        self._step.is_skipped = step in self.rollbacks.skips
+        step, options = state.global_step + 1, self.options
+        sharpness_every = options.sharpness_every
+        self._step = WatchedStep(
+            self._run, self._missing,
+            wants_sharpness=bool(sharpness_every) and step % sharpness_every == 0,
+            is_skipped=step in self.rollbacks.skips,
+        )  # fmt: skip
         self._keeping.begin_step(step, state.epoch or 0.0)
-        if self._step.is_skipped:
+        if self._step.is_skipped or self._is_blind or not self._run.is_due(step, options.every):
             return
-        if self._run.is_due(step, self.every) and not self._is_blind:
-            # The rows depend on the step alone: a resumed run samples what an unbroken one does.
-            generator = torch.Generator().manual_seed(step)
-            self._step.records = Records()  # also where the probe fails: all processes have to meet
-            with self._missing.bearing("attention"):
-                self._step.records = self._stack.enter_context(
-                    probe(
-                        kwargs["model"], queries=self.queries, terms=self.terms,
-                        maps=self.maps or (), generator=generator,
-                    )
-                )  # fmt: skip
+        # The rows depend on the step alone: a resumed run samples what an unbroken one does.
+        generator = torch.Generator().manual_seed(step)
+        self._step.records = Records()  # also where the probe fails: all processes have to meet
+        with self._missing.bearing("attention"):
+            self._step.records = self._stack.enter_context(
+                probe(
+                    kwargs["model"], queries=options.queries, terms=options.terms,
+                    maps=options.wanted_maps, generator=generator,
+                )
+            )  # fmt: skip
 
     def loss_of_skipped(self) -> float | None:
         """Return what stands for the loss of a step that is skipped; None where it is trained on.
@@ -240,7 +223,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         Raises:
             RuntimeError: if `sharpness_every` is set and `loss_again` is missing.
         """
-        if self.sharpness_every and loss_again is None:
+        if self.options.sharpness_every and loss_again is None:
             raise RuntimeError(
                 "sharpness_every needs a loss that can be computed again: pass loss_again to "
                 "observe_loss, or leave sharpness_every out"
@@ -256,8 +239,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         model, step = kwargs["model"], state.global_step + 1
         if not self._step.is_skipped:
             self._step.judge(step, model, kwargs["optimizer"])
-        self._suspicious = suspicious_steps(self._step.alarms, dict(self._run.recent.of_steps()))
-        self._keeping.write(self._step.alarms, self._suspicious, self.rollbacks.count, model)
+        self._keeping.write(self._step.alarms, self._step.suspicious, self.rollbacks.count, model)
         is_bad = any(alarm.kind == "nonfinite" for alarm in self._step.alarms)
         if self._step.is_skipped or (is_bad and self._acting.spares_weights):
             for parameter in model.parameters():
@@ -277,15 +259,15 @@ class StabilityCallback(TrainerCallback, ExportableState):
         if self._step.is_skipped:
             self._acting.note_skip(step)
         if self._step.has_something:
-            line = self._step.publish(kwargs["model"], log_layers=self.log_layers)
+            line = self._step.publish(kwargs["model"], log_layers=self.options.log_layers)
             self._journal.write("probe", self.rollbacks.count, step, line)
-        regular = step % self.every == 0 or bool(self._step.alarms)
+        regular = step % self.options.every == 0 or bool(self._step.alarms)
         if regular and args.logging_strategy != "no":
             control.should_log = True
         if self._acting.needs_first_checkpoint and step == 1:
             control.should_save = True  # there is always something to go back to
         for alarm in self._step.alarms:
-            self._acting.act(alarm, control, self._suspicious)
+            self._acting.act(alarm, control, self._step.suspicious)
             if state.is_world_process_zero:
                 alert_trackers(args.report_to, f"{alarm.kind} at step {alarm.step}", str(alarm))
         self._keeping.tell()
@@ -318,6 +300,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
         """Take the folder into which the Trainer will write its checkpoints: a search has many."""
         self._expected_folder = folder
 
+    def refuse_cut_sequences(self, setting: str) -> None:
+        """Raise ValueError if attention is to be measured, of which each process has a part."""
+        refuse_cut_attention(self.options.terms, setting)
+
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""
         pending, self._step.pending = self._step.pending, {}
@@ -325,29 +311,16 @@ class StabilityCallback(TrainerCallback, ExportableState):
 
     def shorten_record(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return what of a record is printed on the console."""
-        return shorten(record, self.console, self._step.short)
+        return shorten(record, self.options.console, self._step.short)
 
     def take_rollback(self) -> str | None:
         """Return the checkpoint folder that training is to resume from, if an alarm asks for it."""
         return self._acting.take_rollback(type(self).__name__)
 
+    def why_it_stopped(self) -> str | None:
+        """Return why this stopped the training that ended last; None where it did not."""
+        return self._acting.stopped
+
     def state(self) -> dict[str, Any]:
         """Return options and progress for `trainer_state.json`."""
-        return {
-            "args": {
-                "every": self.every,
-                "queries": self.queries,
-                "terms": self.terms if isinstance(self.terms, str) else list(self.terms),
-                "maps": self.maps if isinstance(self.maps, bool | str) else list(self.maps),
-                "sharpness_every": self.sharpness_every,
-                "on_collapse": action_name(self._acting.on_collapse),
-                "max_rollbacks": self.rollbacks.most,
-                "rollback_lr_factor": self.rollbacks.factor,
-                "log_layers": self.log_layers,
-                "console": self.console,
-                "thresholds": None if self.thresholds is None else asdict(self.thresholds),
-                "keep_batches": self._keeping.ring.keep,
-                "skip_batches": self._acting.skip_batches,
-            },
-            "attributes": {"progress": self._run.state()},
-        }
+        return {"args": self.options.state(), "attributes": {"progress": self._run.state()}}

@@ -16,13 +16,16 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["FILE_NAME", "FolderLock"]
+__all__ = ["FILE_NAME", "FolderLock", "is_held"]
 
 FILE_NAME = "_stability.lock"
 """The Trainer pushes nothing that begins with "_"."""
 
 ATTEMPTS = 3
-"""The file may be removed by its last owner just as it is opened."""
+"""The file may be removed by its last owner just as it is opened, or looked at by `is_held`."""
+
+PAUSE = 0.01
+"""Seconds before another attempt; a look takes far less."""
 
 # A process is never refused a lock that it holds already: this is how it knows.
 _held: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()
@@ -49,7 +52,7 @@ class FolderLock:
             return None
         if _held.get(self._path, self) is not self:
             return "another Trainer of this process"
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
                 descriptor = os.open(self._path, flags, 0o666)
@@ -58,6 +61,10 @@ class FolderLock:
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
+                if attempt < ATTEMPTS - 1:
+                    os.close(descriptor)
+                    time.sleep(PAUSE)
+                    continue
                 holder = os.read(descriptor, 200).decode(errors="replace").strip()
                 os.close(descriptor)
                 return holder or "another process"
@@ -94,3 +101,25 @@ class FolderLock:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+
+def is_held(folder: str | os.PathLike[str]) -> bool:
+    """Say whether a training writes into a folder now, as far as locks tell."""
+    path = Path(folder).resolve() / FILE_NAME
+    if path in _held:  # to open and close the file here would end this process's own lock
+        return True
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False

@@ -13,12 +13,17 @@ from typing import Any
 
 from hf_stable._json import from_json, to_json
 
-__all__ = ["FILE_NAME", "StabilityLog", "read_log"]
+__all__ = ["FILE_NAME", "StabilityLog", "older_log", "read_log"]
 
 FILE_NAME = "stability.jsonl"
 
 NOT_FINITE = ("nan", "inf", "-inf")
 """What 0.1.0 wrote for such numbers of an alarm; now they are null, as everywhere."""
+
+
+def older_log(number: int) -> str:
+    """Return the name of an earlier run's log, of which the first has the number 1."""
+    return f"stability-{number}.jsonl"
 
 
 class StabilityLog:
@@ -47,7 +52,7 @@ class StabilityLog:
             if not self.path.stat().st_size:
                 return
             number = 1
-            while (old := self.path.with_name(f"stability-{number}.jsonl")).exists():
+            while (old := self.path.with_name(older_log(number))).exists():
                 number += 1
             self.path.rename(old)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_stable._ranks import inner_optimizer, mean_over_ranks
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.monitor.alarms import Alarm
+from hf_stable.monitor.batches.suspects import suspicious_steps
 from hf_stable.monitor.combining import gather_records
 from hf_stable.monitor.console import summarise
 from hf_stable.monitor.log_keys import aggregate
@@ -37,25 +38,35 @@ class WatchedStep:
         run: how far the run is, with the rules of alarms.
         missing: takes what cannot be measured, and begins anew with the step.
         wants_sharpness: whether sharpness is to be measured.
+        is_skipped: whether its batches are skipped, so that there is nothing to see.
 
     Attributes:
         loss: (), the sum of what was observed of micro-batches so far, or None.
         records: what the step's probe saw; None where it was not probed.
         alarms: that begin with the step.
+        suspicious: steps whose batches may be to blame for them.
         pending: values for the Trainer's record.
         short: for the console; None as long as nothing was published.
-        is_skipped: whether its batches are skipped, so that there is nothing to see.
+        is_skipped: as given.
     """
 
-    def __init__(self, run: Progress, missing: Missing, *, wants_sharpness: bool = False) -> None:
+    def __init__(
+        self,
+        run: Progress,
+        missing: Missing,
+        *,
+        wants_sharpness: bool = False,
+        is_skipped: bool = False,
+    ) -> None:
         """Begin with nothing seen."""
         missing.clear()
         self.loss: Tensor | None = None
         self.records: Records | None = None
         self.alarms: list[Alarm] = []
+        self.suspicious: list[int] = []
         self.pending: dict[str, float] = {}
         self.short: str | None = None
-        self.is_skipped = False
+        self.is_skipped = is_skipped
         self._run = run
         self._missing = missing
         self._wants_sharpness = wants_sharpness
@@ -65,7 +76,8 @@ class WatchedStep:
     @property
     def has_something(self) -> bool:
         """Whether there is anything to publish."""
-        return bool(self._values) or self.records is not None or self._wants_sharpness
+        wants = self._wants_sharpness and not self.is_skipped
+        return bool(self._values) or self.records is not None or wants
 
     def add_loss(self, loss: Tensor, loss_again: Callable[[], Tensor] | None) -> None:
         """Add the loss of a micro-batch, and remember how that of the first is computed again."""
@@ -97,13 +109,14 @@ class WatchedStep:
         has_scaler = getattr(optimizer, "scaler", None) is not None
         self.alarms = self._run.judge_loss(step, value, share == 1, has_scaler=has_scaler)
         if self.records is not None:
-            self._judge_records(step, value, self.records)
+            self._judge_records(step, value, self.records, model)
+        self.suspicious = suspicious_steps(self.alarms, dict(self._run.recent.of_steps()))
         if self._loss_again is not None:
             with self._missing.bearing("sharpness"):
                 self._values |= measure_loss_sharpness(self._loss_again, model, optimizer)
 
-    def _judge_records(self, step: int, loss: float, records: Records) -> None:
-        quantities = gather_records(records)
+    def _judge_records(self, step: int, loss: float, records: Records, model: nn.Module) -> None:
+        quantities = gather_records(records, model)
         self._values = {"loss": loss if math.isfinite(loss) else None, "quantities": quantities}
         with self._missing.bearing("signs of collapse"):
             self.alarms += self._run.judge_probe(step, quantities)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_stable._file_names import TRAINER_STATE_FILE
-from hf_stable.monitor.log_file import FILE_NAME
+from hf_stable.monitor.folder_lock import is_held
+from hf_stable.monitor.log_file import FILE_NAME, older_log
 from hf_stable.report.events import Event
 from hf_stable.report.log_lines import GrowingLog, LoggedRun, read_log_lines
 from hf_stable.report.results import loss_of_guessing, results_beside
@@ -80,11 +81,11 @@ def read_run(
         log = folder.resolve().parent / FILE_NAME
     notes: list[str] = []
     logged = _read_log(log, last, growing, notes)
-    state = read_state(folder, logged.events, notes)
+    is_earlier = _is_earlier(log, logged) if last is None else lambda path, state: False
+    state = read_state(folder, logged.events, notes, is_earlier)
     history = history_of(state, notes)
     legs = [event.seconds for event in logged.events if event.name == "end"]
-    steps = [to_step(state.get("global_step")) or 0, *(probe.step for probe in logged.probes)]
-    num_steps = max([*steps, *(record["step"] for record in history)])
+    num_steps = _steps_done(state, history, logged)
     return RunRecords(
         name=name or name_runs([folder])[0],
         path=to_text(str(path)),
@@ -94,13 +95,20 @@ def read_run(
         batches=tuple(logged.batches),
         num_steps=num_steps,
         max_steps=to_step(state.get("max_steps")),
-        has_ended=_has_ended(history, logged.events, num_steps),
+        has_ended=_has_ended(history, logged.events, num_steps) and not is_held(folder),
         seconds=math.fsum(filter(math.isfinite, legs)) if legs else None,
         guessing=loss_of_guessing(folder),
         monitor=dig(state, "stateful_callbacks", "StabilityCallback", "args"),
         log=log,
         notes=tuple(notes),
     )
+
+
+def _steps_done(
+    state: Mapping[str, Any], history: Sequence[Mapping[str, Any]], logged: LoggedRun
+) -> int:
+    known = [to_step(state.get("global_step")) or 0, *(probe.step for probe in logged.probes)]
+    return max([*known, *(record["step"] for record in history)])
 
 
 def _read_log(
@@ -134,9 +142,33 @@ def _has_ended(
 ) -> bool:
     """Return whether training came to its end and was not interrupted: the Trainer says so."""
     said = [record["step"] for record in history if "train_runtime" in record]
-    return max([*said, *(event.step for event in events if event.name == "end")], default=-1) >= (
-        num_steps
-    )
+    # A leg ends before a rollback too; after one that could not be taken comes a stop.
+    stopped = {event.attempt for event in events if event.name == "stop"}
+    went_on = {event.attempt for event in events if event.name == "rollback"} - stopped
+    ends = [event.step for event in events if event.name == "end" and event.attempt not in went_on]
+    return max([*said, *ends], default=-1) >= num_steps
+
+
+def _is_earlier(log: Path, logged: LoggedRun) -> Callable[[Path, Mapping[str, Any]], bool]:
+    """Return what says whether a state is of an earlier run in the folder of a log.
+
+    A run that begins anew puts the older log aside, or there was none. A log is written before the
+    state of the same step. So a state that is older than the log, and further, is not of its run.
+    """
+    steps = [*(probe.step for probe in logged.probes), *(event.step for event in logged.events)]
+    last = max(steps, default=0)
+    try:
+        written = log.stat().st_mtime
+    except OSError:
+        return lambda path, state: False
+    began_anew = log.with_name(older_log(1)).exists()
+
+    def is_earlier(path: Path, state: Mapping[str, Any]) -> bool:
+        is_other = began_anew or not dig(state, "stateful_callbacks", "StabilityCallback")
+        is_further = (to_step(state.get("global_step")) or 0) > last
+        return is_other and is_further and path.stat().st_mtime < written
+
+    return is_earlier
 
 
 def name_runs(paths: Sequence[str | os.PathLike[str]]) -> list[str]:

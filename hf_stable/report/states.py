@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,22 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_state(folder: Path, events: Sequence[Event], notes: list[str]) -> dict[str, Any]:
+def read_state(
+    folder: Path,
+    events: Sequence[Event],
+    notes: list[str],
+    is_earlier: Callable[[Path, Mapping[str, Any]], bool],
+) -> dict[str, Any]:
     """Return the Trainer state that has come furthest: the folder's own, or of a checkpoint.
 
     Damaged ones are noted, and an older checkpoint's is taken. Checkpoints of a way that a rollback
-    has left are passed over.
+    has left are passed over, and so are those of an earlier run, which is noted.
 
     Args:
         folder: of a run, or a checkpoint.
         events: of its log.
         notes: what is missing or damaged is added to.
+        is_earlier: says of a path and its state whether it is of an earlier run.
     """
     own = [path for path in [folder / TRAINER_STATE_FILE] if path.is_file()]
     paths = [
@@ -76,15 +82,25 @@ def read_state(folder: Path, events: Sequence[Event], notes: list[str]) -> dict[
     ]
     if not own and not paths:
         notes.append(f"There is no {TRAINER_STATE_FILE}: no evaluations, no time, few losses.")
-    whole = (state for state in _readable(paths, notes) if not _was_left(state, events))
-    states = [next(_readable(own, notes), {}), next(whole, {})]
+    fitting = _fitting(paths, notes, is_earlier)
+    whole = (state for state in fitting if not _was_left(state, events))
+    states = [next(_fitting(own, notes, is_earlier), {}), next(whole, {})]
     return max(states, key=lambda state: to_step(state.get("global_step")) or 0)
 
 
-def _readable(paths: Sequence[Path], notes: list[str]) -> Iterator[dict[str, Any]]:
+def _fitting(
+    paths: Sequence[Path],
+    notes: list[str],
+    is_earlier: Callable[[Path, Mapping[str, Any]], bool],
+) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:
-            yield read_object(path)
+            state = read_object(path)
+            if is_earlier(path, state):
+                name = to_text("/".join(path.parts[-2:]))
+                notes.append(f"{name} is of an earlier run in this folder and was left out.")
+            else:
+                yield state
         except (OSError, ValueError) as error:
             notes.append(damage_note(path, error))
 

@@ -4,12 +4,14 @@ A callback takes part by having one of the methods `observe_batch(inputs, loss_o
 `observe_loss(loss, loss_again)`, `loss_of_skipped() -> what stands for the loss of a micro-batch
 that is not trained on, or None`, `take_pending_logs() -> dict`,
 `shorten_record(record) -> what is printed of it`, `expect_checkpoints_in(folder)`,
-`take_rollback() -> checkpoint folder or None` and `abandon_step()`. The Trainer's methods that call
-these functions are wrapped in `training`.
+`take_rollback() -> checkpoint folder or None`, `why_it_stopped() -> reason or None`,
+`abandon_step()` and `refuse_cut_sequences(setting)`. The Trainer's methods that call these
+functions are wrapped in `training`.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -19,8 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
-__all__ = ["log_with_pending", "observing_step", "printing", "train_with_rollbacks"]
+__all__ = [
+    "log_with_pending",
+    "observing_step",
+    "printing",
+    "refuse_cut_sequences",
+    "train_with_rollbacks",
+]
 
 _TRACKERS = "transformers.integrations"
 
@@ -119,6 +128,7 @@ def train_with_rollbacks(
     """Run `Trainer.train`, again from a checkpoint as often as a callback asks for it.
 
     Whatever ends it, Ctrl-C included, callbacks undo what they have done to the model for a step.
+    A trial of a search that a callback has stopped does not count as finished.
     """
     for callback in trainer.callback_handler.callbacks:
         if hasattr(callback, "expect_checkpoints_in"):
@@ -133,7 +143,31 @@ def train_with_rollbacks(
             if hasattr(callback, "abandon_step"):
                 callback.abandon_step()
         raise
+    for callback in trainer.callback_handler.callbacks if trial is not None else ():
+        if hasattr(callback, "why_it_stopped") and (why := callback.why_it_stopped()) is not None:
+            _end_trial(trainer, why)
     return result
+
+
+def _end_trial(trainer: Any, why: str) -> None:
+    """End a trial of a search as one that was broken off, where the backend has such.
+
+    Raises:
+        optuna.TrialPruned: of optuna, on the process that runs the search.
+    """
+    if trainer.hp_search_backend != HPSearchBackend.OPTUNA:
+        warnings.warn(
+            f"this trial was stopped ({why}), and {trainer.hp_search_backend} counts it as "
+            "finished: its objective is that of the model as it is",
+            UserWarning,
+            stacklevel=5,
+        )
+    elif trainer.args.process_index:
+        trainer.objective = math.nan  # the first process ends it; nobody is to evaluate alone
+    else:
+        import optuna
+
+        raise optuna.TrialPruned(f"hf-stable stopped this trial: {why}")
 
 
 def _rollback(trainer: Any) -> str | None:
@@ -180,3 +214,19 @@ def _failed_tracker(trace: TracebackType | None) -> TrainerCallback | None:
             return owner
         trace = trace.tb_next
     return None
+
+
+def refuse_cut_sequences(trainer: Any) -> None:
+    """Let callbacks raise that cannot watch a run in which processes share each sequence.
+
+    Raises:
+        ValueError: under context or sequence parallelism, if a callback says so.
+    """
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is None or not (parallelism.cp_enabled or parallelism.sp_enabled):
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "refuse_cut_sequences"):
+            callback.refuse_cut_sequences(
+                f"cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}"
+            )

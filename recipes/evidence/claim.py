@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from hf_stable.measures.loss_curves import smooth
 from recipes.evidence.runs import Variant
+from recipes.models import DECODERS
 from recipes.settings import Settings
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -127,7 +128,7 @@ def losses(results: Results, name: str) -> list[float]:
 
 def failed_share(model: str) -> float:
     """Return the share of the loss of knowing nothing above which a run of a model failed."""
-    return BARELY if model == "gpt2" else FAILED_SHARE
+    return BARELY if model in DECODERS else FAILED_SHARE
 
 
 def failures(results: Results, name: str) -> int:

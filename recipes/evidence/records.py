@@ -100,7 +100,8 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         a run that was watched `fall_step` (of the first probe with a head below half of its largest
         entropy), `crash_step`, `sigma_growth` (the largest sigma1(Wq^T Wk) over that of the first
         probe), `highest_sec` (of any head) and `modes` (head maps seen, by mode). Of AdamW2's rates
-        and of sharpness, what `rate_shares` and `above_threshold` return.
+        and of sharpness, and of an intervention, what `rate_shares`, `above_threshold` and
+        `around_intervention` return.
     """
     settings, probes = run["settings"], run["probes"]
     shares = [(p["step"], _finite(p["entropy_normalised"])) for p in probes]
@@ -126,7 +127,7 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         "highest_sec": max((v for p in probes for v in _finite(p["sec"])), default=None),
         "modes": dict(sorted(modes.items())),
     }
-    return found | rate_shares(run) | above_threshold(run)
+    return found | rate_shares(run) | above_threshold(run) | around_intervention(run)
 
 
 def rate_shares(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,6 +168,40 @@ def rate_shares(run: Mapping[str, Any]) -> dict[str, Any]:
         found["shallow_over_deep"] = _rounded(mean(halves[0]) / mean(halves[1]))
         found["w2_over_w1"] = _rounded(mean(layers[1]) / mean(layers[0]))
     return {"rates": found}
+
+
+def around_intervention(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was like just before and just after the step of its intervention.
+
+    Args:
+        run: what `recipes.run.run` returned.
+
+    Returns:
+        `before`: the lowest entropy share at the last probe before; `after`: the same at the first
+        probe from then on, the highest of ten losses over the mean of the five before, and how many
+        steps it took until the mean of five losses was no higher than that. Nothing for runs that
+        were not touched at a step in between.
+    """
+    given = run["settings"].get("intervention") or {}
+    at = given.get("at", 1)
+    if at == 1:
+        return {}
+    lowest = {
+        probe["step"]: min(_finite(probe["entropy_normalised"]), default=None)
+        for probe in run["probes"]
+    }
+    numbers = [math.inf if loss is None else loss for loss in run["losses"]]
+    level = mean(numbers[at - 6 : at - 1])
+    means = ((step, mean(numbers[step - 5 : step])) for step in range(at + 4, len(numbers) + 1))
+    back = next((step - at + 1 for step, value in means if value <= level), None)
+    return {
+        "before": {"entropy": lowest[max(step for step in lowest if step < at)]},
+        "after": {
+            "entropy": lowest[min(step for step in lowest if step >= at)],
+            "loss": _rounded(max(numbers[at - 1 : at + 9]) / level),
+            "back": back,
+        },
+    }
 
 
 def above_threshold(run: Mapping[str, Any]) -> dict[str, Any]:

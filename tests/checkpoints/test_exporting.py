@@ -76,6 +76,7 @@ def outcomes(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "head", "method"), ALL, ids=lambda value: value)
 def test_transformers_alone_uses_the_folder(outcomes, model_type, head, method):
     assert outcomes[f"{head}-{method}"]["error"] is None

@@ -53,6 +53,7 @@ def weight_files(folder) -> list[Path]:
     return sorted(Path(folder).glob("model*.safetensors"))
 
 
+@pytest.mark.slow
 def test_another_process_without_hf_stable_loads_the_plain_weights(tmp_path):
     cases = []
     for model_type in MODEL_TYPES:

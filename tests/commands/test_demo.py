@@ -69,6 +69,7 @@ def quick(tmp_path_factory):
     return demo_command("--quick", "--json", "--output", output), output
 
 
+@pytest.mark.slow
 def test_quick_demo_trains_saves_and_reloads(quick):
     done, output = quick
     assert done.returncode == 0, done.stderr
@@ -116,6 +117,7 @@ def test_the_saved_model_is_plain_and_knows_its_gamma(quick):
     assert (output / "model" / "hf_stable_state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_reload_script_notices_another_model(quick):
     done, output = quick
     found = json.loads(done.stdout)["reload"]

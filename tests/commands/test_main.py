@@ -93,6 +93,7 @@ def test_each_command_has_help_with_an_example_that_parses(capsys, command):
         assert all(option in out for option in options)
 
 
+@pytest.mark.slow
 def test_a_bad_file_ends_in_one_line_on_stderr(capsys, checkpoint, tmp_path):
     damaged = tmp_path / "model.safetensors"
     damaged.write_bytes((checkpoint / "model.safetensors").read_bytes()[:-10])
@@ -370,6 +371,7 @@ def test_a_terminal_without_unicode_gets_text(tmp_path):
     assert "l\\xe4uft" in done.stdout and "sigma1(Wq^T Wk)" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_failure(checkpoint):
     command = [sys.executable, "-m", "hf_stable.commands.main", "inspect", str(checkpoint)]
     read, write = os.pipe()

@@ -55,6 +55,7 @@ def test_a_mode_for_gpus_trains_to_the_same_losses(tmp_path):
     assert found == pytest.approx(eager, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["autocast", "weights"])
 def test_gamma_goes_on_moving_in_bfloat16(precision):
     """A bfloat16 gamma near 1 would stand still under steps below 0.004."""

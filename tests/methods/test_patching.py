@@ -209,6 +209,7 @@ def test_a_compiled_model_equals_eager_and_is_compiled_once(model_type):
         assert not torch.equal(layer.sigma, old)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_before_the_patch_follows_it():
     """The model itself shows no trace of the wrapper; torch sees that the layers changed."""
     model = tiny_model("vit").eval()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from safetensors import safe_open
 from tiny_models import tiny_model
 from tiny_training import Interrupt, dataset, dropout_model, make_trainer, same_state
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_stable import StabilityCallback
 from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
@@ -36,6 +40,8 @@ def watched(folder, *, bad=(BAD,), callbacks=(), model=None, **options):
     own = {k.removeprefix("monitor_"): v for k, v in options.items() if k.startswith("monitor_")}
     rest = {k: v for k, v in options.items() if not k.startswith("monitor_")}
     monitor = StabilityCallback(every=50, **own)
+    if own.get("on_collapse") == "stop":  # nothing is gone back to
+        rest = {"save_strategy": "no"} | rest
     trainer = make_trainer(
         dropout_model("vit") if model is None else model, folder, callbacks=[monitor, *callbacks],
         **(dict(max_steps=12, lr_scheduler_type="constant", learning_rate=1e-3) | rest),
@@ -71,6 +77,8 @@ def test_the_batch_of_an_alarm_is_kept_with_the_loss_of_each_sample(keep, tmp_pa
     assert line["kind"] == "nonfinite" and line["steps"] == [max(1, step - 1), step]
     found = kept_in(tmp_path)
     assert len(found) == len(line["files"]) == (3 if keep == 3 else 4)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / BATCH_FOLDER).iterdir()}
+    assert modes == {0o600}
     guilty = [about for about, _ in found if BAD in about["positions"]]
     assert [(about["step"], about["rank"]) for about in guilty] == [(step, 0)]
     model = trainer.model.eval()  # its weights are still those of the alarm
@@ -182,7 +190,41 @@ def test_suspicious_batches_are_skipped_after_going_back(tmp_path, capsys):
     assert not events(tmp_path / "again", "skip")
 
 
-@pytest.mark.parametrize("ends_before", [0, 2])
+class WeighsBrightImages(Trainer):
+    """A loss that is five times as large where a batch holds an image that is too bright."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * 5 if inputs["pixel_values"].max() > 100 else loss
+
+
+def test_the_batches_of_a_spike_are_found_and_skipped(tmp_path):
+    """Three batches, one after the other, with an image each that is too bright."""
+    trainer, _ = skipping(
+        tmp_path, bad=(), max_steps=45, save_steps=10, per_device_train_batch_size=4,
+        train_sampling_strategy="sequential", learning_rate=1e-4, monitor_keep_batches="auto",
+    )  # fmt: skip
+    trainer.__class__ = WeighsBrightImages
+    trainer.train_dataset = dataset(trainer.model, 200)
+    bright = [31 * 4 + 2, 32 * 4 + 1, 33 * 4]  # in steps 32, 33 and 34
+    for number in bright:
+        trainer.train_dataset[number]["pixel_values"] *= 1000
+    trainer.train()
+    (alarm,) = events(tmp_path, "alarm")
+    assert (alarm["kind"], alarm["step"]) == ("spike", 34)
+    (line,) = events(tmp_path, "batches")
+    assert line["steps"] == [31, 32, 33, 34] == [e["step"] for e in events(tmp_path, "skip")]
+    samples = {
+        position: loss
+        for about, _ in kept_in(tmp_path)
+        for position, loss in zip(about["positions"], about["sample_losses"], strict=True)
+    }
+    assert sorted(samples, key=samples.__getitem__)[-3:] == sorted(bright, key=samples.get)
+    (back,) = events(tmp_path, "rollback")
+    assert (back["to_step"], trainer.state.global_step) == (30, 45)
+
+
+@pytest.mark.parametrize("ends_before", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_skips_the_same_batches(ends_before, tmp_path):
     """It ends after going back, before the first or after the last step that is skipped."""
     whole, _ = skipping(tmp_path / "whole")
@@ -225,12 +267,12 @@ def test_positions_of_a_stream_are_said_to_be_unknown(tmp_path):
     assert bad_step(tmp_path) == BAD // 8 + 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_positions_after_a_resume_are_those_of_the_data(workers, tmp_path):
     """In the middle of an epoch, where the Trainer passes by what it has seen."""
     options = dict(
         per_device_train_batch_size=4, max_steps=30, save_steps=2, monitor_on_collapse="stop",
-        dataloader_num_workers=workers,
+        dataloader_num_workers=workers, save_strategy="steps",
     )  # fmt: skip
     cut, _ = watched(tmp_path, bad=(), callbacks=[Interrupt(2)], **options)
     cut.train()
@@ -280,6 +322,65 @@ def test_a_loss_that_cannot_be_computed_by_sample_is_missing_with_a_reason(tmp_p
     for about, tensors in kept_in(tmp_path):
         assert about["sample_losses"] is None and len(tensors["labels"]) == 8
         assert about["no_sample_losses"] == "ValueError: a batch of eight is needed"
+
+
+RANK = """
+import json, os, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import test_batches as t
+folder, rank = sys.argv[3], int(os.environ["RANK"])
+trainer, monitor = t.watched(
+    folder + "/out", bad=(t.BAD,), model=t.dropout_model("vit"), max_steps=6,
+    per_device_train_batch_size=4, gradient_accumulation_steps=2, monitor_keep_batches="auto",
+    monitor_on_collapse="rollback", monitor_skip_batches=True,
+)
+trainer.train()
+state = trainer.model.state_dict()
+result = {
+    "step": trainer.state.global_step, "skips": monitor.rollbacks.skips,
+    "rollbacks": monitor.rollbacks.count,
+    "weights": [value.double().sum().item() for value in state.values()],
+}
+open(f"{folder}/rank{rank}.json", "w").write(json.dumps(result))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_each_process_keeps_its_own_and_all_skip_the_same(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", tmp_path / "rank.py"),
+            *(here.parent / "support", here, tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert first == second and (first["step"], first["rollbacks"]) == (6, 1)
+    (line,) = events(tmp_path / "out", "batches")
+    assert first["skips"] == line["steps"] and line["left_out"] == 0
+    found = kept_in(tmp_path / "out")
+    assert len(line["files"]) == len(found) == 2 * 2 * len(line["steps"])
+    samples = poisoned(tiny_model("vit"))
+    guilty = []
+    for about, tensors in found:
+        own = torch.stack([samples[position]["pixel_values"] for position in about["positions"]])
+        assert torch.equal(tensors["pixel_values"], own)
+        if BAD in about["positions"]:
+            guilty.append(about["step"])
+            assert about["sample_losses"][about["positions"].index(BAD)] is None
+    assert guilty == [line["steps"][-1]]
+    everything = [position for about, _ in found for position in about["positions"]]
+    assert len(set(everything)) == len(everything)  # no two processes have the same sample
 
 
 def alarm(kind, step, threshold=math.inf):

@@ -704,7 +704,7 @@ def test_thresholds_come_back_with_the_state_and_a_function_is_refused(tmp_path)
     )  # fmt: skip
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (monitor,) = (c for c in resumed.callback_handler.callbacks if isinstance(c, StabilityCallback))
-    assert monitor.thresholds == monitor.rules.thresholds == Thresholds(spike=3.0)
+    assert monitor.options.thresholds == monitor.rules.thresholds == Thresholds(spike=3.0)
 
     options["monitor_on_collapse"] = events
     trainer, monitor = monitored(tiny_model("vit"), tmp_path / "function", **options)

@@ -230,6 +230,33 @@ def test_a_trial_of_a_search_goes_back_within_its_own_folder(late_alarm, tmp_pat
     assert not checkpoints(tmp_path)
 
 
+@pytest.mark.parametrize("action", ["rollback", "stop"])
+def test_a_trial_that_is_stopped_for_good_is_pruned(action, late_alarm, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    monitor = hf_stable.StabilityCallback(every=50, on_collapse=action, max_rollbacks=0)
+    trainer = make_trainer(
+        None, tmp_path, model_init=lambda: tiny_model("vit"), callbacks=[monitor], max_steps=9,
+        save_steps=4, lr_scheduler_type="constant",
+    )  # fmt: skip
+    studies, create = [], optuna.create_study
+
+    def remember(**options):
+        studies.append(create(**options))
+        return studies[-1]
+
+    monkeypatch.setattr(optuna, "create_study", remember)
+    rates = (9e-3, 1e-2), (1e-4, 1e-3)  # above the one that is bearable, then below
+    best = trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("r", *rates[trial.number])},
+        n_trials=2, backend="optuna", compute_objective=lambda metrics: metrics["eval_loss"],
+    )  # fmt: skip
+    states = [trial.state.name for trial in studies[0].trials]
+    assert states == ["PRUNED", "COMPLETE"] and best.run_id == "1"
+    (stop,) = [line for line in read_log(tmp_path / "run-0") if line["event"] == "stop"]
+    assert stop["step"] == 8 and monitor.why_it_stopped() is None
+
+
 # One training at a time
 
 

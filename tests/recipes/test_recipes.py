@@ -25,6 +25,8 @@ from recipes.run import _first_step, main, parse, run, training_arguments  # noq
 from recipes.settings import Settings, read_yaml  # noqa: E402
 
 SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
+SLOW_DATA = {"django", "espeak"}
+"""What takes seconds to read or to speak."""
 
 
 def short(tmp_path, recipe="vit_digits", **changes):
@@ -244,7 +246,17 @@ def test_normed_queries_are_for_vit_alone():
 
 
 @pytest.mark.usefixtures("own_registry")
-@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            id=path.stem,
+            marks=[pytest.mark.slow] if read_yaml(path)["data"] in SLOW_DATA else [],
+        )
+        for path in SMALL
+    ],
+)
 def test_every_small_recipe_builds_its_model(path):
     settings = Settings(**read_yaml(path))
     task = data.load(settings.data, model=settings.model)

@@ -227,6 +227,7 @@ def test_more_layers_than_can_be_drawn_are_chosen_from_and_it_is_said(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_images_of_many_layers_are_bounded(tmp_path):
     probes = {s: calm(s, 20_000, 1, entropy_normalised=0.1) for s in (1, 9)}

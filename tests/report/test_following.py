@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -14,6 +17,7 @@ from tiny_training import make_trainer
 import hf_stable
 from hf_stable.commands.conventions import BAD_INPUT, INTERRUPTED, NO, SUCCESS
 from hf_stable.commands.main import main
+from hf_stable.monitor.folder_lock import FolderLock
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report.following import FollowedRuns, follow_report
 from hf_stable.report.glance import glance_at, sparkline
@@ -116,6 +120,59 @@ def test_a_real_training_is_followed_to_its_end(tmp_path):
     assert not follower.is_alive() and result[0].summaries[0].num_steps == 8
     assert [s.num_steps for s in seen] == sorted(s.num_steps for s in seen)
     assert seen[0].verdict.state == "unfinished" or len(seen) == 1
+
+
+def test_a_state_of_an_earlier_run_does_not_end_a_new_one(tmp_path):
+    folder = write_run(tmp_path / "run", FALLING, {1: calm(1)}, [("end", 100, {"seconds": 1.0})])
+    assert read_run(folder).has_ended
+    past = (folder / "trainer_state.json").stat().st_mtime - 60
+    os.utime(folder / "trainer_state.json", (past, past))
+    log = StabilityLog(folder)
+    log.start()
+    for step in (1, 2):
+        probe(log, step)
+    run = read_run(folder)
+    assert not run.has_ended and run.num_steps == 2 and run.history == ()
+    assert any("is of an earlier run in this folder" in note for note in run.notes)
+    log.write("end", 0, 2, {"seconds": 1.0})
+    assert read_run(folder).has_ended
+
+
+HOLDER = """
+import sys, time
+from hf_stable.monitor.folder_lock import FolderLock
+lock = FolderLock(sys.argv[1])
+print(lock.acquire(), flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_run_that_is_resumed_has_not_ended_though_its_files_say_so(tmp_path):
+    folder = write_run(tmp_path / "run", FALLING, {1: calm(1)}, [("end", 100, {"seconds": 1.0})])
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"None\n"
+        assert not read_run(folder).has_ended
+    finally:
+        holder.kill()
+        holder.wait()
+    assert read_run(folder).has_ended  # the file of a process that was killed holds nothing
+    own = FolderLock(folder)
+    assert own.acquire() is None and not read_run(folder).has_ended
+    # To look has not let go of it.
+    again = [sys.executable, "-c", HOLDER.replace("time.sleep(100)", ""), folder]
+    assert b"process" in subprocess.run(again, capture_output=True).stdout
+    own.release()
+
+
+def test_a_leg_that_ends_before_a_rollback_is_no_end(tmp_path):
+    back = [("rollback", 0, 50, {"to_step": 40, "lr_scale": 0.5}), ("end", 0, 50, {"seconds": 1.0})]
+    log = StabilityLog(tmp_path)
+    for event, attempt, step, values in back:
+        log.write(event, attempt, step, values)
+    assert not read_run(tmp_path).has_ended
+    log.write("end", 1, 60, {"seconds": 1.0})
+    assert read_run(tmp_path).has_ended
 
 
 def test_two_runs_are_followed_until_both_have_ended(tmp_path):

@@ -122,6 +122,7 @@ def test_the_list_is_pinned_and_says_why():
     assert all(10 < len(wrap.reason) < 120 and "\n" not in wrap.reason for wrap in listed())
 
 
+@pytest.mark.slow
 def test_importing_changes_what_is_listed_and_nothing_else(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", SNAPSHOT if peft is None else f"import peft\n{SNAPSHOT}"],

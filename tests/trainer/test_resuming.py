@@ -177,6 +177,7 @@ def compiled_trainer(model, folder, **options):
     return make_trainer(model, folder, remove_unused_columns=False, **options)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_compiled_by_hand_is_saved_plain_and_resumes_exactly(tmp_path):
     whole = compiled_trainer(torch.compile(patched("gpt2"), backend="eager"), tmp_path / "whole")
     whole.train()

@@ -12,7 +12,7 @@ from typing import Any
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._json import as_json_value
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.checkpoints.pairing import pair_layers
+from hf_stable.checkpoints.pairing import Partner, pair_layers
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
 from hf_stable.commands.inspect.blocks import (
     BlockSpectrum,
@@ -146,7 +146,7 @@ def _plain_tensors(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
 def _inspect_tensors(
     weights: WeightFiles,
     state: WeightFiles,
-    partners: Mapping[str, str],
+    partners: Mapping[str, Partner],
     on_layer: Callable[[int, int], None],
 ) -> tuple[list[LayerSpectrum], list[str]]:
     """Measure every matrix, and name the tensors with entries that are not finite.
@@ -158,7 +158,7 @@ def _inspect_tensors(
         on_layer: as in `inspect_checkpoint`.
     """
     if raw := weights.raw_layers:
-        state, partners = weights, {f"{layer}.weight": layer for layer in raw}
+        state, partners = weights, {f"{layer}.weight": Partner(layer) for layer in raw}
     matrices = {n for n, shape in _plain_tensors(weights).items() if is_matrix(n, shape)}
     layers: list[LayerSpectrum] = []
     nonfinite = []

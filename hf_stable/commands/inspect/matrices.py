@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_stable.checkpoints.pairing import Partner
 from hf_stable.checkpoints.weight_files import WeightFiles
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices
@@ -77,7 +78,7 @@ def largest_sigma(matrix: Tensor) -> float:
 
 
 def inspect_matrix(
-    name: str, tensor: Tensor, state: WeightFiles, layer: str | None
+    name: str, tensor: Tensor, state: WeightFiles, partner: Partner | None
 ) -> LayerSpectrum:
     """Measure one matrix.
 
@@ -85,7 +86,7 @@ def inspect_matrix(
         name: of the layer on disk.
         tensor: of two dimensions or more; see `as_matrix`.
         state: the files that hold gamma and sigma of its patched layer.
-        layer: name of its patched layer in `state`, or None if it is none.
+        partner: its patched layer in `state`, or the part of one; None if it is none.
 
     Raises:
         ValueError: if a file is damaged.
@@ -93,10 +94,13 @@ def inspect_matrix(
     gamma: tuple[float, ...] = ()
     raw_sigma: tuple[float, ...] = ()
     parts = WHOLE
-    if layer is not None:
-        gamma = tuple(state.read(f"{layer}.gamma").tolist())
-        raw_sigma = tuple(state.read(f"{layer}.sigma").tolist())
-        parts = state.parts(layer) if len(gamma) > 1 else WHOLE
+    if partner is not None:
+        gamma = tuple(state.read(f"{partner.layer}.gamma").tolist())
+        raw_sigma = tuple(state.read(f"{partner.layer}.sigma").tolist())
+        if partner.part is None:
+            parts = state.parts(partner.layer) if len(gamma) > 1 else WHOLE
+        else:
+            gamma, raw_sigma = gamma[partner.part :][:1], raw_sigma[partner.part :][:1]
     dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
     finite = is_finite(tensor)
     note = None

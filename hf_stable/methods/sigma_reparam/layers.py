@@ -87,9 +87,14 @@ class SigmaLayer(nn.Module):
         return (*self.SIGMA_TENSORS, *own)
 
     @property
+    def plain_place(self) -> tuple[nn.Module, str]:
+        """The module and the name under which the plain model has the weight."""
+        return self, "weight"
+
+    @property
     def num_parts(self) -> int:
         """The number of parts with a sigma and a gamma of their own."""
-        return len(self.gamma)
+        return len(self.sigma)
 
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""
@@ -160,7 +165,7 @@ class SigmaLayer(nn.Module):
         given = {name for name in names if prefix + name in state_dict}
         settle_loaded(self, given)
         if "weight" in given:  # what was not given is that of the weight now: nothing is missing
-            beside = {prefix + name for name in self.SIGMA_TENSORS}
+            beside = {prefix + name for name in self.sigma_tensors}
             missing_keys[:] = [key for key in missing_keys if key not in beside]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
-from hf_stable.measures.parts import WHOLE
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-_UNASKED = ("tied to", "experts")
+_UNASKED = ("tied to",)
 """How the reasons begin that are the model's and not the caller's."""
 
 
@@ -124,13 +124,21 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
     layers = list(layers)
 
     def plan(layer: FoundLayer) -> tuple[nn.Module, SigmaState]:
-        parts = layer.parts if config.fused_qkv == "split" else WHOLE
-        state = prepare(layer.module, parts=parts, init=config.init, name=layer.name)
+        parts = layer.parts if config.fused_qkv == "split" else replace(layer.parts, shares=(1,))
+        state = prepare(
+            layer.module,
+            parts=parts,
+            init=config.init,
+            name=layer.name,
+            parameter=layer.parameter,
+        )
         return layer.module, replace(state, power_iterations=config.power_iterations)
 
     # Of a product with a vector BLAS takes one thread, and threads that share one wait for each
     # other most of the time. So each thread has matrices of its own.
-    threads = torch.get_num_threads() if all(_is_on_cpu(each) for each in layers) else 1
+    threads = torch.get_num_threads() if all(_is_local(each) for each in layers) else 1
+    if threads == 1:  # also where ranks gather weights, in the same order on each
+        return SigmaReparamPlan(tuple(map(plan, layers)))
     with ThreadPoolExecutor(threads) as pool:
         try:
             return SigmaReparamPlan(tuple(pool.map(plan, layers)))
@@ -175,10 +183,8 @@ def choose_layers(
     tied = _tied_to(model)
     chosen, reasons = [], {}
     for layer in find_layers(model):
-        weight_name = f"{layer.name}.weight"
-        if layer.parameter != "weight":
-            reasons[layer.name] = "experts in one parameter, which sigma_reparam leaves out"
-        elif layer.bypassed:
+        weight_name = layer.name if layer.parameter != "weight" else f"{layer.name}.weight"
+        if layer.bypassed:
             reasons[layer.name] = "the model uses its weight without the layer's forward"
         elif weight_name in tied:
             reasons[layer.name] = f"tied to {tied[weight_name]}"
@@ -262,5 +268,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _is_on_cpu(layer: FoundLayer) -> bool:
-    return layer.weight is not None and layer.weight.is_cpu
+def _is_local(layer: FoundLayer) -> bool:
+    """Say whether a weight is all on this process's CPU."""
+    weight = layer.weight
+    return weight is not None and weight.is_cpu and not isinstance(weight, DTensor)

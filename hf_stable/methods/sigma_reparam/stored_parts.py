@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_stable.measures.parts import Parts
 
-__all__ = ["PARTS_TENSOR", "as_tensor", "parts_of_stored"]
+__all__ = ["PARTS_TENSOR", "as_tensor", "parts_of_stored", "plain_weight_name"]
 
 PARTS_TENSOR = "sigma_parts"
 """Name of the tensor, where there is one."""
@@ -42,3 +42,11 @@ def parts_of_stored(weight: Sequence[int], u: Sequence[int], stored: Tensor | No
     # the other.
     dim = 1 if num_parts > 1 and height == weight[0] else 0
     return Parts((1,) * num_parts, 1, dim)
+
+
+def plain_weight_name(layer: str, parts: Parts) -> str:
+    """Return what the plain model calls the weight of a patched layer.
+
+    Experts in one parameter have no layer there: the parameter has the name of the patched one.
+    """
+    return layer if parts.stacked else f"{layer}.weight"

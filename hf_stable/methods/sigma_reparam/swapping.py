@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from types import CellType, MethodType
-from typing import Any, Literal, cast
+from types import MethodType
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
 from hf_stable.measures.matrix_shards import is_shared
 from hf_stable.measures.parts import WHOLE, Parts
+from hf_stable.methods.sigma_reparam.class_swapping import cell_of_forward, swap_class
 from hf_stable.methods.sigma_reparam.layers import (
     SigmaConv1D,
     SigmaConv1d,
@@ -31,6 +32,11 @@ from hf_stable.methods.sigma_reparam.layers import (
     SigmaLinear,
 )
 from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
+from hf_stable.methods.sigma_reparam.stacks import (
+    SigmaStack,
+    put_stack,
+    take_stack_out,
+)
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
 from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
@@ -55,9 +61,6 @@ _OWN_ATTRIBUTES = (
     "settled_for",
     "seen_entries",
 )
-# accelerate calls the second from the first; its removal leaves the first behind.
-_FORWARDS = ("forward", "_old_forward")
-_TENSOR_PARALLELISM = "transformers.distributed.tensor_parallel"
 
 SIGMA_CLASSES: dict[type, type] = {
     nn.Linear: SigmaLinear,
@@ -79,6 +82,7 @@ class SigmaState:
     parts: Parts
     name: str
     power_iterations: int = 1
+    parameter: str = "weight"
 
 
 def sigma_class_of(plain: type) -> type[SigmaLayer] | None:
@@ -88,15 +92,21 @@ def sigma_class_of(plain: type) -> type[SigmaLayer] | None:
     return SIGMA_CLASSES.get(plain)
 
 
-def check_plain(layer: nn.Module, name: str = "") -> None:
-    """Raise for a layer that cannot become a sigma layer.
+def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> None:
+    """Raise for a layer that cannot become a sigma layer, or a module whose parameter cannot.
+
+    Args:
+        layer: the layer; of experts in one parameter, the module that has it.
+        name: qualified name for messages.
+        parameter: attribute that is the weight. Any but "weight" may be of a module of any class:
+            that one's own forward finds the effective weight in its place.
 
     Raises:
         TypeError: if it is no `Linear`, `Conv1D` or convolution, nor declared to be plain.
         UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
             own and would go on computing with the raw weight.
     """
-    if sigma_class_of(type(layer)) is None:
+    if parameter == "weight" and sigma_class_of(type(layer)) is None:
         raise TypeError(
             f"cannot reparametrise {name or 'a layer'} of type {type(layer).__module__}."
             f"{type(layer).__qualname__}; allowed are exactly Linear, Conv1D and "
@@ -104,7 +114,7 @@ def check_plain(layer: nn.Module, name: str = "") -> None:
             "ways that gamma / sigma would break; an entry declares one that does not by "
             "plain_layers). To patch the others, exclude it"
         )
-    if _weight(layer).is_meta:
+    if _weight(layer, parameter).is_meta:
         raise UnsupportedModelError(
             f"the weight of {name or 'a layer'} is on the meta device: it was not loaded, or "
             "accelerate keeps it on the CPU or on disk between forwards. Load the model without "
@@ -112,7 +122,7 @@ def check_plain(layer: nn.Module, name: str = "") -> None:
         )
     held = layer.__dict__.get("forward")
     inner = layer.__dict__.get("_old_forward") if hasattr(layer, "_hf_hook") else held
-    followed = inner == MethodType(type(layer).forward, layer) or _cell_of_forward(layer)
+    followed = inner == MethodType(type(layer).forward, layer) or cell_of_forward(layer)
     if held is not None and not followed:
         raise UnsupportedModelError(
             f"something has replaced the forward of {name!r} by {held!r}, which would "
@@ -127,27 +137,32 @@ def prepare(
     parts: Parts = WHOLE,
     init: Literal["spectral", "one"] = "spectral",
     name: str = "",
+    parameter: str = "weight",
 ) -> SigmaState:
     """Compute the exact singular triples of a plain layer without touching it.
 
     Args:
-        layer: exactly an `nn.Linear`, a `Conv1D` or a convolution, or declared to be plain.
+        layer: exactly an `nn.Linear`, a `Conv1D` or a convolution, or declared to be plain; of
+            experts in one parameter, the module that has it.
         parts: where the parts of its weight lie that have a sigma of their own.
         init: `"spectral"` sets gamma to sigma, which leaves the layer's function as it is;
             `"one"` sets gamma to 1 (the paper's text).
         name: qualified name for messages.
+        parameter: attribute of the layer that is the weight.
 
     Raises:
         TypeError: if the layer is of any other type, a subclass included.
         UnsupportedModelError: as `check_plain` does.
         ValueError: if a part is zero or not finite.
     """
-    check_plain(layer, name)
-    weight = _weight(layer)
-    parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
+    check_plain(layer, name, parameter)
+    weight = _weight(layer, parameter)
+    if parameter == "weight":
+        parts = replace(parts, dim=1 if type(layer) is Conv1D else 0)
     if isinstance(weight, DTensor) and is_shared(weight) and not parts.is_whole:
+        what = "experts in one parameter" if parts.stacked else "a fused projection"
         raise UnsupportedModelError(
-            f"{name or 'a layer'} is a fused projection, and tensor parallelism has cut it: in "
+            f"{name or 'a layer'} is {what}, and tensor parallelism has cut it: in "
             "evaluation transformers hands the layer a part of the weight without saying which. "
             "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
         )
@@ -165,23 +180,31 @@ def prepare(
             "all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
         )
     gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
-    return SigmaState(gamma, sigma, u, v, parts, name)
+    return SigmaState(gamma, sigma, u, v, parts, name, parameter=parameter)
 
 
-def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
+def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     """Turn a plain layer into a sigma layer in place: same object, same `weight`, new class.
 
     Args:
-        layer: as it was given to `prepare`.
+        module: as it was given to `prepare`.
         state: what came back.
         undo: what to call if something fails later; see `undoing`.
+
+    Returns:
+        The layer; in the place of a parameter a new one, which has the parameter.
     """
-    gamma = nn.Parameter(state.gamma.clone(), requires_grad=_weight(layer).requires_grad)
-    undo.append(keep_attributes(layer))
-    plain_class, sigma_class = type(layer), sigma_class_of(type(layer))
-    assert sigma_class is not None  # `prepare` has checked it
-    _swap_class(layer, sigma_class, undo)
-    assert isinstance(layer, SigmaLayer)
+    undo.append(keep_attributes(module))
+    if state.parameter != "weight":
+        layer: SigmaLayer = put_stack(module, state.parameter, undo)
+    else:
+        plain_class, sigma_class = type(module), sigma_class_of(type(module))
+        assert sigma_class is not None  # `prepare` has checked it
+        swap_class(module, sigma_class, undo)
+        assert isinstance(module, SigmaLayer)
+        layer = module
+        layer.plain_class = plain_class
+    gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
     if not isinstance(layer.weight, DTensor) and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
@@ -190,7 +213,7 @@ def install(layer: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     layer.register_buffer("sigma", state.sigma)
     layer.register_buffer("sigma_u", state.u)
     layer.register_buffer("sigma_v", state.v)
-    layer.parts, layer.plain_class = state.parts, plain_class
+    layer.parts = state.parts
     layer.power_iterations = state.power_iterations
     stored = as_tensor(state.parts)
     if stored is not None:
@@ -208,21 +231,30 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
 
     `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
 
+    Returns:
+        The layer; of experts in one parameter, the module that has it again.
+
     Raises:
         UnsupportedModelError: if the weight is offloaded.
     """
     settle(layer)
     weight = local_tensor(layer.weight)
-    folded, plain_class = _local_effective_weight(layer), layer.plain_class
+    folded = _local_effective_weight(layer)
     raw = weight.clone()
     with undoing() as undo:
         undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
         weight.copy_(folded)
-        for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
-            delattr(layer, name)
-        _swap_class(layer, plain_class, undo)
+        if isinstance(layer, SigmaStack):
+            undo.append(keep_attributes(layer.holder))
+            plain = take_stack_out(layer, undo)
+        else:
+            plain_class = layer.plain_class
+            for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
+                delattr(layer, name)
+            swap_class(layer, plain_class, undo)
+            plain = layer
         forget(layer)
-    return layer
+    return plain
 
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:
@@ -234,30 +266,5 @@ def _local_effective_weight(layer: SigmaLayer) -> Tensor:
     return (weight.to(scale.dtype) * scale).to(weight.dtype)
 
 
-def _swap_class(layer: nn.Module, new: type[Any], undo: Undo) -> None:
-    """Give a layer another class, also where its `forward` is held as the bound one of the old."""
-    held, forward = MethodType(type(layer).forward, layer), MethodType(new.forward, layer)
-    cell = _cell_of_forward(layer)
-    layer.__class__ = new
-    for name in _FORWARDS:
-        if layer.__dict__.get(name) == held:
-            layer.__dict__[name] = forward
-    if cell is not None:
-        undo.append(partial(setattr, cell, "cell_contents", held))
-        cell.cell_contents = forward
-
-
-def _cell_of_forward(layer: nn.Module) -> CellType | None:
-    """Return where transformers' tensor parallelism keeps the forward that it has wrapped.
-
-    Its function places inputs and outputs and calls the layer's own forward, bound in its closure.
-    """
-    wrapper: Any = layer.__dict__.get("forward")
-    if getattr(wrapper, "__module__", None) != _TENSOR_PARALLELISM:
-        return None
-    held = MethodType(type(layer).forward, layer)
-    return next((cell for cell in wrapper.__closure__ or () if cell.cell_contents == held), None)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return cast(Tensor, layer.weight)
+def _weight(layer: nn.Module, parameter: str) -> Tensor:
+    return cast(Tensor, getattr(layer, parameter))

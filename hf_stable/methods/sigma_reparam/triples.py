@@ -18,6 +18,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.kernels.weights import TrackedWeight
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 
 __all__ = [
@@ -79,6 +80,12 @@ def check_present(layer: LayerWithTriple) -> None:
             "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
             "which brings all of them back, or load the model without offloading"
         )
+    if layer.weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"the weight of {layer.layer_name!r} is partitioned (DeepSpeed ZeRO-3), so that no "
+            "process has all of it. Call this inside of deepspeed.zero.GatheredParameters("
+            "list(model.parameters())), or work on a saved folder"
+        )
 
 
 def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
@@ -97,7 +104,7 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity != id(weight):
+    if identity != id(weight) or weight.numel() == 0:  # DeepSpeed ZeRO-3 has it elsewhere
         return
     if version != _version(weight) or (look and _has_moved_unseen(layer)):
         settle(layer)
@@ -109,14 +116,18 @@ def _has_moved_unseen(layer: LayerWithTriple) -> bool:
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    seen, entries = layer.seen_entries, _some_entries(weight)
+    seen, entries = layer.seen_entries, _some_entries(weight, layer.parts)
     if seen is None or seen.device != entries.device or seen.dtype != entries.dtype:
         return True  # not looked at since it was trained, or elsewhere: all of it is, once
     return not torch.equal(seen, entries)
 
 
-def _some_entries(weight: Tensor) -> Tensor:
-    """View entries of a weight along the diagonal of its matrix."""
+def _some_entries(weight: Tensor, parts: Parts) -> Tensor:
+    """View entries of a weight along the diagonal of its matrix, or some of each of a stack."""
+    if parts.stacked:
+        entries = weight.detach().flatten()
+        # One more than a share of them: it is no multiple of a row, which would be one column.
+        return entries[:: 1 + len(entries) // max(NUM_ENTRIES, 2 * len(weight))]
     diagonal = as_matrix(weight.detach()).diagonal()
     return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
 
@@ -149,7 +160,7 @@ def settle(layer: LayerWithTriple) -> None:
                 layer.sigma[part] = now[part]
     mark_settled(layer)
     if not isinstance(weight, DTensor):
-        layer.seen_entries = _some_entries(weight).clone()
+        layer.seen_entries = _some_entries(weight, layer.parts).clone()
 
 
 def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from hf_stable.commands.bench.cost_model import measure_shape
 from hf_stable.commands.bench.timing import TOTAL
 
 
+@pytest.mark.slow
 def test_every_case_compares_adamw2_with_the_fused_adamw(tmp_path):
     console = Console(record=True, width=200)
     options = dict(output=tmp_path / "r.json", rounds=1, threads=1, console=console)
