@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -65,6 +66,7 @@ class Recorder:
         )
         self.wants_attention = bool(maps) or any("attention" in TERMS[t].needs for t in terms)
         self._lock = threading.RLock()
+        self._is_paused = threading.local()  # replicas run in threads
         self._names = {m: state_dict_name(name) for name, m in model.named_modules()}
         self._blocks = {found.module: found for found in blocks}
         self._layers: dict[nn.Module, str] = {}
@@ -112,6 +114,15 @@ class Recorder:
             for term in set(terms) & self._terms:
                 self.records.missing.setdefault(term, {}).setdefault(layer, reason_of(error))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no notice of inputs within the block: it repeats what has been shown already."""
+        self._is_paused.on = True
+        try:
+            yield
+        finally:
+            self._is_paused.on = False
+
     @torch.no_grad()
     def observe_input(self, module: nn.Module, tokens: Tensor, *, is_replica: bool = False) -> None:
         """Record the tokens (batch, tokens, features) that enter a block or its projection.
@@ -121,6 +132,8 @@ class Recorder:
             tokens: what enters.
             is_replica: whether a replica ran, with a part of the batch.
         """
+        if getattr(self._is_paused, "on", False):
+            return
         recomputing = is_recomputing()
         with self._lock:
             if not recomputing:
@@ -180,13 +193,41 @@ class Recorder:
             call: of the model's own module, also where a replica of it ran.
             is_first: whether it has the first sequence of the batch.
         """
-        if not self.wants_attention:
-            return
-        layer = self.name_of(call.module)
+        if self.wants_attention:
+            self._observe(
+                self.name_of(call.module),
+                partial(self._attention.observe_rows, call),
+                partial(self._attention.observe_map, call),
+                is_first,
+            )
+
+    @torch.no_grad()
+    def observe_maps(self, module: nn.Module, maps: Tensor, *, is_first: bool = True) -> None:
+        """Record the same, but for the bound, of the maps that a module itself returns.
+
+        Args:
+            module: the model's own, also where a replica of it ran.
+            maps: (batch, heads, queries, keys), rows that sum to 1.
+            is_first: whether the first sequence of the batch is among them.
+        """
+        self._observe(
+            self.name_of(module),
+            partial(self._attention.observe_given_rows, maps),
+            partial(self._attention.observe_given_map, maps),
+            is_first,
+        )
+
+    def _observe(
+        self,
+        layer: str,
+        observe_rows: Callable[[str], None],
+        observe_map: Callable[[str], None],
+        is_first: bool,
+    ) -> None:
         with self._lock:
             with self.bearing(layer, "entropy", "entropy_normalised", "entropy_bound"):
-                self._attention.observe_rows(call, layer)
+                observe_rows(layer)
             if is_first and layer not in self._mapped:
                 self._mapped.add(layer)
                 with self.bearing(layer, "rank", "mode"):
-                    self._attention.observe_map(call, layer)
+                    observe_map(layer)
