@@ -81,6 +81,7 @@ def _row(region: Region) -> str:
     blocks = find_blocks(region.module)
     bypassed = any(each.bypassed for each in layers)
     fused = sorted({_parts(each.parts) for each in layers if not each.parts.is_whole})
+    by_maps = any(a.returns_maps for b in blocks for _, a in b.attentions())
     bound = all(b.has_plain_logits(a) for b in blocks for _, a in b.attentions())
     placements = {norm.placement for norm in find_norms(region.module)}
     methods = {"pre": "`remove_pre_layernorm`", "post": "`remove_layernorm`",
@@ -89,7 +90,7 @@ def _row(region: Region) -> str:
         f"`{entry.model_type}`",
         "all but attention" if bypassed else "yes",
         ", ".join(fused),
-        "spectra only" if entry.is_unseen else "yes",
+        "spectra only" if entry.is_unseen else "by its maps" if by_maps else "yes",
         "yes" if bound and not entry.is_unseen else "",
         ", ".join(sorted({methods[each] for each in placements & methods.keys()})),
     )

@@ -107,6 +107,8 @@ class Block:
         branch_norms: norms at the end of a branch, before it is added (OLMo 2, Gemma 2).
         gain_offset: what the norms add to their weight to get the gain: 1 for Gemma.
         transposed_experts: whether experts are (n, in, out) instead of (n, out, in).
+        is_shared: whether one block runs several times in a forward (ALBERT); what a probe sees of
+            it has a name for each call.
         condition: attribute of the block and the value that it has in a block of this kind, where
             kinds have the same modules (the two placements of norms in OPT).
     """
@@ -120,6 +122,7 @@ class Block:
     branch_norms: tuple[str, ...] = ()
     gain_offset: float = 0.0
     transposed_experts: bool = False
+    is_shared: bool = False
     condition: tuple[str, object] | None = None
 
 

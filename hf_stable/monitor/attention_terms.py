@@ -63,8 +63,14 @@ class AttentionTerms:
         self._maps = maps
         self._generators = _Generators(generator)
 
-    def observe_rows(self, call: AttentionCall, layer: str) -> None:
-        """Record the entropy of sampled rows, and its bound."""
+    def observe_rows(self, call: AttentionCall, bounded: str, layer: str) -> None:
+        """Record the entropy of sampled rows, and its bound.
+
+        Args:
+            call: the call.
+            bounded: the layer whose weights bound it.
+            layer: the name to record it by, one for each call of a shared layer.
+        """
         rows = sample_queries(
             call.q.shape[2], self._queries, generator=self._generator(call), device=call.q.device
         )
@@ -77,7 +83,7 @@ class AttentionTerms:
             keys = count_visible_keys(call.k.shape[2], torch.arange(len(some)).to(some), mask)
             self._sums.add_rows("entropy", layer, entropy)
             self._sums.add_rows("entropy_normalised", layer, normalise_entropy(entropy, keys))
-            if (norm := self._bounds.norm(call, layer, mask)) is not None:
+            if (norm := self._bounds.norm(call, bounded, mask)) is not None:
                 bound = entropy_lower_bound(norm, keys.clamp_min(1)).expand_as(entropy)
                 bound = bound.masked_fill(entropy.isnan(), math.nan)
                 self._sums.add_rows("entropy_bound", layer, bound)

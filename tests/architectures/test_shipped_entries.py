@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from tiny_architectures import MODELS, batch, build, outputs_of
+from tiny_architectures import MODELS, batch, build, outputs_of, own_maps
 from torch import nn
 
 import hf_stable
@@ -119,19 +119,6 @@ def test_patched_trained_saved_and_reloaded(name, tmp_path):
     assert type(model) is type(stock) and model.state_dict().keys() == stock.state_dict().keys()
 
 
-def attention_maps(model, name):
-    """The maps that the model itself returns under eager attention."""
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        found = model(**batch(name), output_attentions=True)
-    fields = ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
-    return [each for field in fields for each in found.get(field) or ()]
-
-
-OWN_MAPS = ("clip", "siglip", "vit_mae", "segformer", "albert", "speech_to_text")
-"""Models that return no maps, some of them, or several for a layer."""
-
-
 @pytest.mark.slow
 def test_entropy_and_spectra_are_right(name):
     if any(region.architecture.is_unseen for region in find_regions(build(name))):
@@ -145,16 +132,21 @@ def test_entropy_and_spectra_are_right(name):
         output_with_gradient(model, name)
     attentions = [each for block in find_blocks(model) for each, _ in block.attentions()]
     assert list(records.sigma_qk) and set(records.sigma_qk) == set(attentions)
-    assert set(records.entropy) == set(attentions)
+    maps = own_maps(name)
+    calls = {layer: len(each) for layer, each in maps.items()}
+    assert set(records.entropy) == {
+        each for layer, count in calls.items() for each in names_of_calls(layer, count)
+    }
     for layer, bound in records.entropy_bound.items():
         assert (bound <= records.entropy[layer] + 1e-4).all(), layer
-    if name in OWN_MAPS:
-        return
-    maps = attention_maps(build(name), name)
-    exact = torch.cat([torch.special.entr(m).sum(-1).mean((0, 2)) for m in maps])
-    found = torch.cat(list(records.entropy.values()))
-    assert len(found) == len(exact)
-    torch.testing.assert_close(found.sort().values, exact.sort().values, rtol=1e-4, atol=1e-5)
+    for layer, each in maps.items():
+        for call, own in zip(names_of_calls(layer, len(each)), each, strict=True):
+            exact = torch.special.entr(own).sum(-1).mean((0, 2))
+            torch.testing.assert_close(records.entropy[call], exact, rtol=1e-4, atol=1e-5)
+
+
+def names_of_calls(layer, count):
+    return [layer] if count == 1 else [f"{layer}@{n}" for n in range(1, count + 1)]
 
 
 def output_with_gradient(model, name):

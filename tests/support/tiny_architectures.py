@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers
 
+from hf_stable.architectures.finding import find_blocks
+
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
@@ -192,12 +194,15 @@ MODELS = {  # model type, or a name of a variant -> head class, sizes
 }  # fmt: skip
 
 
-def build(name: str):
-    """A random model, its biases and gains not those of a fresh one, in evaluation mode."""
+def build(name: str, **options):
+    """A random model, its biases and gains not those of a fresh one, in evaluation mode.
+
+    Options are for the building: `attn_implementation`, which some models take at no other time.
+    """
     head, sizes = MODELS[name]
     torch.manual_seed(0)
     model_class = getattr(transformers, head)
-    model = model_class(model_class.config_class(**sizes))
+    model = model_class._from_config(model_class.config_class(**sizes), **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.requires_grad:  # tables of sines, which no file has
@@ -244,3 +249,29 @@ def outputs_of(model, inputs) -> torch.Tensor:
         if field in found:
             return found[field]
     raise KeyError(list(found))
+
+
+def own_maps(name: str, **inputs) -> dict[str, list[torch.Tensor]]:
+    """What each attention module itself returns under eager attention, call by call.
+
+    Args:
+        name: of the model.
+        inputs: beside its batch, or in the place of a part of it.
+
+    Returns:
+        The maps (batch, heads, queries, keys) of every call, by the names of the layers.
+    """
+    model = build(name, attn_implementation="eager")
+    found: dict[str, list[torch.Tensor]] = {}
+    for block in find_blocks(model):
+        for layer, attention in block.attentions():
+
+            def keep(module, args, output, layer=layer):
+                maps = [each for each in output if torch.is_tensor(each) and each.ndim == 4]
+                found.setdefault(layer, []).append(maps[-1])
+
+            block.module.get_submodule(attention.module).register_forward_hook(keep)
+    torch.manual_seed(3)  # as `outputs_of` does
+    with torch.no_grad():
+        model(**batch(name) | inputs, output_attentions=True)
+    return found
