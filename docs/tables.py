@@ -16,22 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from tiny_architectures import MODELS, build
+from parity_rows import ASPECTS, read_rows
 
-from hf_stable.architectures.finding import (
-    Region,
-    find_blocks,
-    find_layers,
-    find_norms,
-    find_regions,
-)
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
-from hf_stable.measures.parts import Parts
 from hf_stable.monitor import terms
 from hf_stable.trainer.changes import ON_IMPORT
 from recipes.evidence import lateness
 
 ROOT = Path(__file__).resolve().parents[1]
+
+CONTRACT = ROOT / "tests" / "architectures" / "contract.json"
+"""Written by `python tests/support/architecture_contract.py`."""
 
 
 def changes() -> list[str]:
@@ -56,61 +51,74 @@ def late() -> list[str]:
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
 
 
-def models() -> list[str]:
-    """Return what holds for every model type that an entry is shipped for.
+def parity() -> list[str]:
+    """Return what many processes have been shown to do as one, by engine, model and method.
 
-    It is read off a tiny model of each; the contract of the entries holds them to it.
+    `python docs/parity.py` runs the tests that show it, and writes what passed.
     """
+    shown: dict[tuple[str, str, str], set[str]] = {}
+    for row in read_rows():
+        place = row["engine"], row["model"], row["method"]
+        shown.setdefault(place, set()).update(row["same"])
+    ranks = {engine: index for index, engine in enumerate(ENGINES)}
     lines = [
-        "| model type | sigmaReparam | fused parts, each with a gamma and a rate | attention "
-        "| entropy bound | norms that can go |",
-        "|---|---|---|---|---|---|",
+        f"| engine | model | method | {' | '.join(ASPECTS)} |",
+        "|---|---|---|" + "---|" * len(ASPECTS),
     ]
-    rows: dict[str, str] = {}
-    for name in MODELS:
-        model = build(name)
-        for region in find_regions(model):
-            if region.architecture.blocks:
-                rows.setdefault(region.architecture.model_type, _row(region))
-    return lines + [rows[name] for name in sorted(rows)]
+    for place in sorted(shown, key=lambda each: (ranks.get(each[0], len(ranks)), *each)):
+        cells = ("equal" if aspect in shown[place] else "" for aspect in ASPECTS)
+        lines.append(f"| {' | '.join((*place, *cells))} |")
+    return lines
 
 
-def _row(region: Region) -> str:
-    entry, inside = region.architecture, set(map(id, region.module.modules()))
-    layers = [each for each in find_layers(region.module) if id(each.module) in inside]
-    blocks = find_blocks(region.module)
-    bypassed = any(each.bypassed for each in layers)
-    fused = sorted({_parts(each.parts) for each in layers if not each.parts.is_whole})
-    by_maps = any(a.returns_maps for b in blocks for _, a in b.attentions())
-    bound = all(b.has_plain_logits(a) for b in blocks for _, a in b.attentions())
-    placements = {norm.placement for norm in find_norms(region.module)}
-    methods = {"pre": "`remove_pre_layernorm`", "post": "`remove_layernorm`",
-               "branch": "`remove_layernorm`"}  # fmt: skip
-    cells = (
-        f"`{entry.model_type}`",
-        "all but attention" if bypassed else "yes",
-        ", ".join(fused),
-        "spectra only" if entry.is_unseen else "by its maps" if by_maps else "yes",
-        "yes" if bound and not entry.is_unseen else "",
-        ", ".join(sorted({methods[each] for each in placements & methods.keys()})),
-    )
-    return f"| {' | '.join(cells)} |"
+ENGINES = ("DDP", "ZeroRedundancyOptimizer", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP")
+"""In the order of the table; others follow by name."""
 
 
-def _parts(parts: Parts) -> str:
-    if parts.stacked:
-        return "each expert" if len(parts.shares) == 1 else "gate and up of each expert"
-    if len(parts.shares) == 2:
-        return "gate and up"
-    if parts.is_interleaved:
-        return "q, k, v per head"
-    return "q, k, v"
+def models() -> list[str]:
+    """Return what the contract of every shipped entry came to.
+
+    The tests of the entries compare each cell with what the contract gives now.
+    """
+    recorded = json.loads(CONTRACT.read_text())
+    columns = list(next(iter(recorded.values()))["checks"])
+    lines = [f"| model | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, results in sorted(recorded.items()):
+        cells = [_cell(column, results["checks"][column]) for column in columns]
+        if results["left out"]:
+            cells[0] = "all but some"
+        needs = f" (transformers {results['transformers']})" if results["transformers"] else ""
+        lines.append(f"| `{name}`{needs} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(column: str, result: str) -> str:
+    if column == "export":
+        return f"`{result}`"
+    if column == "norms":
+        return ", ".join(f"`{method}`" for method in result.split(", "))
+    return "" if result == "no language model" else result
+
+
+def left_out() -> list[str]:
+    """Return what a patch leaves as it is in each model, and why."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for name, results in sorted(json.loads(CONTRACT.read_text()).items()):
+        for matrix, reason in results["left out"].items():
+            models.setdefault((matrix.rpartition(".*.")[2], reason), []).append(f"`{name}`")
+    lines = ["| models | matrix | why |", "|---|---|---|"]
+    return lines + [
+        f"| {', '.join(names)} | `{matrix}` | {reason} |"
+        for (matrix, reason), names in models.items()
+    ]
 
 
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "left-out": ("docs/guides/supported-models.md", left_out),
+    "parity": ("docs/guides/many-processes.md", parity),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

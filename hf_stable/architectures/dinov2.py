@@ -19,6 +19,7 @@ for _model_type, _prefix in {
             layers=members(_prefix, "PatchEmbeddings.projection"),
             heads=members(_prefix, "ForImageClassification.classifier"),
             norms=members(_prefix, "Model.layernorm", "Backbone.layernorm"),
+            transformers=">=5.18",  # projections and gated MLPs have other names in older ones
         )
     )
 register_architecture(

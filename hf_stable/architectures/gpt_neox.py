@@ -41,6 +41,7 @@ register_architecture(
         _block("GPTNeoXLayer", _attention("attention"), _TWO_NORMS),
         heads=(*members("GPTNeoX", *_HEADS), *DECODER_HEADS),
         norms=members("GPTNeoX", "Model.final_layer_norm"),
+        transformers=">=5.14",  # the head has another name in older ones
     )
 )
 register_architecture(

@@ -12,7 +12,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import indented, make_console, make_table, print_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def watch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The Trainer's output folder.")],
     every: Every = 5.0,
     once: Annotated[bool, typer.Option("--once", help="Print what there is, and end.")] = False,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -46,7 +47,7 @@ def watch(
     if not every > 0:
         raise ValueError(f"--every is a number of seconds above zero, got {every}")
     followed = FollowedRuns([run])
-    console, seen = make_console(), None
+    console, seen = make_console(wide=wide), None
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             changed = followed.read_if_changed()

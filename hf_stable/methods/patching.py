@@ -234,6 +234,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "the model is quantised: its weights are no matrices of floating-point numbers; patch "
             "the model before it is quantised"
         )
+    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(distributed, "pp_size", 1) > 1:
+        raise UnsupportedModelError(
+            f"pp_size={distributed.pp_size}: transformers' pipeline runs forwards alone. It gives "
+            "no loss, no gradient crosses its stages, and each process has some of the layers. "
+            "Load the model without pp_size; tp_size and FSDP2 can train it"
+        )
     find_regions(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

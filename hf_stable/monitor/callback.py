@@ -22,7 +22,7 @@ from hf_stable.monitor.batches.ring import KeepBatches
 from hf_stable.monitor.console import shorten
 from hf_stable.monitor.journal import Journal
 from hf_stable.monitor.missing import Missing
-from hf_stable.monitor.options import Console, Options, check_training
+from hf_stable.monitor.options import Console, Options, check_training, refuse_cut_attention
 from hf_stable.monitor.probing import Records, is_blind, probe
 from hf_stable.monitor.progress import Progress
 from hf_stable.monitor.readings import remedies_in_place
@@ -299,6 +299,10 @@ class StabilityCallback(TrainerCallback, ExportableState):
     def expect_checkpoints_in(self, folder: str) -> None:
         """Take the folder into which the Trainer will write its checkpoints: a search has many."""
         self._expected_folder = folder
+
+    def refuse_cut_sequences(self, setting: str) -> None:
+        """Raise ValueError if attention is to be measured, of which each process has a part."""
+        refuse_cut_attention(self.options.terms, setting)
 
     def take_pending_logs(self) -> dict[str, float]:
         """Return the values for the record of this step, once."""

@@ -1,7 +1,8 @@
 """What the records of one probe on several processes say together: as if one had seen all.
 
 Each process probes its own part of the batch. The measures of tokens are put together so that they
-are those of one process with the same global batch; those of weights are the same everywhere.
+are those of one process with the same global batch; those of weights are the same everywhere. Under
+tensor parallelism several processes see the same part of the batch, and each of them its own heads.
 """
 
 from __future__ import annotations
@@ -11,28 +12,86 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import values_of_all_ranks
+from hf_stable.measures.matrix_shards import groups_of
 from hf_stable.monitor.records import Records
 from hf_stable.monitor.terms import MODES, find_term
 
-__all__ = ["combine_records", "gather_records"]
+__all__ = ["combine_records", "gather_records", "join_heads", "ranks_with_same_batch"]
 
 Quantities = dict[str, dict[str, Any]]
 
 
-def gather_records(records: Records) -> Quantities:
+def gather_records(records: Records, model: nn.Module) -> Quantities:
     """Return on every process what all of them have recorded, as `Records.to_dict` does for one.
 
     Every process has to call it, one that has recorded nothing included.
+
+    Args:
+        records: of this process.
+        model: that was probed.
     """
     own = records.to_dict()
     if dist.is_available() and dist.is_initialized() and dist.get_rank():
         own.pop("maps", None)  # large, and only the first process's are kept
-    parts = values_of_all_ranks((own, records.weights()))
+    parts = values_of_all_ranks((own, records.weights(), ranks_with_same_batch(model)))
     if len(parts) == 1:
         return own
-    return combine_records([part for part, _ in parts], [weights for _, weights in parts])
+    num_heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    together = list(dict.fromkeys(ranks for *_, ranks in parts))  # a process alone, or several
+    seen, weights = (
+        [join_heads([parts[rank][kind] for rank in ranks], num_heads) for ranks in together]
+        for kind in (0, 1)
+    )
+    return combine_records(seen, weights)
+
+
+def ranks_with_same_batch(model: nn.Module) -> tuple[int, ...]:
+    """Return the ranks that see the part of the batch that this process sees, in their order.
+
+    They are several under tensor parallelism: along the dimension "tp" of a mesh, or wherever
+    weights are cut that FSDP2 does not gather.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return (0,)
+    gathered = any(isinstance(module, FSDPModule) for module in model.modules())
+    for weight in model.parameters():
+        if not isinstance(weight, DTensor):
+            continue
+        mesh = weight.device_mesh
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return tuple(dist.get_process_group_ranks(mesh.get_group("tp")))
+        if not gathered and (groups := groups_of(weight)):
+            return tuple(dist.get_process_group_ranks(groups[0]))
+    return (dist.get_rank(),)
+
+
+def join_heads(parts: Sequence[Quantities], num_heads: int | None = None) -> Quantities:
+    """Return what processes with the same part of a batch have recorded, each of its own heads.
+
+    Args:
+        parts: of the processes, in the order of their heads.
+        num_heads: of a layer of the whole model, if known. Who has seen so many has seen all.
+
+    Returns:
+        The same with all heads; what is not of each head is the same on all, and the first's.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    joined: Quantities = {}
+    for name, layers in parts[0].items():
+        is_seen = "attention" in find_term(name).needs
+        joined[name] = {
+            layer: [head for part in parts for head in part.get(name, {}).get(layer, ())]
+            if is_seen and isinstance(value, list) and len(value) != num_heads
+            else value
+            for layer, value in layers.items()
+        }
+    return joined
 
 
 def combine_records(

@@ -14,9 +14,10 @@ from hf_stable.monitor.batches.ring import KeepBatches
 from hf_stable.monitor.readings import check_sharpness_can_be_measured
 from hf_stable.monitor.records import check_maps, resolve_terms
 from hf_stable.monitor.rollbacks import check_can_roll_back, check_can_skip
+from hf_stable.monitor.terms import TERMS, names_of
 from hf_stable.monitor.thresholds import Thresholds
 
-__all__ = ["ACTIONS", "Console", "Options", "check_training"]
+__all__ = ["ACTIONS", "Console", "Options", "check_training", "refuse_cut_attention"]
 
 ACTIONS = ("warn", "stop", "checkpoint", "rollback")
 
@@ -106,6 +107,29 @@ def check_training(args: TrainingArguments, model: nn.Module, saved: Any, option
         check_can_skip(args)
     if options.sharpness_every:
         check_sharpness_can_be_measured(args, model)
+
+
+def refuse_cut_attention(terms: Any, setting: str) -> None:
+    """Raise for terms of attention where processes share each sequence (context parallelism).
+
+    Each of them has some of the queries and keys, whose entropy is not that of all.
+
+    Args:
+        terms: of the callback.
+        setting: what cuts the sequences, as the caller may have written it.
+
+    Raises:
+        ValueError: if any of the terms needs attention.
+    """
+    chosen = resolve_terms(terms)
+    needing = [n for n in TERMS if n in chosen and "attention" in TERMS[n].needs]
+    if needing:
+        rest = [name for name in names_of() if "attention" not in TERMS[name].needs]
+        raise ValueError(
+            f"{setting}: processes share each sequence, and none sees the attention that "
+            f"{', '.join(needing)} are measured of. Give StabilityCallback terms that do without "
+            f"it: {', '.join(rest)}"
+        )
 
 
 def as_thresholds(thresholds: Any) -> Thresholds | None:

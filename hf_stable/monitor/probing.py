@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_stable.architectures.finding import FoundBlock, find_blocks
 from hf_stable.architectures.heads import count_heads
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.monitor.combining import ranks_with_same_batch
 from hf_stable.monitor.listening import is_listened_to, listening
 from hf_stable.monitor.observing import Observed, observing_attention
 from hf_stable.monitor.own_maps import asking_for_maps, modules_with_maps
@@ -87,6 +88,11 @@ def probe(
     is_named = not isinstance(terms, str)
     wanted, blocks = _plan_blocks(root, asked, is_named)
     check_maps(maps, _most_heads(root, blocks))
+    if maps and len(ranks_with_same_batch(root)) > 1:
+        raise ValueError(
+            f"maps={maps!r}: under tensor parallelism each process sees its own heads alone, and "
+            "maps are kept by the first process; leave maps out"
+        )
     if is_listened_to(root):
         raise RuntimeError("this model is being probed already; a probe does not nest")
     with ExitStack() as stack:

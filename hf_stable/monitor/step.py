@@ -109,14 +109,14 @@ class WatchedStep:
         has_scaler = getattr(optimizer, "scaler", None) is not None
         self.alarms = self._run.judge_loss(step, value, share == 1, has_scaler=has_scaler)
         if self.records is not None:
-            self._judge_records(step, value, self.records)
+            self._judge_records(step, value, self.records, model)
         self.suspicious = suspicious_steps(self.alarms, dict(self._run.recent.of_steps()))
         if self._loss_again is not None:
             with self._missing.bearing("sharpness"):
                 self._values |= measure_loss_sharpness(self._loss_again, model, optimizer)
 
-    def _judge_records(self, step: int, loss: float, records: Records) -> None:
-        quantities = gather_records(records)
+    def _judge_records(self, step: int, loss: float, records: Records, model: nn.Module) -> None:
+        quantities = gather_records(records, model)
         self._values = {"loss": loss if math.isfinite(loss) else None, "quantities": quantities}
         with self._missing.bearing("signs of collapse"):
             self.alarms += self._run.judge_probe(step, quantities)

@@ -85,8 +85,7 @@ def read_run(
     state = read_state(folder, logged.events, notes, is_earlier)
     history = history_of(state, notes)
     legs = [event.seconds for event in logged.events if event.name == "end"]
-    steps = [to_step(state.get("global_step")) or 0, *(probe.step for probe in logged.probes)]
-    num_steps = max([*steps, *(record["step"] for record in history)])
+    num_steps = _steps_done(state, history, logged)
     return RunRecords(
         name=name or name_runs([folder])[0],
         path=to_text(str(path)),
@@ -103,6 +102,13 @@ def read_run(
         log=log,
         notes=tuple(notes),
     )
+
+
+def _steps_done(
+    state: Mapping[str, Any], history: Sequence[Mapping[str, Any]], logged: LoggedRun
+) -> int:
+    known = [to_step(state.get("global_step")) or 0, *(probe.step for probe in logged.probes)]
+    return max([*known, *(record["step"] for record in history)])
 
 
 def _read_log(

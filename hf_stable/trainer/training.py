@@ -20,6 +20,7 @@ from hf_stable.trainer.watching import (
     log_with_pending,
     observing_step,
     printing,
+    refuse_cut_sequences,
     train_with_rollbacks,
 )
 
@@ -68,8 +69,8 @@ def _training_step(
 
 @wrapping(
     "transformers.trainer:Trainer.train", "resume_from_checkpoint",
-    reason="goes back where a callback asks for it (take_rollback); for a patched model refuses "
-    "unfit sharding, notes its card",
+    reason="goes back where a callback asks for it; refuses sharding that a patch or a callback "
+    "cannot take; notes its card",
 )  # fmt: skip
 def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     state = trainer.accelerator.state
@@ -87,5 +88,6 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
             is_patched=bool(sigma_layers(whole)),
             uses_adamw2=trainer.args.optim == OPTIMIZER_NAME,
         )
+    refuse_cut_sequences(trainer)
     with keeping_record(trainer), watching_own_ways(trainer):
         return train_with_rollbacks(original, trainer, *args, **kwargs)

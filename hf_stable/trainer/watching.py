@@ -4,8 +4,9 @@ A callback takes part by having one of the methods `observe_batch(inputs, loss_o
 `observe_loss(loss, loss_again)`, `loss_of_skipped() -> what stands for the loss of a micro-batch
 that is not trained on, or None`, `take_pending_logs() -> dict`,
 `shorten_record(record) -> what is printed of it`, `expect_checkpoints_in(folder)`,
-`take_rollback() -> checkpoint folder or None`, `why_it_stopped() -> reason or None` and
-`abandon_step()`. The Trainer's methods that call these functions are wrapped in `training`.
+`take_rollback() -> checkpoint folder or None`, `why_it_stopped() -> reason or None`,
+`abandon_step()` and `refuse_cut_sequences(setting)`. The Trainer's methods that call these
+functions are wrapped in `training`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
-__all__ = ["log_with_pending", "observing_step", "printing", "train_with_rollbacks"]
+__all__ = [
+    "log_with_pending",
+    "observing_step",
+    "printing",
+    "refuse_cut_sequences",
+    "train_with_rollbacks",
+]
 
 _TRACKERS = "transformers.integrations"
 
@@ -207,3 +214,19 @@ def _failed_tracker(trace: TracebackType | None) -> TrainerCallback | None:
             return owner
         trace = trace.tb_next
     return None
+
+
+def refuse_cut_sequences(trainer: Any) -> None:
+    """Let callbacks raise that cannot watch a run in which processes share each sequence.
+
+    Raises:
+        ValueError: under context or sequence parallelism, if a callback says so.
+    """
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallelism is None or not (parallelism.cp_enabled or parallelism.sp_enabled):
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "refuse_cut_sequences"):
+            callback.refuse_cut_sequences(
+                f"cp_size={parallelism.cp_size}, sp_size={parallelism.sp_size}"
+            )

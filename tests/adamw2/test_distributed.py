@@ -26,6 +26,7 @@ from hf_stable.measures.parts import Parts
 pytestmark = pytest.mark.slow
 
 STEPS = 6
+MODEL = "a net with a fused layer and a kernel"
 OPTIONS = dict(lr=2e-2, tau=0.004, weight_decay=0.1)
 
 
@@ -111,17 +112,17 @@ def shard(model):
 def lay_out(model, way):
     """Cut a model over all processes; return it with the place and number of its replicas."""
     world = dist.get_world_size()
-    names = {"hsdp": ("replicate", "shard"), "tp": ("dp", "tp"), "fsdp2_tp": ("dp", "tp")}[way]
-    sizes = (1, world) if way == "tp" else (2, world // 2)
+    sizes = (1, world) if way == "tensor parallel" else (2, world // 2)
+    names = ("replicate", "shard") if way == "HSDP" else ("dp", "tp")
     mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-    if way == "hsdp":
+    if way == "HSDP":
         return fully_shard(model, mesh=mesh), dist.get_rank(), world
     plan = {
         "fused": ColwiseParallel(output_layouts=Replicate()),
         "head": RowwiseParallel(input_layouts=Replicate()),
     }
     model = parallelize_module(model, mesh["tp"], plan)
-    if way == "fsdp2_tp":
+    if way == "FSDP2 x TP":
         model = fully_shard(model, mesh=mesh["dp"])
     return model, mesh.get_local_rank("dp"), sizes[0]
 
@@ -282,9 +283,14 @@ def check(saved, expected, *, first=0):
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(weights, start, strict=True))
 
 
+WORKERS = {"DDP": "ddp", "FSDP2": "fsdp2", "ZeroRedundancyOptimizer": "zero"}
+
+
+@pytest.mark.parity(engine="{engine}", models=(MODEL,), method="AdamW2", same=("losses",))
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero"])
-def test_many_processes_train_as_one(way, world, tmp_path):
+@pytest.mark.parametrize("engine", WORKERS)
+def test_many_processes_train_as_one(engine, world, tmp_path):
+    way = WORKERS[engine]
     run_ranks(globals()[f"worker_{way}"], world, tmp_path)
     saved = torch.load(tmp_path / f"{way}.pt", weights_only=True)
     expected = run_alone(blocks=way != "zero")
@@ -292,15 +298,22 @@ def test_many_processes_train_as_one(way, world, tmp_path):
     assert min(min(rates) for rates in expected[2]) < 0.5 * OPTIONS["lr"]  # the rule did bind
 
 
-@pytest.mark.parametrize("way", ["hsdp", "tp", "fsdp2_tp"])
+@pytest.mark.parity(
+    engine="{way}", models=(MODEL,), method="AdamW2", same=("losses", "vectors", "resume")
+)
+@pytest.mark.parametrize("path", ["kernels"], indirect=True)  # none takes a shard
+@pytest.mark.parametrize("way", ["HSDP", "tensor parallel", "FSDP2 x TP"])
 def test_meshes_train_as_one_and_what_they_save_continues_on_one(way, tmp_path):
-    run_ranks(worker_laid_out, 2 if way == "tp" else 4, tmp_path, way)
+    run_ranks(worker_laid_out, 2 if way == "tensor parallel" else 4, tmp_path, way)
     expected = run_alone()
     check(torch.load(tmp_path / f"{way}.pt", weights_only=True), expected)
     run_ranks(worker_load, 1, tmp_path)
     check(torch.load(tmp_path / "load1.pt", weights_only=True), expected, first=STEPS // 2)
 
 
+@pytest.mark.parity(
+    engine="ZeroRedundancyOptimizer", models=(MODEL,), method="AdamW2", same=("resume",)
+)
 def test_a_consolidated_state_of_zero_redundancy_continues(tmp_path):
     run_ranks(worker_zero_again, 2, tmp_path)
     check(torch.load(tmp_path / "zero_again.pt", weights_only=True), run_alone(blocks=False))
@@ -310,6 +323,7 @@ def test_a_gradient_that_is_not_finite_spares_the_vectors_of_all_ranks(tmp_path)
     run_ranks(worker_nan, 2, tmp_path)
 
 
+@pytest.mark.parity(engine="FSDP2", models=(MODEL,), method="AdamW2", same=("resume",))
 def test_a_state_saved_on_two_processes_continues_on_one_and_on_three(tmp_path):
     run_ranks(worker_save, 2, tmp_path)
     expected = run_alone()

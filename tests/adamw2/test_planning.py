@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.adamw2.planning import DEFAULT_TAU, GROWTH, HIGHEST_TAU, plan_tau
+from hf_stable.adamw2.planning import DEFAULT_TAU, DISTANCE, HIGHEST_TAU, plan_tau
 
 
 def weight(seed=0):
@@ -25,29 +25,35 @@ def train(optimizer, param, steps):
         optimizer.step()
 
 
-def test_a_weight_grows_as_far_in_a_short_run_as_in_a_longer_one():
-    def growth(steps, **options):
+def test_a_weight_gets_as_far_in_a_short_run_as_in_a_longer_one():
+    def distance(steps, **options):
         param = weight()
-        before = torch.linalg.matrix_norm(param.detach(), 2)
-        train(AdamW2([param], lr=100.0, weight_decay=0.0, **options), param, steps)
-        return float(torch.linalg.matrix_norm(param.detach(), 2) / before)
+        before = param.detach().clone()
+        optimizer = AdamW2([param], lr=100.0, betas=(0.0, 0.99), weight_decay=0.0, **options)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):  # one direction after another
+            param.grad = torch.randn(6, 4, generator=generator)
+            optimizer.step()
+        moved, size = (torch.linalg.matrix_norm(m, 2) for m in (param.detach() - before, before))
+        return float(moved / size)
 
-    planned = [growth(steps, tau="auto", total_steps=steps) for steps in (40, 160)]
-    fixed = [growth(steps) for steps in (40, 160)]
-    # The first steps turn the weight into the gradient's direction, and do not add to its size.
-    assert all(GROWTH / 2 < found <= GROWTH * 1.01 for found in planned)
-    assert max(planned) < 1.3 * min(planned) and fixed[1] > 2 * fixed[0]
+    planned = [distance(steps, tau="auto", total_steps=steps) for steps in (20, 180)]
+    fixed = [distance(steps) for steps in (20, 180)]
+    # Of 24 entries, so by chance more or less; a random walk of nine times the steps goes three
+    # times as far.
+    assert all(DISTANCE / 2 < found < DISTANCE * 2 for found in planned)
+    assert max(planned) < 1.5 * min(planned) and fixed[1] > 2 * fixed[0]
 
 
 def test_the_rule_is_bounded_by_the_default_and_the_highest():
-    steps = [1, 2, 5, 10, 24, 25, 60, 231, 232, 1000, 10**6]
+    steps = [1, 2, 3, 60, 224, 225, 1000, 10**6]
     taus = [plan_tau(each) for each in steps]
     assert taus == sorted(taus, reverse=True)
     assert (taus[0], taus[-1]) == (HIGHEST_TAU, DEFAULT_TAU)
     free = [(tau, n) for tau, n in zip(taus, steps, strict=True) if DEFAULT_TAU < tau < HIGHEST_TAU]
     assert len(free) == 3
     for tau, n in free:
-        assert math.isclose((1 + tau) ** n, GROWTH, rel_tol=1e-9)
+        assert math.isclose(tau * math.sqrt(n), DISTANCE, rel_tol=1e-9)
 
 
 def test_a_long_run_is_that_of_the_default_bit_for_bit():
@@ -82,11 +88,11 @@ def test_groups_derive_their_own_and_a_copy_steps_alike():
     ("saved", "own", "said"),
     [
         ({"tau": "auto", "total_steps": 50}, {"tau": "auto", "total_steps": 100},
-         r"goes on with tau=0\.04713 \(tau='auto' over 50 steps\).* and not with tau=0\.02329"),
+         r"goes on with tau=0\.02121 \(tau='auto' over 50 steps\).* and not with tau=0\.015"),
         ({"tau": 0.004}, {"tau": "auto", "total_steps": 100},
-         r"goes on with tau=0\.004, as the loaded state says, and not with tau=0\.02329"),
+         r"goes on with tau=0\.004, as the loaded state says, and not with tau=0\.015"),
         ({"tau": "auto", "total_steps": 50}, {"tau": 0.004},
-         r"goes on with tau=0\.04713 .* and not with tau=0\.004"),
+         r"goes on with tau=0\.02121 .* and not with tau=0\.004"),
     ],
 )  # fmt: skip
 def test_a_loaded_state_keeps_its_tau_and_that_is_said(saved, own, said):

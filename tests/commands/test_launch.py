@@ -318,7 +318,7 @@ def test_a_tau_that_leaves_no_room_to_grow_is_said(launch):
     said = launch(LANGUAGE, "--output_dir", "fast", *arguments, "tau=1.0")
     assert "lets no weight grow" not in said
     said = launch(LANGUAGE, "--output_dir", "planned", *arguments, "tau=auto")
-    assert "tau=auto is 0.1, for 2 steps at the full rate" in said
+    assert "tau=auto is 0.09487, for 2.5 steps at the full rate" in said
 
 
 OWN_ENTRY = """

@@ -59,6 +59,16 @@ def test_rows_stay_apart_on_a_narrow_terminal(draw, columns):
     assert "--wide shows all" in said and "sigma" in said
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "preflight", "watch", "report", "inspect", "doctor", "bench", "bench sigma",
+     "bench scale"],
+)  # fmt: skip
+def test_every_command_that_draws_tables_has_wide(command, capsys):
+    main([*command.split(), "--help"])
+    assert "--wide" in capsys.readouterr().out
+
+
 def test_a_wide_terminal_and_wide_show_all(draw):
     for lines in (draw(200), draw(40, wide=True)):
         assert all(name in "\n".join(lines) for name in LAYERS)

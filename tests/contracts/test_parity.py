@@ -207,15 +207,25 @@ def alone(tmp_path_factory):
     return {name: losses(trainer) for name, trainer in trainers.items()}, folder
 
 
+def shows(engine, *aspects):
+    """The mark of a test on the four first models that compares these with one process."""
+    return pytest.mark.parity(
+        engine=engine, models=("GPT-2", "ViT", "Swin", "BERT"),
+        method="sigmaReparam and AdamW2", same=aspects,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("mode", "num_processes", "cases", "launcher"),
     [
-        ("ddp", 3, MODEL_TYPES, None),
+        pytest.param("ddp", 3, MODEL_TYPES, None,
+                     marks=shows("DDP", "losses", "vectors", "checkpoints")),
         ("ddp", 2, ("vit", "gpt2-uneven"), "torchrun"),
-        ("fsdp2", 2, (*MODEL_TYPES, "gpt2-offload"), None),
+        pytest.param("fsdp2", 2, (*MODEL_TYPES, "gpt2-offload"), None,
+                     marks=shows("FSDP2", "losses", "vectors", "checkpoints")),
         ("fsdp2", 3, ("swin", "bert"), None),
     ],
-)
+)  # fmt: skip
 def test_many_processes_train_and_log_as_one(mode, num_processes, cases, launcher, alone, tmp_path):
     if launcher is None:
         result, *_ = run_ranks(train_on_ranks, num_processes, tmp_path, mode, cases)
@@ -287,6 +297,10 @@ def result_of(done):
     return json.loads(line.removeprefix("RESULT"))
 
 
+@pytest.mark.parity(
+    engine="FSDP2", models=("GPT-2", "ViT", "BERT"), method="sigmaReparam and AdamW2",
+    same=("resume",),
+)  # fmt: skip
 def test_checkpoints_resume_on_any_number_of_processes_and_fold(alone, tmp_path):
     begun, _ = run_ranks(resume_on_ranks, 2, tmp_path, "begin")
     on_three, *_ = run_ranks(resume_on_ranks, 3, tmp_path, "resume")

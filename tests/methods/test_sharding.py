@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+from tiny_architectures import build
 from tiny_models import tiny_model
 from tiny_training import make_trainer
+from transformers.distributed import DistributedConfig
 
 import hf_stable
 from hf_stable.methods.sharding import refuse_unfit_sharding
+from hf_stable.trainer.watching import refuse_cut_sequences
 
 
 def plugin(**options):
@@ -61,3 +64,33 @@ def test_the_trainer_refuses_before_it_prepares_anything(tmp_path, monkeypatch):
     monkeypatch.undo()
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_a_monitor_of_attention_is_refused_where_processes_share_a_sequence(tmp_path, monkeypatch):
+    def trainer(terms):
+        monitor = hf_stable.StabilityCallback(every=1, terms=terms)
+        options = dict(max_steps=1, save_strategy="no", callbacks=[monitor])
+        return make_trainer(tiny_model("gpt2"), tmp_path, **options)
+
+    refused, taken = trainer("default"), trainer(["sigma_qk", "norm_x"])
+    for each in (refused, taken):
+        monkeypatch.setattr(
+            each.accelerator.state, "parallelism_config", ParallelismConfig(cp_size=2)
+        )
+        assert each.accelerator.parallelism_config.cp_enabled
+    with pytest.raises(ValueError, match=r"cp_size=2, .* attention that entropy.* sigma_qk"):
+        refused.train()
+    assert refused.optimizer is None
+    refuse_cut_sequences(taken)
+    monkeypatch.undo()
+    refuse_cut_sequences(refused)
+
+
+def test_a_pipeline_of_transformers_is_refused():
+    model = build("llama")
+    model.config.distributed_config = DistributedConfig(pp_size=2)
+    with pytest.raises(hf_stable.UnsupportedModelError, match="pp_size=2: .* forwards alone"):
+        hf_stable.patch(model, "sigma_reparam")
+    assert not hf_stable.is_patched(model)
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    assert hf_stable.is_patched(hf_stable.patch(model, "sigma_reparam"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from tiny_models import tiny_model
 from tiny_training import Interrupt, dataset, dropout_model, make_trainer, same_state
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_stable import StabilityCallback
 from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
@@ -76,6 +77,8 @@ def test_the_batch_of_an_alarm_is_kept_with_the_loss_of_each_sample(keep, tmp_pa
     assert line["kind"] == "nonfinite" and line["steps"] == [max(1, step - 1), step]
     found = kept_in(tmp_path)
     assert len(found) == len(line["files"]) == (3 if keep == 3 else 4)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / BATCH_FOLDER).iterdir()}
+    assert modes == {0o600}
     guilty = [about for about, _ in found if BAD in about["positions"]]
     assert [(about["step"], about["rank"]) for about in guilty] == [(step, 0)]
     model = trainer.model.eval()  # its weights are still those of the alarm
@@ -185,6 +188,40 @@ def test_suspicious_batches_are_skipped_after_going_back(tmp_path, capsys):
     gives_up.train()
     assert monitor.rollbacks.count == 3 and gives_up.state.global_step < 12
     assert not events(tmp_path / "again", "skip")
+
+
+class WeighsBrightImages(Trainer):
+    """A loss that is five times as large where a batch holds an image that is too bright."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * 5 if inputs["pixel_values"].max() > 100 else loss
+
+
+def test_the_batches_of_a_spike_are_found_and_skipped(tmp_path):
+    """Three batches, one after the other, with an image each that is too bright."""
+    trainer, _ = skipping(
+        tmp_path, bad=(), max_steps=45, save_steps=10, per_device_train_batch_size=4,
+        train_sampling_strategy="sequential", learning_rate=1e-4, monitor_keep_batches="auto",
+    )  # fmt: skip
+    trainer.__class__ = WeighsBrightImages
+    trainer.train_dataset = dataset(trainer.model, 200)
+    bright = [31 * 4 + 2, 32 * 4 + 1, 33 * 4]  # in steps 32, 33 and 34
+    for number in bright:
+        trainer.train_dataset[number]["pixel_values"] *= 1000
+    trainer.train()
+    (alarm,) = events(tmp_path, "alarm")
+    assert (alarm["kind"], alarm["step"]) == ("spike", 34)
+    (line,) = events(tmp_path, "batches")
+    assert line["steps"] == [31, 32, 33, 34] == [e["step"] for e in events(tmp_path, "skip")]
+    samples = {
+        position: loss
+        for about, _ in kept_in(tmp_path)
+        for position, loss in zip(about["positions"], about["sample_losses"], strict=True)
+    }
+    assert sorted(samples, key=samples.__getitem__)[-3:] == sorted(bright, key=samples.get)
+    (back,) = events(tmp_path, "rollback")
+    assert (back["to_step"], trainer.state.global_step) == (30, 45)
 
 
 @pytest.mark.parametrize("ends_before", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -98,7 +98,7 @@ def gather_with_an_idle_rank() -> dict:
     model, rank = tiny_model("gpt2"), dist.get_rank()
     batch = {name: tensor[2 * rank :][:2] for name, tensor in tiny_batch(model).items()}
     records = recorded(model, batch) if rank < dist.get_world_size() - 1 else Records()
-    return gather_records(records)
+    return gather_records(records, model)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from tiny_architectures import batch, build, outputs_of, own_maps
+from attention_references import attention_maps
+from tiny_architectures import batch, build, outputs_of
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
@@ -16,6 +17,12 @@ import hf_stable
 
 RETURNING = ("bloom", "falcon", "gpt_neo", "deberta-v2", "swinv2")
 TEXTS = ("bloom", "falcon", "gpt_neo", "deberta-v2")
+
+
+def own_maps(name, **inputs):
+    """The maps that each attention itself returns, call by call."""
+    model = build(name, attn_implementation="eager")
+    return attention_maps(model, batch(name) | inputs)
 
 
 def padding(name):

@@ -108,7 +108,8 @@ def auto_class_of(model) -> str | None:
     for name, table in AUTO_CLASSES.items():
         # AutoBackbone asks the Hub for a folder; the class itself is tested instead.
         found = getattr(transformers, table).get(type(model.config), None)
-        if found is type(model) and name != "AutoBackbone":
+        classes = found if isinstance(found, tuple) else (found,)
+        if type(model) in classes and name != "AutoBackbone":
             return name
     return None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import transformers
-
-from hf_stable.architectures.finding import find_blocks
 
 TOKENS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
@@ -62,6 +62,11 @@ def windows(**changes):
 
 
 MODELS = {  # model type, or a name of a variant -> head class, sizes
+    "gpt2": ("GPT2LMHeadModel", TOKENS | dict(vocab_size=37, n_positions=32, n_embd=16, n_layer=2,
+                                              n_head=2)),
+    "bert": ("BertForMaskedLM", text()),
+    "vit": ("ViTForImageClassification", image()),
+    "swin": ("SwinForImageClassification", windows()),
     "llama": ("LlamaForCausalLM", grouped()),
     "mistral": ("MistralForCausalLM", grouped()),
     "qwen2": ("Qwen2ForCausalLM", grouped()),
@@ -194,15 +199,21 @@ MODELS = {  # model type, or a name of a variant -> head class, sizes
 }  # fmt: skip
 
 
-def build(name: str, **options):
+def build(name: str, *, dropout: float | None = None, **options):
     """A random model, its biases and gains not those of a fresh one, in evaluation mode.
 
-    Options are for the building: `attn_implementation`, which some models take at no other time.
+    Args:
+        name: in `MODELS`.
+        dropout: rate of everything that its config names a dropout; None leaves the defaults.
+        options: of the building: `attn_implementation`, which some models take at no other time.
     """
     head, sizes = MODELS[name]
     torch.manual_seed(0)
     model_class = getattr(transformers, head)
-    model = model_class._from_config(model_class.config_class(**sizes), **options)
+    config = model_class.config_class(**sizes)
+    if dropout is not None:
+        drop(config, dropout)
+    model = model_class._from_config(config, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.requires_grad:  # tables of sines, which no file has
@@ -214,28 +225,39 @@ def build(name: str, **options):
     return model.eval()
 
 
-def batch(name: str) -> dict[str, torch.Tensor]:
-    """Inputs of two sequences, images or sounds."""
+def drop(config, rate: float) -> None:
+    """Set every rate of a config, and of those in it, that is named for dropping something."""
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            drop(value, rate)
+        elif isinstance(value, float) and re.search("drop|pdrop", key):
+            setattr(config, key, rate)
+
+
+def batch(name: str, size: int = 2) -> dict[str, torch.Tensor]:
+    """Inputs of some sequences, images or sounds."""
     generator = torch.Generator().manual_seed(1)
     head, sizes = MODELS[name]
-    ids = torch.randint(3, 37, (2, 8), generator=generator)
-    size = sizes.get("image_size", 16)
+    ids = torch.randint(3, 37, (size, 8), generator=generator)
+    side = sizes.get("image_size", 16)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator)
 
     if name in ("clip", "siglip"):
-        return {"input_ids": ids, "pixel_values": draw(2, 1, 8, 8)}
+        return {"input_ids": ids, "pixel_values": draw(size, 1, 8, 8)}
+    if name == "vit_mae":
+        return {"pixel_values": draw(size, 1, 8, 8), "noise": draw(size, 4)}
     if name == "videomae":
-        return {"pixel_values": draw(2, 4, 1, 8, 8)}
+        return {"pixel_values": draw(size, 4, 1, 8, 8)}
     if "image_size" in sizes or "num_channels" in sizes:
-        return {"pixel_values": draw(2, 1, size, size)}
+        return {"pixel_values": draw(size, 1, side, side)}
     if "conv_dim" in sizes:
-        return {"input_values": draw(2, 320)}
+        return {"input_values": draw(size, 320)}
     if name == "whisper":
-        return {"input_features": draw(2, 8, 16), "decoder_input_ids": ids}
+        return {"input_features": draw(size, 8, 16), "decoder_input_ids": ids}
     if name == "speech_to_text":
-        return {"input_features": draw(2, 32, 8), "decoder_input_ids": ids}
+        return {"input_features": draw(size, 32, 8), "decoder_input_ids": ids}
     if "ForConditionalGeneration" in head or "MT" in head:
         return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
     return {"input_ids": ids}
@@ -243,35 +265,12 @@ def batch(name: str) -> dict[str, torch.Tensor]:
 
 def outputs_of(model, inputs) -> torch.Tensor:
     """The main output: logits, or the last hidden states."""
-    torch.manual_seed(3)  # of masks that a pretraining model draws
-    found = model(**inputs)
+    return main_output(model(**inputs))
+
+
+def main_output(found) -> torch.Tensor:
+    """The logits of an output, or its last hidden states."""
     for field in ("logits", "logits_per_image", "last_hidden_state"):
         if field in found:
             return found[field]
     raise KeyError(list(found))
-
-
-def own_maps(name: str, **inputs) -> dict[str, list[torch.Tensor]]:
-    """What each attention module itself returns under eager attention, call by call.
-
-    Args:
-        name: of the model.
-        inputs: beside its batch, or in the place of a part of it.
-
-    Returns:
-        The maps (batch, heads, queries, keys) of every call, by the names of the layers.
-    """
-    model = build(name, attn_implementation="eager")
-    found: dict[str, list[torch.Tensor]] = {}
-    for block in find_blocks(model):
-        for layer, attention in block.attentions():
-
-            def keep(module, args, output, layer=layer):
-                maps = [each for each in output if torch.is_tensor(each) and each.ndim == 4]
-                found.setdefault(layer, []).append(maps[-1])
-
-            block.module.get_submodule(attention.module).register_forward_hook(keep)
-    torch.manual_seed(3)  # as `outputs_of` does
-    with torch.no_grad():
-        model(**batch(name) | inputs, output_attentions=True)
-    return found

@@ -37,8 +37,13 @@ def dataset(model, size: int = 40, seed: int = 1) -> list[dict[str, torch.Tensor
     return [{key: value[i] for key, value in batch.items()} for i in range(size)]
 
 
-def make_trainer(model, folder, *, callbacks=(), model_init=None, **options):
-    """A Trainer on the CPU that writes a checkpoint and a loss at every step."""
+def make_trainer(
+    model, folder, *, callbacks=(), model_init=None, trainer_class=Trainer, rows=None, **options
+):
+    """A Trainer on the CPU that writes a checkpoint and a loss at every step.
+
+    `rows` are other examples than those of the default heads, to train and to evaluate on.
+    """
     settings = dict(
         max_steps=6, per_device_train_batch_size=8, per_device_eval_batch_size=8,
         learning_rate=1e-2, lr_scheduler_type="linear", warmup_steps=0,
@@ -47,12 +52,12 @@ def make_trainer(model, folder, *, callbacks=(), model_init=None, **options):
     )  # fmt: skip
     args = TrainingArguments(str(folder), **(settings | options))
     examples = model if model is not None else model_init()
-    return Trainer(
+    return trainer_class(
         model,
         args,
         model_init=model_init,
-        train_dataset=dataset(examples),
-        eval_dataset=dataset(examples, seed=2),
+        train_dataset=dataset(examples) if rows is None else rows,
+        eval_dataset=dataset(examples, seed=2) if rows is None else rows,
         callbacks=list(callbacks),
     )
 

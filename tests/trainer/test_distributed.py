@@ -52,11 +52,17 @@ def resume_on_ranks(folder, mode, methods):
     }
 
 
+def resumes(engine):
+    """The mark of a test that resumes a GPT-2 exactly."""
+    method = "sigmaReparam and AdamW2"
+    return pytest.mark.parity(engine=engine, models=("GPT-2",), method=method, same=("resume",))
+
+
 @pytest.mark.parametrize(
     ("mode", "has_norms"),
     [
-        ("ddp", True),
-        ("FULL_STATE_DICT", True),
+        pytest.param("ddp", True, marks=resumes("DDP")),
+        pytest.param("FULL_STATE_DICT", True, marks=resumes("FSDP2")),
         ("SHARDED_STATE_DICT", True),
         ("ddp", False),
         ("FULL_STATE_DICT", False),

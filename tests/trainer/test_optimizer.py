@@ -458,22 +458,22 @@ def test_tau_auto_of_a_run_that_is_counted_in_epochs_and_resumed(tmp_path):
         return trainer
 
     whole = trained("whole")  # 2 epochs of 5 batches, linear
-    assert taus_of(whole) == {plan_tau(5.0)} == {0.1}
+    assert taus_of(whole) == {plan_tau(5.5)}
     trained("cut", callbacks=[Interrupt(4)])
     resumed = trained("cut", tmp_path / "cut" / "checkpoint-4")
     assert same_state(resumed.model, whole.model) and losses(resumed) == losses(whole)
 
-    with pytest.warns(UserWarning, match=r"goes on with tau=0\.1 .* and not with tau=0\.02318"):
+    with pytest.warns(UserWarning, match=r"goes on with tau=0\.06396 .* and not with tau=0\.01496"):
         longer = trained("cut", tmp_path / "cut" / "checkpoint-4", num_train_epochs=40,
                          callbacks=[Interrupt(6)])  # fmt: skip
-    assert taus_of(longer) == {0.1}
+    assert taus_of(longer) == taus_of(whole)
 
 
 def test_tau_auto_is_in_the_record_of_a_patched_model(tmp_path):
     model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
     make_trainer(model, tmp_path, optim="adamw2", optim_args="tau=auto", max_steps=2).train()
     settings = getattr(model, RECORD_ATTRIBUTE)["settings"]
-    assert settings["optimizer options"] == "tau=auto,which is 0.1"
+    assert settings["optimizer options"] == f"tau=auto,which is {plan_tau(1.5):.4g}"
 
 
 # Bad options
@@ -531,5 +531,5 @@ def test_hyperparameter_search(tmp_path):
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, hf_stable.AdamW2)
     assert {group["lr"] for group in optimizer.param_groups} <= {0.1, 0.0}
-    chosen = {"tau=0.003": 0.003, "tau=auto": 0.1}[trainer.args.optim_args]
+    chosen = {"tau=0.003": 0.003, "tau=auto": plan_tau(1.5)}[trainer.args.optim_args]
     assert taus_of(trainer) == {chosen}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_stable.commands.conventions import Debug, Json, examples
+from hf_stable.commands.conventions import Debug, Json, Wide, examples
 from hf_stable.commands.terminal import make_console, print_json
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def _bench(
     sequence: Annotated[
         int | None, typer.Option(min=1, help="Tokens per sequence; for --plan.")
     ] = None,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -65,7 +66,7 @@ def _bench(
         machine=machine,
         sequence=sequence,
     )
-    print_json(made.to_dict()) if as_json else print_plan(made)
+    print_json(made.to_dict()) if as_json else print_plan(made, make_console(wide=wide))
 
 
 BenchOutput = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
@@ -100,6 +101,7 @@ def _add(name: str, purpose: str) -> None:
         tiny: Annotated[
             bool, typer.Option(help="Small models: to try the benchmark itself.")
         ] = False,
+        wide: Wide = False,
         as_json: Json = False,
         debug: Debug = False,
     ) -> None:
@@ -107,7 +109,7 @@ def _add(name: str, purpose: str) -> None:
         benchmark, small = _benchmark(name)
         options = dict(
             output=output, only=only, device=device, seconds=seconds, threads=threads,
-            cpu_time=cpu_time, console=make_console(stderr=as_json),
+            cpu_time=cpu_time, console=make_console(stderr=as_json, wide=wide),
         )  # fmt: skip
         if rounds is not None:
             options["rounds"] = rounds
@@ -136,12 +138,14 @@ def _benchmark(name: str) -> tuple[Callable[..., list[Summary]], Any]:
 def scale(
     output: BenchOutput = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternated repetitions of every case.")] = 10,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check what --plan rests on: predict steps of this machine from others, and time them."""
     from hf_stable.commands.bench.scale import bench_scale
 
-    found = bench_scale(output=output, rounds=rounds, console=make_console(stderr=as_json))
+    console = make_console(stderr=as_json, wide=wide)
+    found = bench_scale(output=output, rounds=rounds, console=console)
     if as_json:
         print_json({"results": [asdict(each) | {"error": each.error} for each in found]})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.terminal import make_console, make_table, print_json
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps only: see that it works, claim nothing.")
     ] = False,
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -48,7 +49,7 @@ def demo(
     """
     from hf_stable.commands.demo.course import run_demo
 
-    console = make_console()
+    console = make_console(wide=wide)
 
     def announce(run: DemoRun) -> None:
         print(f"Training: {run.name}", file=sys.stderr, flush=True)

@@ -10,9 +10,12 @@ from transformers import TrainerCallback, TrainerState
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.optimizer import AdamW2
-from hf_stable.adamw2.planning import GROWTH
 
 __all__ = ["GrowthCheck"]
+
+
+ENOUGH_GROWTH = 10.0
+"""Times its size that a weight of a fresh layer, drawn from N(0, 0.02), often grows to."""
 
 
 class GrowthCheck(TrainerCallback):
@@ -41,10 +44,10 @@ class GrowthCheck(TrainerCallback):
         tau, planned = highest["tau"], highest["total_steps"]
         if planned:
             self.say(f"tau=auto is {tau:.4g}, for {planned:g} steps at the full rate")
-        elif (growth := steps * math.log1p(tau)) < math.log(GROWTH):
+        elif (growth := steps * math.log1p(tau)) < math.log(ENOUGH_GROWTH):
             self.say(
                 f"tau={tau:g} over {steps} steps lets no weight grow beyond "
                 f"{math.exp(growth):.2g} times its size, and a fresh head often has to grow "
-                f"{GROWTH:g} times. Give tau=auto or a larger tau (optim_args), or train for more "
-                "steps"
+                f"{ENOUGH_GROWTH:g} times. Give tau=auto or a larger tau (optim_args), or train "
+                "for longer"
             )

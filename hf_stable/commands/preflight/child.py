@@ -1,4 +1,4 @@
-"""One leg of a preflight in a process of its own: `python -m hf_stable.commands.preflight`.
+"""One leg of a preflight in a process of its own: `python -m ...preflight`, or forked from one.
 
 The script runs as it is. Its arguments are changed where they come into being, the leg's remedy is
 given to the first Trainer that trains, and the process ends where that training does.
@@ -6,7 +6,9 @@ given to the first Trainer that trains, and the process ends where that training
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_endin
 from hf_stable.commands.preflight.remedies import parse_remedy
 from hf_stable.trainer.changes import make, wrapping
 
-__all__ = ["PREFLIGHT", "main"]
+__all__ = ["PREFLIGHT", "main", "run_apart"]
 
 PREFLIGHT = "hf-stable preflight, in the processes of its legs"
 
@@ -53,6 +55,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     _order = Order(leg, settings, Path(given["folder"]))
     make(PREFLIGHT)
     run_script(settings.command)
+
+
+def run_apart(order: str, log: str) -> None:
+    """Run a leg in a forked process, as one that was started: in a session and a log of its own.
+
+    Args:
+        order: as `main` takes it.
+        log: file for what is printed.
+    """
+    os.setsid()
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(write_through=True)  # type: ignore[union-attr]  # no stand-in: see dup2
+    gc.freeze()  # what the server imported is nothing to collect
+    main([order])
 
 
 @wrapping(

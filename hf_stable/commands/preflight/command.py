@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
 from hf_stable.commands.launch.scripts import check_script
 from hf_stable.commands.terminal import make_console, make_table, print_json
 
@@ -69,6 +70,7 @@ def preflight(
     module: Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")] = (
         False
     ),
+    wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -82,8 +84,9 @@ def preflight(
     from hf_stable.commands.preflight.flying import DEFAULT_REMEDIES, PROBES, fly
     from hf_stable.commands.preflight.legs import Settings
     from hf_stable.commands.preflight.page import write_page
+    from hf_stable.commands.preflight.processes import LegFailed
     from hf_stable.commands.preflight.remedies import parse_remedies
-    from hf_stable.commands.preflight.running import LegFailed, Plan
+    from hf_stable.commands.preflight.running import Plan
     from hf_stable.report.page import require_page_packages
 
     command = (*(["-m"] if module else []), *(script or []))
@@ -105,7 +108,7 @@ def preflight(
     if as_json:
         print_json(result.to_dict() | {"page": str(page)})
     else:
-        _print_result(result, page)
+        _print_result(result, page, make_console(wide=wide))
     return SUCCESS if result.passed else NO
 
 
@@ -123,10 +126,9 @@ def _line(outcome: Outcome) -> str:
     return f"{outcome.leg.name}: {outcome.kind}{loss}{alarm}{reason}"
 
 
-def _print_result(result: PreflightResult, page: Path) -> None:
+def _print_result(result: PreflightResult, page: Path, console: Console) -> None:
     from hf_stable.commands.preflight.page import heat_map
 
-    console = make_console()
     columns, rows = heat_map(result.outcomes)
     table = make_table("remedy", *columns)
     for label, cells in rows:

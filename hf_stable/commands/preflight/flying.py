@@ -17,9 +17,10 @@ from hf_stable._wording import nearest
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, train_leg
 from hf_stable.commands.preflight.judging import Outcome
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
+from hf_stable.commands.preflight.processes import run_process
 from hf_stable.commands.preflight.remedies import parse_remedies
 from hf_stable.commands.preflight.result import PreflightResult, conclude
-from hf_stable.commands.preflight.running import Plan, Runner, run_legs, run_process
+from hf_stable.commands.preflight.running import Plan, Runner, run_legs
 from hf_stable.measures.loss_curves import FEWEST
 
 __all__ = ["DEFAULT_RATES", "DEFAULT_REMEDIES", "RESULT_FILE", "fly", "preflight"]

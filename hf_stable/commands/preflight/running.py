@@ -1,4 +1,4 @@
-"""Which legs of a preflight are run, in which order, and in which processes.
+"""Which legs of a preflight are run, and in which order.
 
 The run as planned comes first: what it is decides which remedies make sense. Then each remedy under
 each seed is a chain of rates from below; where a leg of it is lost, the rates above are not run.
@@ -6,45 +6,20 @@ each seed is a chain of rates from below; where a leg of it is lost, the rates a
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from hf_stable._json import to_json
 from hf_stable.commands.preflight.judging import Outcome, judge_leg
 from hf_stable.commands.preflight.legs import Leg, Settings, read_ending
 from hf_stable.commands.preflight.remedies import NONE, Remedy
 
-__all__ = ["LegFailed", "Plan", "Runner", "run_legs", "run_process"]
+__all__ = ["Plan", "Runner", "run_legs"]
 
 FINEST = 1.5
 """A bisection ends where the rate that is lost is at most this many times one that is not."""
-
-PATIENCE = 0.2
-"""Seconds after which a waiting thread looks whether it is to stop."""
-
-TAIL = 30
-"""Lines of a failed leg's output that its error quotes."""
-
-
-class LegFailed(ValueError):  # noqa: N818  # "failed" says it
-    """A leg ended in an error that is not the loss's: out of memory, an error of the script.
-
-    Attributes:
-        output: the end of what the leg printed, or "".
-    """
-
-    def __init__(self, message: str, output: str = "") -> None:
-        """Keep the output apart from the message, which is one sentence."""
-        super().__init__(message)
-        self.output = output
 
 
 @dataclass(frozen=True)
@@ -171,76 +146,3 @@ def _bisect(
             return
         middle = float(f"{(first_bad * max(good)) ** 0.5:.3g}")
         known[middle] = do(Leg(remedy, middle, seed))
-
-
-def run_process(settings: Settings) -> Runner:
-    """Return what runs a leg as one more start of the user's own script.
-
-    What it prints goes to `output.log` in the leg's folder.
-    """
-
-    def run(leg: Leg, folder: Path, stopped: threading.Event) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stability.jsonl").unlink(missing_ok=True)  # of a leg that was cut short
-        order = {
-            "remedy": leg.remedy.name,
-            "factor": leg.factor,
-            "seed": leg.seed,
-            "settings": asdict(settings),
-            "folder": str(folder.resolve()),
-        }
-        launcher = settings.launcher or (sys.executable,)
-        command = [*launcher, "-m", "hf_stable.commands.preflight", to_json(order)]
-        log = folder / "output.log"
-        with log.open("wb") as output:
-            try:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise LegFailed(
-                    f"cannot start {launcher[0]!r}: {error.strerror}; --launcher takes the words "
-                    'before "-m", such as "torchrun --nproc-per-node 8"'
-                ) from error
-            code = _wait_for(process, stopped)
-        if read_ending(folder, leg.key(settings)) is None:
-            raise _failure(leg, settings, log, code)
-
-    return run
-
-
-def _wait_for(process: subprocess.Popen[bytes], stopped: threading.Event) -> int:
-    """Wait for a leg; an interrupt, or another leg's failure, ends it with all that it started."""
-    try:
-        while not stopped.is_set():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(PATIENCE)
-        raise KeyboardInterrupt
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        raise
-
-
-def _failure(leg: Leg, settings: Settings, log: Path, code: int) -> LegFailed:
-    what = " ".join(settings.command[:2] if settings.command[0] == "-m" else settings.command[:1])
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if code == 0:
-        return LegFailed(
-            f"{what} ended without training a transformers Trainer, so there is nothing to judge; "
-            f"its output is in {log}"
-        )
-    return LegFailed(
-        f"{what} ended with code {code} in the leg {leg.name!r}, for a reason that says nothing "
-        f"about its rate; its output is in {log}",
-        "\n".join(lines[-TAIL:]),
-    )

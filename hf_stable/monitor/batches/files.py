@@ -93,6 +93,7 @@ class BatchFolder:
         whole = to_json({**about, "values": values, "left_out": left_out})
         with unfinished(self.path / name) as partial:
             save_file(tensors, partial, metadata={BATCH_KEY: whole})
+            partial.chmod(0o600)  # data may be private
         return num_bytes
 
     def _own_files(self) -> list[Path]:

@@ -7,12 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_stable.commands.main import BAD_INPUT, main
+from hf_stable.commands.preflight.legs import Leg, Settings
+from hf_stable.commands.preflight.processes import can_fork, run_process
+from hf_stable.commands.preflight.remedies import parse_remedy
 
 SCRIPT = """
 import sys
@@ -109,6 +115,37 @@ def test_it_runs_under_a_launcher():
     assert {end["ending"]["steps"] for end in ends.values()} == {20} and len(ends) == 2
 
 
+def _target(link):
+    try:
+        return os.readlink(link)
+    except OSError:  # the process, or the file, is closed
+        return ""
+
+
+@pytest.mark.slow
+def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path):
+    settings = Settings(("train.py", *ARGUMENTS), 20, 5)
+    assert can_fork(settings) != torch.accelerator.is_available()
+    assert not can_fork(replace(settings, launcher=("torchrun",)))
+
+    def flown(name, leg, forks):
+        folder = tmp_path / name
+        run_process(settings, forks=forks)(leg, folder, threading.Event())
+        state = json.loads((folder / "trainer_state.json").read_text())
+        probes = [json.loads(line) for line in (folder / "stability.jsonl").open()]
+        return (
+            [(r["loss"], r["grad_norm"]) for r in state["log_history"] if "loss" in r],
+            [probe["quantities"] for probe in probes if probe["event"] == "probe"],
+        )
+
+    leg = Leg(parse_remedy("adamw2+sigma_reparam"), 1.0)
+    started, forked = (flown(str(forks), leg, forks) for forks in (False, True))
+    assert forked == started and len(started[0]) == 20 and len(started[1]) > 4
+    assert flown("other", Leg(leg.remedy, 1.0, seed=1), True) != started
+    # The server itself has not been changed by the legs that came from it.
+    assert flown("again", leg, True) == started
+
+
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
     process = subprocess.Popen(
@@ -124,9 +161,9 @@ def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
     assert process.returncode == 130, said
     kept = legs()
     assert 1 <= len(kept) < 7
-    marker = str(Path("preflight-output").resolve())
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert marker not in running
+    folder = str(Path("preflight-output").resolve())
+    opened = map(_target, Path("/proc").glob("[0-9]*/fd/*"))
+    assert not [path for path in opened if path.startswith(folder)]  # each leg has its log open
 
 
 @pytest.mark.slow
