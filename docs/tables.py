@@ -21,7 +21,7 @@ from parity_rows import ASPECTS, read_rows
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.monitor import terms
 from hf_stable.trainer.changes import ON_IMPORT
-from recipes.evidence import lateness
+from recipes.evidence import lateness, tau
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +49,11 @@ def monitored() -> list[str]:
 def late() -> list[str]:
     """Return how late sigma was in training."""
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+def short_runs() -> list[str]:
+    """Return what short runs came to under fixed and derived values of tau."""
+    return tau.table(json.loads(tau.RESULTS.read_text())["reported"])
 
 
 def parity() -> list[str]:
@@ -119,6 +124,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "models": ("docs/guides/supported-models.md", models),
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),
+    "short-runs": ("hf_stable/adamw2/README.md", short_runs),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

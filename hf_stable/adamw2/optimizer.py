@@ -1,13 +1,14 @@
 """AdamW2: AdamW that never moves a weight by more than tau times its own spectral norm.
 
 "Taming Transformer Without Using Learning Rate Warmup" (Qi et al., ICLR 2025; AdamW^2 there).
-The optimizer's options, state and bad input; the maths is in `rule`.
+The optimizer's options, state and bad input; the maths is in `rule`. It is longer than other files
+by what users read here: what each option means.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,14 @@ from hf_stable.adamw2.options import (
     check_options,
     parts_options,
     refuse_flattened,
+)
+from hf_stable.adamw2.partitions import (
+    Partition,
+    matrices_of_state,
+    rates_of,
+    restore_matrices,
+    step_partition,
+    without_matrices,
 )
 from hf_stable.adamw2.planning import AUTO, DEFAULT_TAU, choose_tau, note_other_plan
 from hf_stable.adamw2.rule import adam_step, update
@@ -127,6 +136,9 @@ class AdamW2(Optimizer):
         )
         check_options(defaults)
         self._workspaces: Workspaces = {}
+        self._partitions: dict[Tensor, Partition] = {}
+        self._own_workspaces: dict[Tensor, Workspaces] = {}
+        self._last_rates: dict[Tensor, Tensor | None] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,14 +179,17 @@ class AdamW2(Optimizer):
 
         Raises:
             RuntimeError: for a sparse gradient.
-            ValueError: if the parameters were replaced by flattened ones (DeepSpeed ZeRO, FSDP1),
-                or those of a group with `lora_scale` cannot be stepped together. Either is raised
-                before anything has moved.
+            ValueError: if the parameters were replaced by flattened ones that `partition` was not
+                told of (FSDP1), or those of a group with `lora_scale` cannot be stepped together.
+                Either is raised before anything has moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._partitions:
+            self._step_partitions()
+            return loss
         everything: list[Weight] = []
         plain: list[list[Weight]] = []
         ruled: list[Weight] = []
@@ -199,6 +214,39 @@ class AdamW2(Optimizer):
         update(ruled, self._workspaces)
         update_adapters(adapters)
         return loss
+
+    def partition(self, partitions: Mapping[Tensor, Partition]) -> None:
+        """Say what the flat tensors are made of that an engine puts in the place of parameters.
+
+        From here on, `step` takes those of them that are in the groups. Every process that shares
+        one has to call it with its part, and to step the groups in the same order.
+
+        Args:
+            partitions: by flat tensor.
+
+        Raises:
+            ValueError: if a group sets `lora_scale`, which needs whole factors.
+        """
+        if any(group["lora_scale"] is not None for group in self.param_groups):
+            raise ValueError(
+                "lora_scale needs whole factors, and these are cut into flat partitions: train "
+                "LoRA's factors each by its own norm (lora='factors'), or use DDP"
+            )
+        self._partitions = dict(partitions)
+
+    def _step_partitions(self) -> None:
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    if flat not in self._partitions:
+                        refuse_flattened(flat, replaced=True)
+                    own = self._own_workspaces.setdefault(flat, {})
+                    self._last_rates[flat] = step_partition(
+                        flat, self.state[flat], group, self._partitions[flat], own
+                    )
+            lr = group["lr"]
+            if group["params"]:
+                group["last_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
 
     def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
         """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
@@ -226,6 +274,12 @@ class AdamW2(Optimizer):
             one per part, for a fused weight. Parameters never stepped are left out.
         """
         rates: dict[Any, float | list[float]] = {}
+        for flat, partition in self._partitions.items():
+            group = self.param_groups[partition.group]
+            if flat in self._last_rates:
+                rates |= rates_of(partition, self._last_rates[flat], group)
+        if self._partitions:
+            return rates
         for group in self.param_groups:
             for name, param in zip(
                 group.get("param_names", group["params"]), group["params"], strict=True
@@ -254,14 +308,20 @@ class AdamW2(Optimizer):
                 of another optimizer, of Adam with weight decay in the gradient, or with `amsgrad`.
         """
         entries: Entries = []
+        matrices: dict[Tensor, Any] = {}
 
         def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            if self._partitions:
+                matrices.update(matrices_of_state(given, self.param_groups))
+                return without_matrices(given)
             parted = self._as_parted(given)
             prepared, entries[:] = prepare_loaded(parted, self.param_groups, tuple(self.defaults))
             note_other_plan(parted["param_groups"], self.param_groups)
             return prepared
 
         def after(_: Optimizer) -> None:
+            if self._partitions:
+                restore_matrices(self.state, matrices, self._partitions)
             for param, entry in entries:
                 restore_state(self.state[param], entry, param)
 
@@ -285,7 +345,8 @@ class AdamW2(Optimizer):
         super().__setstate__(state)
         # torch comes here after loading too, when the parameters may have been replaced.
         self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
-        self.__dict__.setdefault("_workspaces", {})
+        for name in ("_workspaces", "_partitions", "_own_workspaces", "_last_rates"):
+            self.__dict__.setdefault(name, {})
 
 
 def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:

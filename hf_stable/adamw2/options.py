@@ -245,9 +245,11 @@ def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
     """
     if replaced or hasattr(param, "ds_id") or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
-            "AdamW2 needs whole weight matrices, and these parameters were flattened or replaced "
-            "(DeepSpeed ZeRO and FSDP1 do that): use DDP, ZeroRedundancyOptimizer or FSDP2's "
-            "fully_shard"
+            "AdamW2 needs to know the weight matrices, and these parameters were flattened or "
+            "replaced. FSDP1 does that: use FSDP2's fully_shard, DDP or DeepSpeed. DeepSpeed "
+            "ZeRO-3 does it to a model that is made after TrainingArguments with its config, or in "
+            "deepspeed.zero.Init: make it before, and import deepspeed before the optimizer is "
+            "built"
         )
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import local_tensor
 from hf_stable.adamw2.weights import MOMENTS, Weight
 from hf_stable.kernels.choosing import Workspaces, step_by_kernels
+from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrices import (
     MatrixShard,
     spectral_dtype,
@@ -33,6 +34,9 @@ __all__ = [
     "update",
 ]
 
+Held = Tensor | FlatRange
+"""A weight, or a tensor laid out like it, wherever its entries are."""
+
 COLD_ITERATIONS = 10
 """Power iterations at the first step of a weight, whose vectors start from nothing."""
 
@@ -48,7 +52,7 @@ GPU_BATCH_NUMEL = 1 << 26
 
 
 def adam_step(
-    weights: list[Weight], targets: list[Tensor], *, lr: float | Tensor, weight_decay: float
+    weights: list[Weight], targets: Sequence[Held], *, lr: float | Tensor, weight_decay: float
 ) -> None:
     """Move the moments and take a plain AdamW step on `targets`, in place.
 
@@ -67,7 +71,7 @@ def adam_step(
     relaid = []
     for weight, target in zip(weights, targets, strict=True):
         first, second = (local_tensor(weight.state[key]) for key in MOMENTS)
-        grad, entries = local_tensor(weight.grad).detach(), local_tensor(target).detach()
+        grad, entries = local_tensor(weight.grad).detach(), _here(target)
         # The fused kernel walks all tensors of a weight in the order of their memory.
         if grad.stride() != first.stride():
             grad = torch.empty_like(first).copy_(grad)
@@ -116,11 +120,13 @@ def update(weights: list[Weight], workspaces: Workspaces) -> None:
         weights: with their state prepared.
         workspaces: what the kernels keep from step to step.
     """
-    work = list(_batches(step_by_kernels(weights, workspaces)))
+    flat = [weight for weight in weights if isinstance(weight.param, FlatRange)]
+    whole = [weight for weight in weights if not isinstance(weight.param, FlatRange)]
+    work = list(_batches(step_by_kernels(whole, workspaces) + flat))
     sizes: defaultdict[Any, int] = defaultdict(int)
     for (first, *others), *_ in work:
-        key, numel = (first.param.device, first.param.dtype), first.param.numel()
-        if not isinstance(first.param, DTensor):
+        if not first.is_spread:
+            key, numel = (first.param.device, first.param.dtype), first.param.numel()
             sizes[key] = max(sizes[key], numel * (1 + len(others)))
     workspace = {key: torch.empty(size, device=key[0], dtype=key[1]) for key, size in sizes.items()}
     for together in work:
@@ -137,7 +143,7 @@ def _batches(weights: list[Weight]) -> Iterator[list[list[Weight]]]:
     whole: dict[Any, list[Weight]] = {}
     for weight in weights:
         param = weight.param
-        first = weight.matrices(param)[0] if isinstance(param, DTensor) else None
+        first = weight.matrices(param)[0] if weight.is_spread else None
         if isinstance(first, MatrixShard):
             sharded[first.groups].setdefault((id(weight.group), param.dtype), []).append(weight)
             continue
@@ -171,10 +177,15 @@ def _step_batch(together: list[list[Weight]], workspace: dict[Any, Tensor]) -> N
         move(weights, own_targets, rates)
 
 
-def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[Tensor]:
+def _zero_targets(weights: list[Weight], workspace: dict[Any, Tensor]) -> list[Held]:
     """Return zeros laid out like the moments of each weight, in the workspace unless sharded."""
-    if isinstance(weights[0].param, DTensor):
-        return [torch.zeros_like(weight.param) for weight in weights]
+    if weights[0].is_spread:
+        return [
+            replace(param, local=torch.zeros_like(param.local))
+            if isinstance(param, FlatRange)
+            else torch.zeros_like(param)
+            for param in (weight.param for weight in weights)
+        ]
     layouts = [weight.state["exp_avg"] for weight in weights]
     space = workspace[layouts[0].device, layouts[0].dtype]
     size = layouts[0].numel()
@@ -197,7 +208,7 @@ def target_scale(weight: Weight) -> float:
 
 
 def _spectral_norms(
-    together: list[list[Weight]], targets: list[list[Tensor]]
+    together: list[list[Weight]], targets: list[list[Held]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Move the power vectors; return sigma1 of all matrices, of weights and of targets."""
     weights = [weight for part in together for weight in part]
@@ -262,11 +273,11 @@ def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tens
         weight.state["effective_lr"] = torch.zeros_like(size)
 
 
-def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
+def move(weights: list[Weight], targets: Sequence[Held], rates: Tensor) -> None:
     """Step the matrices of weights of one group towards their targets, in place."""
     decay = weights[0].group["weight_decay"]
-    owned = [local_tensor(weight.param).detach() for weight in weights]
-    towards = [local_tensor(target).detach() for target in targets]
+    owned = [_here(weight.param) for weight in weights]
+    towards = [_here(target) for target in targets]
     by_weight = rates.split([weight.num_parts for weight in weights])
     if target_scale(weights[0]) != 1.0 and weights[0].parts.is_whole:
         torch._foreach_lerp_(owned, towards, list((rates * decay).unbind()))
@@ -280,3 +291,8 @@ def move(weights: list[Weight], targets: list[Tensor], rates: Tensor) -> None:
         moved.mul_(1 - rate * decay).addcmul_(target.to(rate.dtype), rate)
         if moved is not own:
             own.copy_(moved)
+
+
+def _here(held: Held) -> Tensor:
+    """Return the entries of a weight, or of what is laid out like it, that this process holds."""
+    return (held.local if isinstance(held, FlatRange) else local_tensor(held)).detach()

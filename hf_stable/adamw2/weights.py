@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrices import MatrixShard, matrices_of, shapes_of, spectral_dtype
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import generic_vector
@@ -30,9 +32,12 @@ narrower part's are followed by zeros); whether it is exempt and its last rate, 
 
 @dataclass(slots=True)
 class Weight:
-    """A parameter with its gradient, its state, the options of its group, and its parts."""
+    """A parameter with its gradient, its state, the options of its group, and its parts.
 
-    param: Tensor
+    The parameter is a tensor, or the `FlatRange` of one that is cut into flat partitions.
+    """
+
+    param: Any
     grad: Tensor
     state: dict[str, Tensor]
     group: dict[str, Any]
@@ -43,8 +48,15 @@ class Weight:
         """How many matrices the parameter stands for."""
         return len(shapes_of(self.param.shape, self.parts))
 
-    def matrices(self, tensor: Tensor) -> list[Tensor | MatrixShard]:
+    @property
+    def is_spread(self) -> bool:
+        """Whether other processes hold entries of the parameter, or may hold some."""
+        return isinstance(self.param, DTensor | FlatRange)
+
+    def matrices(self, tensor: Tensor | FlatRange) -> list[Tensor | MatrixShard]:
         """Return the matrices of a tensor that is laid out like the parameter, to be read."""
+        if isinstance(tensor, FlatRange):
+            return matrices_of(tensor, self.parts)
         return matrices_of(tensor.reshape(1) if tensor.ndim == 0 else tensor, self.parts)
 
     def vectors(self, key: str) -> list[Tensor]:

@@ -24,6 +24,7 @@ from hf_stable.checkpoints.fsdp_shards import (
     save_folded,
 )
 from hf_stable.checkpoints.pairing import pair_layers
+from hf_stable.checkpoints.pickled_weights import find_pickled, read_pickled
 from hf_stable.checkpoints.processing_files import DESCRIPTIONS, PROCESSING_FILES, copy_files
 from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WeightFiles, open_sidecar, open_weights
@@ -65,6 +66,9 @@ def fold_checkpoint(
     Removed LayerNorms stay removed: raw weights without them are refused, for the config beside
     them would bring them back.
 
+    Where there is a `pytorch_model.bin` alone (DeepSpeed's `zero_to_fp32.py` and
+    `save_16bit_model`), it is read as tensors and nothing else, and needs the memory that it takes.
+
     What FSDP saved in shards (SHARDED_STATE_DICT) is put together, patched or not, in the memory
     that one copy of the weights takes. It has no config of its own.
 
@@ -102,6 +106,8 @@ def fold_checkpoint(
         partial.mkdir()
         if shards is not None and config is not None:
             num_layers = save_folded(read_distributed(shards), config, partial)
+        elif pickled := find_pickled(source):
+            num_layers = save_folded(read_pickled(pickled), str(source), partial)
         else:
             num_layers = _fold_files(source, partial)
         if shards != source:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import local_tensor
+from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrix_shards import MatrixShard, is_shared, shards_of, take_held
 from hf_stable.measures.parts import WHOLE, Parts
 
@@ -74,13 +75,14 @@ def local_matrices(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor]:
     return parts.matrices(weight if parts.stacked else as_matrix(weight))
 
 
-def matrices_of(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor | MatrixShard]:
+def matrices_of(weight: Tensor | FlatRange, parts: Parts = WHOLE) -> list[Tensor | MatrixShard]:
     """Return the matrices that a weight stands for, wherever its rows and columns are kept.
 
     Args:
         weight: a plain tensor as for `local_matrices`, or a DTensor that is replicated or sharded
             along any of its dimensions, over a mesh of any number of dimensions (FSDP2, HSDP,
-            tensor parallelism, expert parallelism, and two of them together).
+            tensor parallelism, expert parallelism, and two of them together); or a range of its
+            flat entries (DeepSpeed ZeRO).
         parts: where its matrices lie.
 
     Returns:
@@ -91,6 +93,12 @@ def matrices_of(weight: Tensor, parts: Parts = WHOLE) -> list[Tensor | MatrixSha
         ValueError: for a DTensor whose values are still to be summed over processes, or a weight
             that cannot be cut like this.
     """
+    if isinstance(weight, FlatRange):
+        return (
+            list(weight.shards(parts))
+            if weight.is_shared
+            else list(local_matrices(weight.whole().detach(), parts))
+        )
     if isinstance(weight, DTensor) and is_shared(weight):
         return list(shards_of(weight, parts))
     return list(local_matrices(local_tensor(weight).detach(), parts))
@@ -110,7 +118,7 @@ def shapes_of(shape: Sequence[int], parts: Parts = WHOLE) -> list[tuple[int, int
     return parts.shapes(shape if parts.stacked else (shape[0], prod(shape[1:])))
 
 
-def spread_values(values: Tensor, weight: Tensor, parts: Parts) -> Tensor:
+def spread_values(values: Tensor, weight: Tensor | FlatRange, parts: Parts) -> Tensor:
     """Spread one value for each matrix over what this process holds of a weight.
 
     Args:
@@ -122,6 +130,8 @@ def spread_values(values: Tensor, weight: Tensor, parts: Parts) -> Tensor:
         0-d for one matrix, else a tensor that broadcasts with the local part of the weight.
     """
     spread = parts.spread(values, weight.shape)
+    if spread.ndim and isinstance(weight, FlatRange):
+        return weight.take(spread)
     if spread.ndim and isinstance(weight, DTensor) and is_shared(weight):
         return take_held(spread, weight)
     return spread

@@ -249,12 +249,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        if parameter.numel() == 0:
+        # A model may have empty parameters of its own: DINOv3 without register tokens.
+        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model. "
-                "Patch it before deepspeed.initialize or the Trainer's training, and make or load "
-                "it before TrainingArguments with a stage 3 config are (and outside of "
-                "deepspeed.zero.Init), which partition it from the start"
+                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model, "
+                "as it does to all that is loaded after TrainingArguments with such a config. Call "
+                "hf_stable.patch inside of deepspeed.zero.GatheredParameters("
+                "list(model.parameters())), before the training begins"
             )
     sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:

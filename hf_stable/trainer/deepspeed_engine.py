@@ -18,16 +18,19 @@ from torch.optim import Optimizer
 from hf_stable._late_changes import ask_for_late_changes
 from hf_stable._ranks import values_of_all_ranks
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.steps import check_gammas, rate_is_zero, refresh
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.trainer.changes import make, wrapping
+from hf_stable.trainer.deepspeed_partitions import given_groups, held_of, partition_optimizer
 from hf_stable.trainer.deepspeed_settings import read_settings, refuse_unfit_settings
 
 __all__ = ["ON_DEEPSPEED", "follow_deepspeed"]
 
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
+_EXACT = (torch.float32, torch.float64)
 _MARK = "_hf_stable_follows"
 
 ON_DEEPSPEED = "import hf_stable, once deepspeed is imported"
@@ -78,10 +81,18 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         _refuse_other_engines(engine)
         own = [layer for _, layer in layers]
         check_gammas(own, _given_groups(optimizer, given.get("model_parameters"), settings))
+    given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
     setattr(engine, _MARK, True)
-    for _, layer in layers:
-        settle(layer)  # bfloat16 has rounded the weights
+    if given_to_adamw2 is not None and engine.zero_optimization():
+        partition_optimizer(engine, given_to_adamw2)
+    own = [layer for _, layer in layers]
+    if engine.zero_optimization_partition_weights():
+        if any(layer.weight.dtype not in _EXACT for layer in own):
+            refresh(own, weights=_partitions(own))
+    else:
+        for layer in own:
+            settle(layer)  # bfloat16 has rounded the weights
 
 
 @wrapping(
@@ -103,8 +114,13 @@ def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
     # An optimizer that steps the model's own weights (stage 0 in float32) has refreshed already.
     by_engine = engine.optimizer is not engine.basic_optimizer
     if by_engine and not rests and engine.was_step_applied():
-        refresh(layers)
+        partitioned = engine.zero_optimization_partition_weights()
+        refresh(layers, weights=_partitions(layers) if partitioned else None)
     return result
+
+
+def _partitions(layers: Sequence[SigmaLayer]) -> list[FlatRange]:
+    return [held_of(layer.weight) for layer in layers]
 
 
 @wrapping(

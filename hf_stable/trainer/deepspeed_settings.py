@@ -94,8 +94,15 @@ def _unfit(settings: Settings, uses_adamw2: bool) -> Iterator[tuple[str, str]]:
             "zero_quantized_weights",
             "the forward computes with other weights than those that sigma is of. Leave it out",
         )
-    if zero.get("stage") == 3:
-        yield "stage 3", "weights are partitioned. Use stage 1 or 2"
+    accumulated = (settings.get("data_types") or {}).get("grad_accum_dtype")
+    if uses_adamw2 and zero.get("stage") == 1 and accumulated in ("fp32", "float32"):
+        yield (
+            'stage 1 and "grad_accum_dtype": "fp32"',
+            "DeepSpeed has another optimizer for that, whose partitions are not followed. Use "
+            "stage 2",
+        )
+    if uses_adamw2 and zero.get("round_robin_gradients"):
+        yield "round_robin_gradients", "its partitions are in another order. Leave it out"
     offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     if uses_adamw2 and offload and settings.get("zero_force_ds_cpu_optimizer", True):
         yield (

@@ -66,7 +66,6 @@ def optimizer_name(value: str) -> OptimizerNames:
 
 def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, Any]]:
     """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
-    _refuse_deepspeed(context.args)
     options = parse_options(context.optim_args)
     arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
     if arguments.get("tau") == AUTO:
@@ -90,15 +89,6 @@ def _total_steps(args: Any) -> float:
             "number for tau"
         )
     return steps_at_full_rate(args, steps)
-
-
-def _refuse_deepspeed(args: Any) -> None:
-    """Raise ValueError where TrainingArguments ask for DeepSpeed, whose parameters are flat."""
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            'optim="adamw2" does not work with DeepSpeed ZeRO: it flattens the parameters, so '
-            "there are no matrices to take a spectral norm of. Use FSDP2 or DDP"
-        )
 
 
 @wrapping(

@@ -6,6 +6,7 @@ All runs on ranks share two processes, whose imports would cost more than the tr
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import TrainerCallback
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.sidecar import read_state
+from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
 
@@ -40,8 +42,22 @@ CASES = {
     "bert-2": dict(stage=2),
     "llama-1": dict(stage=1),
     "gpt2-1-offload": dict(stage=1, offload_optimizer={"device": "cpu"}),
+    "gpt2-3": dict(stage=3),
+    "vit-3": dict(stage=3),
+    "llama-3": dict(stage=3),
 }
 """Runs whose losses are those of one process, by model, stage and what else is asked for."""
+
+ADAMW2 = {
+    "gpt2-1": dict(stage=1),
+    "gpt2-3": dict(stage=3),
+    "vit-2": dict(stage=2),
+    "llama-3": dict(stage=3),
+    "gpt2-2-offload": dict(stage=2, offload_optimizer={"device": "cpu"}),
+}
+"""The same under AdamW2, which bounds each weight of the flat partitions."""
+
+UNDER_ADAMW2 = dict(optim="adamw2", optim_args="tau=0.004")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +70,11 @@ def environment():
 
 def settings(precision="fp32", **zero):
     """A DeepSpeed config that leaves to the Trainer what it can."""
+    if zero["stage"] == 3:  # however small, a parameter is partitioned; folders have all weights
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     config = {
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
@@ -88,13 +109,22 @@ def train(name, folder, world=1, model=None, resume=None, **options):
 
 def digest(model):
     """A digest of what every rank has to agree on."""
-    tensors = [
-        getattr(layer, part).detach().float()
-        for _, layer in sigma_layers(model)
-        for part in ("gamma", "sigma", "sigma_u", "sigma_v")
-    ]
+    tensors = []
+    for _, layer in sigma_layers(model):
+        with whole(layer):
+            tensors += [
+                getattr(layer, part).detach().float().clone()
+                for part in ("gamma", "sigma", "sigma_u", "sigma_v")
+            ]
     numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(numbers).hexdigest()
+
+
+def whole(layer):
+    """Have the parameters of a layer whole, where ZeRO-3 has partitioned them."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(layer.parameters()))
 
 
 def same_on_ranks(model):
@@ -105,11 +135,12 @@ def same_on_ranks(model):
 
 def largest_error(model):
     """The largest relative error of a sigma against `u.T W v` of the weights as they are."""
-    errors = [
-        sigma_of(layer.weight.detach(), layer.sigma_u, layer.sigma_v, layer.parts) / layer.sigma - 1
-        for _, layer in sigma_layers(model)
-    ]
-    return torch.cat(errors).abs().max().item()
+    worst = 0.0
+    for _, layer in sigma_layers(model):
+        with whole(layer), torch.no_grad():
+            now = sigma_of(layer.weight, layer.sigma_u, layer.sigma_v, layer.parts)
+        worst = max(worst, (now / layer.sigma - 1).abs().max().item())
+    return worst
 
 
 class RemembersStart(TrainerCallback):
@@ -123,7 +154,7 @@ class RemembersStart(TrainerCallback):
 def on_ranks(folder):
     """Every run of this file, one after the other on the same two processes."""
     world = dist.get_world_size()
-    found: dict = {"parity": {}}
+    found: dict = {"parity": {}, "adamw2": {}}
     for case, zero in CASES.items():
         trainer = train(
             case.partition("-")[0], folder / case, world, deepspeed=settings(**zero),
@@ -132,21 +163,40 @@ def on_ranks(folder):
         found["parity"][case] = {
             "losses": losses_of(trainer),
             "engine": type(trainer.deepspeed.optimizer).__name__,
+            "partitioned": all(not p.numel() for p in trainer.model.parameters()),
             "same": same_on_ranks(trainer.model),
         }
-    found["bf16"] = continued_in_bfloat16(folder / "bf16", world)
+    for case, zero in ADAMW2.items():
+        trainer = train(
+            case.partition("-")[0], folder / f"adamw2-{case}", world, deepspeed=settings(**zero),
+            **UNDER_ADAMW2,
+        )  # fmt: skip
+        found["adamw2"][case] = {
+            "losses": losses_of(trainer), "rates": adamw2_of(trainer).effective_lr(),
+        }  # fmt: skip
+    found["bf16"] = {
+        stage: continued_in_bfloat16(folder / f"bf16-{stage}", world, stage) for stage in (2, 3)
+    }
     found["skipped"] = overflowing(folder / "skipped", world)
     found["cpu"] = time.process_time()
     return found
+
+
+def adamw2_of(trainer):
+    """The optimizer inside all wrappers."""
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, hf_stable.AdamW2):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def losses_of(trainer):
     return {r["step"]: r["loss"] for r in trainer.state.log_history if "loss" in r}
 
 
-def continued_in_bfloat16(folder, world):
+def continued_in_bfloat16(folder, world, stage):
     """Steps with float32 masters under dropout, and half of them again from a checkpoint."""
-    options = dict(deepspeed=settings("bf16", stage=2), bf16=True)
+    options = dict(deepspeed=settings("bf16", stage=stage), bf16=True, **UNDER_ADAMW2)
     whole = train(
         "gpt2", folder / "whole", world, make_model("gpt2", dropout=True),
         save_strategy="steps", save_steps=STEPS // 2, **options,
@@ -195,15 +245,42 @@ def alone(tmp_path_factory):
     return {name: losses_of(train(name, folder / name)) for name in sorted(names)}
 
 
+@pytest.fixture(scope="module")
+def alone_under_adamw2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adamw2")
+    found = {}
+    for name in sorted({case.partition("-")[0] for case in ADAMW2}):
+        trainer = train(name, folder / name, **UNDER_ADAMW2)
+        found[name] = losses_of(trainer), adamw2_of(trainer).effective_lr()
+    return found
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_losses_are_those_of_one_process(case, ran, alone):
     found, expected = ran[0]["parity"][case], alone[case.partition("-")[0]]
     assert ("ZeroOptimizer" in found["engine"]) == (CASES[case]["stage"] > 0)
+    assert found["partitioned"] == (CASES[case]["stage"] == 3)
     assert found["same"]
     assert list(found["losses"]) == list(expected) == list(range(1, STEPS + 1))
     for step, loss in expected.items():
         assert found["losses"][step] == pytest.approx(loss, rel=1e-5, abs=1e-5)
     assert max(expected.values()) - min(expected.values()) > 1e-3
+
+
+@pytest.mark.parametrize("case", ADAMW2)
+def test_adamw2_steps_as_in_one_process(case, ran, alone_under_adamw2):
+    found = ran[0]["adamw2"][case]
+    losses, rates = alone_under_adamw2[case.partition("-")[0]]
+    for step, loss in losses.items():
+        assert found["losses"][step] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert found["rates"].keys() == rates.keys()
+    for name, rate in rates.items():
+        assert found["rates"][name] == pytest.approx(rate, rel=1e-3), name
+    # The rule binds: what is exempt has the rate of the schedule, and matrices have less.
+    every = [
+        each for rate in rates.values() for each in (rate if isinstance(rate, list) else [rate])
+    ]
+    assert min(every) < 0.5 * max(every)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("offload")])
@@ -223,8 +300,10 @@ def test_checkpoints_are_plain_folders(case, ran):
         assert not torch.allclose(plain(**batch).logits, start(**batch).logits, atol=1e-3)
 
 
-def test_bfloat16_with_float32_masters_resumes_exactly(ran):
-    found, folder = ran[0]["bf16"], ran[1] / "bf16" / "whole" / f"checkpoint-{STEPS}"
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bfloat16_with_float32_masters_resumes_exactly(stage, ran):
+    found, folder = ran[0]["bf16"][stage], ran[1] / f"bf16-{stage}" / "whole"
+    folder /= f"checkpoint-{STEPS}"
     assert found["dtypes"] == ["torch.bfloat16"]
     assert found["same"] and found["state"]
     half = {step: loss for step, loss in found["whole"].items() if step > STEPS // 2}
@@ -239,6 +318,24 @@ def test_bfloat16_with_float32_masters_resumes_exactly(ran):
     assert (folder / SIDECAR_FILE).is_file()
     plain = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype="auto")
     assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("case", "safe"), [("gpt2-3", False), ("llama-3", True)])
+def test_what_zero_to_fp32_writes_is_folded(case, safe, ran, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+    checkpoint = ran[1] / case / f"checkpoint-{STEPS}"
+    raw, plain = tmp_path / "raw", tmp_path / "plain"
+    convert_zero_checkpoint_to_fp32_state_dict(checkpoint, raw, safe_serialization=safe)
+    shutil.copy(checkpoint / "config.json", raw)
+    model_class = type(make_model(case.partition("-")[0]))
+    if safe:
+        with pytest.raises(ValueError, match="raw weights of a patched model"):
+            model_class.from_pretrained(raw)
+    assert main(["fold", str(raw), str(plain)]) == 0
+    folded, saved = (model_class.from_pretrained(each).state_dict() for each in (plain, checkpoint))
+    for key, tensor in saved.items():
+        torch.testing.assert_close(folded[key], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_a_step_that_is_skipped_moves_nothing(ran):

@@ -501,13 +501,6 @@ def test_bad_optim_args(optim_args, message, tmp_path):
         built(tiny_model("vit"), tmp_path, optim_args=optim_args)
 
 
-def test_deepspeed_is_refused_with_the_reason(tmp_path):
-    args = arguments(optim="adamw2")
-    args.deepspeed_plugin = object()
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO: it flattens the parameters"):
-        Trainer.get_optimizer_cls_and_kwargs(args, tiny_model("vit"))
-
-
 @pytest.mark.slow
 def test_hyperparameter_search(tmp_path):
     def start():

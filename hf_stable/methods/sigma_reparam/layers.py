@@ -94,7 +94,7 @@ class SigmaLayer(nn.Module):
     @property
     def num_parts(self) -> int:
         """The number of parts with a sigma and a gamma of their own."""
-        return len(self.gamma)
+        return len(self.sigma)
 
     def effective_weight(self) -> Tensor:
         """Return `gamma / sigma * W`, differentiable, shaped like `weight`."""

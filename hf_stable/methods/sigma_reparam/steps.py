@@ -25,6 +25,9 @@ from torch.optim.optimizer import (
 
 from hf_stable._late_changes import make_late_changes
 from hf_stable.kernels.choosing import refresh_layers
+from hf_stable.kernels.reference import refresh_layers as refresh_by_torch
+from hf_stable.measures.flat_ranges import FlatRange
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
 __all__ = [
@@ -81,7 +84,11 @@ def hooks_are_installed() -> bool:
 
 
 @torch.no_grad()
-def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> None:
+def refresh(
+    layers: Sequence[LayerWithTriple],
+    keep: Tensor | None = None,
+    weights: Sequence[FlatRange] | None = None,
+) -> None:
     """Move u and v of the layers by power iterations and set sigma from them, in place.
 
     Zhai et al. 2023, section 3.3: `u <- normalize(W v)`, `v <- normalize(W.T u)`,
@@ -92,10 +99,26 @@ def refresh(layers: Sequence[LayerWithTriple], keep: Tensor | None = None) -> No
         layers: sigma layers, the same and in the same order on every rank.
         keep: where this 0-d or (1,) tensor is not zero, everything stays as it is (the step was
             skipped because a gradient overflowed).
+        weights: what is here of each layer's weight, where its parameter does not hold it (between
+            the steps of DeepSpeed ZeRO-3).
     """
-    refresh_layers(layers, keep)
+    if weights is None:
+        refresh_layers(layers, keep)
+    else:
+        pairs = zip(layers, weights, strict=True)
+        refresh_by_torch([_Elsewhere(layer, weight) for layer, weight in pairs], keep)
     for layer in layers:
         mark_settled(layer)
+
+
+class _Elsewhere:
+    """A layer whose parameter does not hold its weight, with what is here of it in its place."""
+
+    def __init__(self, layer: LayerWithTriple, weight: FlatRange) -> None:
+        self.weight: Any = weight
+        self.parts: Parts = layer.parts
+        self.power_iterations = layer.power_iterations
+        self.sigma, self.sigma_u, self.sigma_v = layer.sigma, layer.sigma_u, layer.sigma_v
 
 
 def check_gammas(layers: Sequence[LayerWithTriple], groups: Sequence[dict[str, Any]]) -> None:

@@ -80,6 +80,12 @@ def check_present(layer: LayerWithTriple) -> None:
             "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
             "which brings all of them back, or load the model without offloading"
         )
+    if layer.weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"the weight of {layer.layer_name!r} is partitioned (DeepSpeed ZeRO-3), so that no "
+            "process has all of it. Call this inside of deepspeed.zero.GatheredParameters("
+            "list(model.parameters())), or work on a saved folder"
+        )
 
 
 def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
@@ -98,7 +104,7 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity != id(weight):
+    if identity != id(weight) or weight.numel() == 0:  # DeepSpeed ZeRO-3 has it elsewhere
         return
     if version != _version(weight) or (look and _has_moved_unseen(layer)):
         settle(layer)
