@@ -132,7 +132,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "costs of adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),
-    "short runs": ("hf_stable/adamw2/README.md", short_runs),
+    "short-runs": ("hf_stable/adamw2/README.md", short_runs),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""
