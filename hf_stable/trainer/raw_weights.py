@@ -27,8 +27,7 @@ __all__: list[str] = []
 @wrapping(
     "transformers.modeling_utils:PreTrainedModel.from_pretrained",
     "pretrained_model_name_or_path",
-    reason="refuses a patched model's raw weights, which would be taken for those of a plain one, "
-    "and norms for a model without, where options pass both of its guards",
+    reason="refuses a patched model's raw weights for a plain one, and norms for a model without",
 )
 def _from_pretrained(
     original: Any, model_class: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
