@@ -20,7 +20,13 @@ verdict holds at this scale only.
 
 `python recipes/evidence/run.py` does the runs and writes this page; nothing in it is edited by
 hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and says whether they show
-what the whole shows.
+what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The
+last column has the minutes that the runs of a claim took, one after the other, on machines that
+others used as well.
+
+Translation, speech and a Llama-like decoder have recipes, and no claims here. Whether deep
+post-norm translation, speech without norms, or today's decoders and optimizers show what is claimed
+was not run.
 """
 
 RUNS = [
@@ -33,15 +39,16 @@ SETUPS = "<details><summary>Set-ups: what is not the default of `recipes/setting
 
 def page(claims: Mapping[str, Claim]) -> str:
     """Return the table of all claims, what its words mean, and the runs of each claim."""
-    lines = [HEADER, "| claim | verdict | in one sentence |", "|---|---|---|"]
+    lines = [HEADER, "| claim | verdict | in one sentence | minutes |", "|---|---|---|---|"]
     details: list[str] = []
     for key, claim in claims.items():
         found = records.read(claim)
         if found is None:
-            lines.append(f"| {key}. {claim.title} | not run | |")
+            lines.append(f"| {key}. {claim.title} | not run | | |")
             continue
         link = f"[{key}. {claim.title}](#claim-{key})"
-        lines.append(f"| {link} | {found['verdict']} | {found['sentence']} |")
+        minutes = f"{found['seconds_of_runs'] / 60:.0f}"
+        lines.append(f"| {link} | {found['verdict']} | {found['sentence']} | {minutes} |")
         details += _details(claim, found)
     words = [f"- **{word}**: {meaning}." for word, meaning in VERDICTS.items()]
     return "\n".join([*lines, "", "## What a verdict says", "", *words, "", *details]) + "\n"
