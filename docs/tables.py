@@ -129,7 +129,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
-    "costs of adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
+    "costs-of-adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),
     "short-runs": ("hf_stable/adamw2/README.md", short_runs),
