@@ -129,6 +129,8 @@ TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "costs-of-sigma": ("hf_stable/methods/sigma_reparam/README.md", partial(costs, "sigma")),
+    "costs-of-monitor": ("hf_stable/monitor/README.md", partial(costs, "monitor")),
     "costs-of-adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.evidence import records
+from recipes.evidence import preflights, records, tau
 from recipes.evidence.claim import VERDICTS, Claim, Results, failures, losses, text_of
 from recipes.settings import Settings
 
@@ -51,7 +52,29 @@ def page(claims: Mapping[str, Claim]) -> str:
         lines.append(f"| {link} | {found['verdict']} | {found['sentence']} | {minutes} |")
         details += _details(claim, found)
     words = [f"- **{word}**: {meaning}." for word, meaning in VERDICTS.items()]
-    return "\n".join([*lines, "", "## What a verdict says", "", *words, "", *details]) + "\n"
+    said = ["## What a verdict says", "", *words, ""]
+    return "\n".join([*lines, "", *said, *details, *_beside()]) + "\n"
+
+
+def _beside() -> list[str]:
+    """Return what is measured beside the claims: about preflight, and about short runs."""
+    flown = json.loads(preflights.RESULTS.read_text())
+    short = json.loads(tau.RESULTS.read_text())
+    counted = preflights.said({name: each for name, each in flown.items() if name[:4] == "legs"})
+    return [
+        "## Beside the claims",
+        "",
+        "**Is preflight right?** Runs at four rates each, and what their beginnings say: "
+        f"`{flown['command']}`, seed {', '.join(map(str, flown['seeds']))}, which no threshold "
+        f"was fixed on; {flown['seconds_of_runs'] / 60:.0f} minutes of runs.",
+        "",
+        *(f"- {sentence}" for sentence in counted),
+        "",
+        "**tau of short runs.** Mean test loss over three seeds, and accuracy: "
+        f"`{short['command']}`, {short['seconds_of_runs'] / 60:.0f} minutes of runs.",
+        "",
+        *tau.table(short["reported"]),
+    ]
 
 
 def _details(claim: Claim, found: dict[str, Any]) -> list[str]:
