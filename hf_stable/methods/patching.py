@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
@@ -249,20 +249,13 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        if parameter.numel() == 0:
+        if parameter.numel() == 0 or hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model, "
-                "as it does to all that is loaded after TrainingArguments with such a config. Call "
-                "hf_stable.patch inside of deepspeed.zero.GatheredParameters("
-                "list(model.parameters())), before the training begins"
+                f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to all that is loaded "
+                "after TrainingArguments with such a config, or in deepspeed.zero.Init. A gamma "
+                "that joins later has not been compared with one process: make or load it before "
+                "TrainingArguments, patch it, and let the training partition it"
             )
-    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    if sharded:
-        raise UnsupportedModelError(
-            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
-            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
-            "model that tensor parallelism has cut can be patched"
-        )
 
 
 def _wrapper_of(model: nn.Module) -> str | None:
