@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
@@ -18,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 from parity_rows import ASPECTS, read_rows
 
+from hf_stable.commands.bench.cost_tables import cost_table
 from hf_stable.commands.doctor.diagnosis import changes_as_markdown, list_changes
 from hf_stable.monitor import terms
 from hf_stable.trainer.changes import ON_IMPORT
-from recipes.evidence import lateness
+from recipes.evidence import lateness, tau
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +51,11 @@ def monitored() -> list[str]:
 def late() -> list[str]:
     """Return how late sigma was in training."""
     return lateness.table(json.loads(lateness.RESULTS.read_text())["rows"])
+
+
+def short_runs() -> list[str]:
+    """Return what short runs came to under fixed and derived values of tau."""
+    return tau.table(json.loads(tau.RESULTS.read_text())["reported"])
 
 
 def parity() -> list[str]:
@@ -116,12 +123,19 @@ def left_out() -> list[str]:
     ]
 
 
+def costs(name: str) -> list[str]:
+    """Return what a benchmark has measured, by its file in `recipes/costs`."""
+    return cost_table(json.loads((ROOT / "recipes" / "costs" / f"{name}.json").read_text()))
+
+
 TABLES: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "changes": ("docs/guides/what-importing-changes.md", changes),
     "terms": ("hf_stable/monitor/README.md", monitored),
     "models": ("docs/guides/supported-models.md", models),
+    "costs of adamw2": ("hf_stable/adamw2/README.md", partial(costs, "adamw2")),
     "left-out": ("docs/guides/supported-models.md", left_out),
     "parity": ("docs/guides/many-processes.md", parity),
+    "short-runs": ("hf_stable/adamw2/README.md", short_runs),
     "lateness": ("hf_stable/methods/sigma_reparam/README.md", late),
 }
 """Name -> the document that has the table, and what makes its lines."""

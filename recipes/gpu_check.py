@@ -1,6 +1,7 @@
 """What a GPU has to show, in one run of at most eight minutes that installs nothing.
 
     PYTHONPATH=. python recipes/gpu_check.py --output gpu    # from a checkout
+    PYTHONPATH=. python recipes/gpu_check.py --output tried --device cpu --tiny
 
 First the tests marked `gpu`, then the benchmarks on the device, whose JSON files go to the folder:
 AdamW2 by torch and by the Triton kernels against fused AdamW, sigmaReparam against the plain model
@@ -41,30 +42,23 @@ class Part:
     kernels: str = ""
 
 
-def parts(output: Path, device: str) -> list[Part]:
+def parts(output: Path, device: str, *, tiny: bool = False) -> list[Part]:
     """Return the parts in their order, the tests first: figures of what is wrong are none."""
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/contracts")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 
-    def bench(name: str, share: float, *more: str, rounds: int, kernels: str = "") -> Part:
+    def bench(name: str, *more: str, rounds: int, kernels: str = "") -> Part:
         label = f"{name}-{kernels}" if kernels else name
-        command = (
-            "-m",
-            "hf_stable.commands.main",
-            "bench",
-            name,
-            "--device",
-            device,
-            "--rounds",
-            str(rounds),
-        )
-        return Part(label, share, (*command, *more, "--output", f"{output / label}.json"), kernels)
+        command = ["-m", "hf_stable.commands.main", "bench", name, *more]
+        command += ["--device", device, "--rounds", str(1 if tiny else rounds)]
+        command += ["--tiny"] * tiny + ["--output", f"{output / label}.json"]
+        return Part(label, 0.15, tuple(command), kernels)
 
     return [
-        Part("tests", 0.4, tests),
-        bench("adamw2", 0.15, "--only", "step alone, 1", rounds=10),
-        bench("adamw2", 0.15, "--only", "step alone, 1", rounds=10, kernels="triton"),
-        bench("sigma", 0.15, rounds=10),
-        bench("monitor", 0.15, rounds=5),
+        Part("tests", 0.4, (*tests, "tests/contracts/test_gpu.py", "tests/kernels/test_triton.py")),
+        bench("adamw2", "--only", "step alone", rounds=10),
+        bench("adamw2", "--only", "step alone", rounds=10, kernels="triton"),
+        bench("sigma", rounds=10),
+        bench("monitor", rounds=5),
     ]
 
 
@@ -91,12 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for logs and figures")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
+    parser.add_argument("--tiny", action="store_true", help="small models: to try the script")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     output = options.output.resolve()
     results = []
-    for part in parts(output, options.device):
+    for part in parts(output, options.device, tiny=options.tiny):
         results.append(run(part, 60 * options.minutes * part.share, output))
         print(json.dumps(results[-1]), flush=True)
         (output / "summary.json").write_text(json.dumps(results, indent=1) + "\n")

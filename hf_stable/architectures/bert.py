@@ -16,7 +16,7 @@ __all__ = ["bert_attention", "bert_block"]
 
 def bert_attention(
     module: str, names: tuple[str, str, str] = ("query", "key", "value"), *, is_cross: bool = False,
-    biased: bool = False,
+    biased: bool = False, returns_maps: bool = False,
 ) -> Attention:  # fmt: skip
     """Describe BERT's attention, whose output projection stands beside the attention itself.
 
@@ -25,6 +25,7 @@ def bert_attention(
         names: of the projections.
         is_cross: whether its keys come from another sequence.
         biased: whether more than the projections makes the logits.
+        returns_maps: as of `Attention`.
     """
     query, key, value = (f"{module}.self.{name}" for name in names)
     return Attention(
@@ -35,6 +36,7 @@ def bert_attention(
         f"{module}.output.dense",
         is_cross=is_cross,
         biased=biased,
+        returns_maps=returns_maps,
     )
 
 

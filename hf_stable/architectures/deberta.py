@@ -9,7 +9,10 @@ register_architecture(
         "deberta-v2",
         bert_block(
             "DebertaV2Layer",
-            bert_attention("attention", ("query_proj", "key_proj", "value_proj"), biased=True),
+            bert_attention(
+                "attention", ("query_proj", "key_proj", "value_proj"), biased=True,
+                returns_maps=True,
+            ),
         ),
         layers=(
             # With share_att_key the projections of contents serve positions too.
@@ -36,6 +39,5 @@ register_architecture(
             Member("LegacyDebertaV2PredictionHeadTransform", "LayerNorm"),
             Member("DebertaV2LMPredictionHead", "LayerNorm"),
         ),
-        is_unseen=True,
     )
 )  # fmt: skip

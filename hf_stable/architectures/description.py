@@ -48,6 +48,8 @@ class Attention:
             or does anything else to them that Wq, Wk and the scale do not tell.
         bypassed: whether it uses the weights of its projections without their forward (WavLM), in
             which gamma would have no effect: they are left as they are.
+        returns_maps: whether `module` goes past transformers' attention interface, and returns its
+            maps, one for each head, where its forward is given `output_attentions=True`.
         query_scale: attribute of `module` by which it multiplies the queries before it hands them
             to the attention function, where that gets a scale of 1 instead (OPT).
     """
@@ -64,6 +66,7 @@ class Attention:
     normed: bool | None = None
     biased: bool = False
     bypassed: bool = False
+    returns_maps: bool = False
     query_scale: str | None = None
 
 
@@ -104,6 +107,8 @@ class Block:
         branch_norms: norms at the end of a branch, before it is added (OLMo 2, Gemma 2).
         gain_offset: what the norms add to their weight to get the gain: 1 for Gemma.
         transposed_experts: whether experts are (n, in, out) instead of (n, out, in).
+        is_shared: whether one block runs several times in a forward (ALBERT); what a probe sees of
+            it has a name for each call.
         condition: attribute of the block and the value that it has in a block of this kind, where
             kinds have the same modules (the two placements of norms in OPT).
     """
@@ -117,6 +122,7 @@ class Block:
     branch_norms: tuple[str, ...] = ()
     gain_offset: float = 0.0
     transposed_experts: bool = False
+    is_shared: bool = False
     condition: tuple[str, object] | None = None
 
 
@@ -175,7 +181,8 @@ class Architecture:
         plain_layers: names of classes derived from `nn.Linear` that compute the plain product
             (`FalconLinear`), so that gamma / sigma can scale their weight.
         is_unseen: whether its attention is computed by code of its own, past the attention
-            interface of transformers, so that a probe sees none of it (it warns).
+            interface of transformers. A probe sees none of it, and warns, unless it
+            `returns_maps`.
         transformers: versions of transformers that the entry fits, as in requirements (">=5.12").
     """
 

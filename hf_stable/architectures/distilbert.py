@@ -58,6 +58,7 @@ register_architecture(
             mlp_in=("ffn",),
             mlp_out=("ffn_output",),
             post_norms=("attention.LayerNorm", "full_layer_layer_norm"),
+            is_shared=True,
         ),
         layers=(
             *members("Albert", "Transformer.embedding_hidden_mapping_in", "MLMHead.dense"),

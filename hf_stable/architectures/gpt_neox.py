@@ -5,9 +5,18 @@ from hf_stable.architectures.llama import DECODER_HEADS
 from hf_stable.architectures.registry import register_architecture
 
 
-def _attention(module: str, biased: bool = False) -> Attention:
+def _attention(module: str, *, biased: bool = False, returns_maps: bool = False) -> Attention:
     fused = f"{module}.query_key_value"
-    return Attention(module, fused, fused, fused, f"{module}.dense", per_head=True, biased=biased)
+    return Attention(
+        module,
+        fused,
+        fused,
+        fused,
+        f"{module}.dense",
+        per_head=True,
+        biased=biased,
+        returns_maps=returns_maps,
+    )
 
 
 def _block(class_name: str, attention: Attention, norms: tuple[str, ...]) -> Block:
@@ -21,6 +30,8 @@ def _block(class_name: str, attention: Attention, norms: tuple[str, ...]) -> Blo
 
 
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+# Of BLOOM and Falcon, which goes by ALiBi or by rotary positions.
+_BIASED = _attention("self_attention", biased=True, returns_maps=True)
 _HEADS = ("ForCausalLM.lm_head", "ForSequenceClassification.score",
           "ForTokenClassification.classifier", "ForQuestionAnswering.qa_outputs")  # fmt: skip
 
@@ -37,23 +48,21 @@ register_architecture(
     Architecture(
         "bloom",
         # ALiBi is added to the logits within the attention.
-        _block("BloomBlock", _attention("self_attention", biased=True), _TWO_NORMS),
+        _block("BloomBlock", _BIASED, _TWO_NORMS),
         heads=members("Bloom", *_HEADS),
         norms=members("Bloom", "Model.word_embeddings_layernorm", "Model.ln_f"),
-        is_unseen=True,
     )
 )
 register_architecture(
     Architecture(
         "falcon",
         (
-            _block("FalconDecoderLayer", _attention("self_attention"), ("ln_attn", "ln_mlp")),
-            _block("FalconDecoderLayer", _attention("self_attention"), _TWO_NORMS),
-            _block("FalconDecoderLayer", _attention("self_attention"), ("input_layernorm",)),
+            _block("FalconDecoderLayer", _BIASED, ("ln_attn", "ln_mlp")),
+            _block("FalconDecoderLayer", _BIASED, _TWO_NORMS),
+            _block("FalconDecoderLayer", _BIASED, ("input_layernorm",)),
         ),
         heads=members("Falcon", *_HEADS),
         norms=members("Falcon", "Model.ln_f"),
         plain_layers=("FalconLinear",),
-        is_unseen=True,
     )
 )

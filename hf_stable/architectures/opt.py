@@ -52,7 +52,8 @@ register_architecture(
         "gpt_neo",
         Block(
             "GPTNeoBlock",
-            (_attention("attn.attention"),),
+            # Its logits have no scale.
+            (replace(_attention("attn.attention"), biased=True, returns_maps=True),),
             mlp_in=("mlp.c_fc",),
             mlp_out=("mlp.c_proj",),
             pre_norms=("ln_1", "ln_2"),
@@ -65,7 +66,6 @@ register_architecture(
             "ForQuestionAnswering.qa_outputs",
         ),  # fmt: skip
         norms=(Member("GPTNeoModel", "ln_f"),),
-        is_unseen=True,
     )
 )
 register_architecture(

@@ -24,7 +24,7 @@ register_architecture(
         Block(
             "Swinv2Layer",
             # Cosines of queries and keys, by a learnt scale, and biases of positions.
-            (bert_attention("attention", biased=True),),
+            (bert_attention("attention", biased=True, returns_maps=True),),
             mlp_in=("intermediate.dense",),
             mlp_out=("output.dense",),
             branch_norms=("layernorm_before", "layernorm_after"),
@@ -32,7 +32,6 @@ register_architecture(
         layers=members("Swinv2", *_LAYERS),
         heads=members("Swinv2", *_HEADS),
         norms=members("Swinv2", *_NORMS),
-        is_unseen=True,
         left_out=(
             LeftOut(
                 "Swinv2SelfAttention",

@@ -57,6 +57,7 @@ def _register(model_type: str, prefix: str, left_out: tuple[LeftOut, ...] = ()) 
                 prefix, "FeatureProjection.layer_norm", "Encoder.layer_norm",
                 "EncoderStableLayerNorm.layer_norm", optional=True,
             ),
+            # WavLM's attention returns one map, the mean of those of its heads.
             is_unseen=biased,
             left_out=(
                 LeftOut(

@@ -54,7 +54,7 @@ def compiled(name: str) -> Callable[[int], None]:
     # Numba's cache knows a function by its name and its own file; what it calls may change too.
     function.__qualname__ = f"{name}_{_fingerprint():08x}"
     with event.install_listener("numba:compile", _Announcement(" for ".join(name.split("_")))):
-        made = cfunc("void(int64)", cache=True, **entries.COMPILED)(function)
+        made = cfunc("void(int64)", cache=True, **entries.VECTOR)(function)
     entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64)(made.address)
     entry.made = made  # whose memory the code lies in
     return entry

@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_stable.kernels import tables as t
 from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
 from hf_stable.kernels.threads import address_of, runner
-from hf_stable.kernels.weights import RuledWeight, TrackedWeight
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain
 from hf_stable.measures.matrices import spectral_dtype
 
 __all__ = [
     "Workspace",
     "is_available",
-    "is_plain",
     "refresh_layers",
     "refresh_vectors",
     "step_weights",
@@ -47,15 +46,9 @@ def is_available() -> bool:
     return find_spec("numba") is not None
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Say whether compiled code can read a tensor by its address, in the order of its entries."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_inference()  # counts no versions
-    )
+    return tensor.is_cpu and is_plain(tensor)
 
 
 def takes(weight: RuledWeight) -> bool:
@@ -65,10 +58,10 @@ def takes(weight: RuledWeight) -> bool:
     if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
         return False
     for tensor in (param, weight.grad, state["exp_avg"], state["exp_avg_sq"]):
-        if tensor.dtype != dtype or not is_plain(tensor):
+        if tensor.dtype != dtype or not is_readable(tensor):
             return False
     for key in STATE[2:]:
-        if not is_plain(state[key]):
+        if not is_readable(state[key]):
             return False
     return lay_out(param.shape, weight.parts) is not None
 
@@ -194,8 +187,8 @@ def tracks(layer: TrackedWeight, keep: Tensor | None) -> bool:
     real = spectral_dtype(weight.dtype)
     return (
         weight.dtype in KINDS
-        and is_plain(weight)
-        and all(is_plain(tensor) and tensor.dtype == real for tensor in triple)
+        and is_readable(weight)
+        and all(is_readable(tensor) and tensor.dtype == real for tensor in triple)
         and (keep is None or keep.is_cpu)
         and lay_out(weight.shape, layer.parts) is not None
     )

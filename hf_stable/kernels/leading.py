@@ -8,6 +8,7 @@ from typing import Any
 from numba import float32, float64, int64, njit
 
 from hf_stable.kernels import tables as t
+from hf_stable.kernels.entries import UNWRAPPED
 from hf_stable.kernels.pointers import at, call, cast, doubles, flags, integers, run, singles
 from hf_stable.kernels.rows import (
     chunk_at,
@@ -23,7 +24,7 @@ from hf_stable.kernels.rows import (
 
 __all__ = ["lead_float32", "lead_float64"]
 
-BETWEEN: dict[str, Any] = dict(error_model="numpy")
+BETWEEN: dict[str, Any] = dict(error_model="numpy") | UNWRAPPED
 """Without the vector code of the passes it is compiled in half the time, and just as fast."""
 
 

@@ -1,14 +1,17 @@
-"""What the kernels need to know of a weight that AdamW2 steps; `adamw2.weights` has it."""
+"""What the kernels need to know of a weight: that AdamW2 steps, or whose triple is tracked."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hf_stable.measures.parts import Parts
 
-__all__ = ["RuledWeight", "TrackedWeight"]
+__all__ = ["RuledWeight", "TrackedWeight", "is_plain"]
+
+PLAIN = frozenset((Tensor, nn.Parameter))
 
 
 class RuledWeight(Protocol):
@@ -56,3 +59,16 @@ class TrackedWeight(Protocol):
     @property
     def sigma_v(self) -> Tensor:
         """(k, n) right vectors, likewise."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether the entries of a tensor lie one after the other in memory, and nothing more.
+
+    No subclass, no sparse tensor, and none that counts no versions.
+    """
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_inference()
+    )

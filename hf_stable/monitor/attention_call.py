@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from hf_stable.measures.entropy import HIDDEN_LOGIT, sample_queries
 from hf_stable.monitor.records import MAP_SIZE
 
-__all__ = ["AttentionCall", "first_maps"]
+__all__ = ["AttentionCall", "first_maps", "in_bins"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def first_maps(call: AttentionCall, generator: torch.Generator | None) -> Tensor
     Row i is one token of the i-th n-th of the sequence, column j the attention that the j-th n-th
     of the keys gets together: rows still sum to 1, and what is diagonal or one column stays so.
     """
-    length, num_keys = call.q.shape[2], call.k.shape[2]
+    length = call.q.shape[2]
     size = min(length, MAP_SIZE)
     rows = sample_queries(length, size, generator=generator, device=call.q.device)
     first = replace(call, q=call.q[:1], k=call.k[:1])
@@ -85,9 +85,14 @@ def first_maps(call: AttentionCall, generator: torch.Generator | None) -> Tensor
         hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN_LOGIT
         logits = logits if mask.dtype == torch.bool else logits + mask.float()
         logits = logits.masked_fill(hidden, -math.inf)
-    bins = torch.arange(num_keys, device=logits.device) * size // num_keys
-    empty = logits.new_zeros(*logits.shape[:2], size)
-    return empty.index_add_(-1, bins, logits.softmax(-1))
+    return in_bins(logits.softmax(-1))
+
+
+def in_bins(maps: Tensor) -> Tensor:
+    """Return maps (heads, n, keys) with as many columns as rows: keys of one n-th together."""
+    size, num_keys = maps.shape[1:]
+    bins = torch.arange(num_keys, device=maps.device) * size // num_keys
+    return maps.new_zeros(*maps.shape[:2], size).index_add_(-1, bins, maps)
 
 
 def _pick_rows(mask: Tensor, rows: Tensor) -> Tensor:

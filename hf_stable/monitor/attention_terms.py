@@ -7,17 +7,21 @@ from collections.abc import Sequence, Set
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hf_stable.measures.collapse import collapse_mode, rank_share
 from hf_stable.measures.entropy import (
+    NEGLIGIBLE_LOGIT,
+    attention_entropy,
     attention_entropy_from_qk,
     count_visible_keys,
     entropy_lower_bound,
     normalise_entropy,
     sample_queries,
 )
-from hf_stable.monitor.attention_call import AttentionCall, first_maps
+from hf_stable.monitor.attention_call import AttentionCall, first_maps, in_bins
 from hf_stable.monitor.logit_bounds import LogitBounds
+from hf_stable.monitor.records import MAP_SIZE
 from hf_stable.monitor.sums import Sums
 
 __all__ = ["AttentionTerms"]
@@ -59,8 +63,14 @@ class AttentionTerms:
         self._maps = maps
         self._generators = _Generators(generator)
 
-    def observe_rows(self, call: AttentionCall, layer: str) -> None:
-        """Record the entropy of sampled rows, and its bound."""
+    def observe_rows(self, call: AttentionCall, bounded: str, layer: str) -> None:
+        """Record the entropy of sampled rows, and its bound.
+
+        Args:
+            call: the call.
+            bounded: the layer whose weights bound it.
+            layer: the name to record it by, one for each call of a shared layer.
+        """
         rows = sample_queries(
             call.q.shape[2], self._queries, generator=self._generator(call), device=call.q.device
         )
@@ -73,17 +83,44 @@ class AttentionTerms:
             keys = count_visible_keys(call.k.shape[2], torch.arange(len(some)).to(some), mask)
             self._sums.add_rows("entropy", layer, entropy)
             self._sums.add_rows("entropy_normalised", layer, normalise_entropy(entropy, keys))
-            if (norm := self._bounds.norm(call, layer, mask)) is not None:
+            if (norm := self._bounds.norm(call, bounded, mask)) is not None:
                 bound = entropy_lower_bound(norm, keys.clamp_min(1)).expand_as(entropy)
                 bound = bound.masked_fill(entropy.isnan(), math.nan)
                 self._sums.add_rows("entropy_bound", layer, bound)
 
+    def observe_given_rows(self, maps: Tensor, layer: str) -> None:
+        """Record the entropy of sampled rows of maps (batch, heads, queries, keys)."""
+        generator = self._generators.on(maps.device)
+        rows = sample_queries(maps.shape[2], self._queries, generator=generator, device=maps.device)
+        for some in rows.split(ROWS_AT_ONCE):
+            given = maps.index_select(2, some).float()
+            entropy = attention_entropy(given)
+            # What the model hides gets nothing, or as little as a logit of -100 leaves.
+            keys = (given > given.amax(-1, keepdim=True) * math.exp(NEGLIGIBLE_LOGIT)).sum(-1)
+            self._sums.add_rows("entropy", layer, entropy)
+            self._sums.add_rows("entropy_normalised", layer, normalise_entropy(entropy, keys))
+
     def observe_map(self, call: AttentionCall, layer: str) -> None:
         """Record rank and mode of the first sequence's map, and the map if it is kept."""
-        if not self._maps and self._terms.isdisjoint(("rank", "mode")):
-            return
+        if self._wants_map:
+            self._take_map(first_maps(call, self._generator(call)), layer)
+
+    def observe_given_map(self, maps: Tensor, layer: str) -> None:
+        """Record the same of the first of maps (batch, heads, queries, keys)."""
+        if self._wants_map:
+            length = maps.shape[2]
+            generator = self._generators.on(maps.device)
+            rows = sample_queries(
+                length, min(length, MAP_SIZE), generator=generator, device=maps.device
+            )
+            self._take_map(in_bins(maps[0].index_select(1, rows).float()), layer)
+
+    @property
+    def _wants_map(self) -> bool:
+        return bool(self._maps) or not self._terms.isdisjoint(("rank", "mode"))
+
+    def _take_map(self, maps: Tensor, layer: str) -> None:
         records = self._sums.records
-        maps = first_maps(call, self._generator(call))
         if "rank" in self._terms:
             records.rank[layer] = rank_share(maps)
         if "mode" in self._terms:

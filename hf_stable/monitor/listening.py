@@ -85,6 +85,7 @@ def listening(root: nn.Module, recorder: Recorder, sightings: Sightings) -> Iter
         # A wrapper may call the model's `forward` past its hooks, and the model that of its base.
         parts = [module for module in modules if isinstance(module, PreTrainedModel)]
         for module in dict.fromkeys((root, *parts, *(part.base_model for part in parts))):
+            handles.append(module.register_forward_pre_hook(_begin_model))
             handles.append(module.register_forward_hook(_note_model))
         for module in sightings.candidates:
             handles.append(module.register_forward_hook(_note_attention))
@@ -96,6 +97,13 @@ def listening(root: nn.Module, recorder: Recorder, sightings: Sightings) -> Iter
             handle.remove()
         for module in modules:
             module.__dict__.pop(KEY, None)
+
+
+@torch.compiler.disable
+def _begin_model(module: nn.Module, args: Any) -> None:
+    listener = listener_of(module)
+    if listener is not None:
+        listener.recorder.begin_forward()
 
 
 @torch.compiler.disable

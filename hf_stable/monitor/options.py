@@ -102,7 +102,7 @@ def check_training(args: TrainingArguments, model: nn.Module, saved: Any, option
             "restore_callback_states_from_checkpoint out (progress is taken up without it)"
         )
     if options.on_collapse == "rollback":
-        check_can_roll_back(args)
+        check_can_roll_back(args, model)
     if options.skip_batches:
         check_can_skip(args)
     if options.sharpness_every:

@@ -23,6 +23,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.monitor.combining import ranks_with_same_batch
 from hf_stable.monitor.listening import is_listened_to, listening
 from hf_stable.monitor.observing import Observed, observing_attention
+from hf_stable.monitor.own_maps import asking_for_maps, modules_with_maps
 from hf_stable.monitor.recorder import Recorder
 from hf_stable.monitor.records import Records, check_maps, resolve_terms
 from hf_stable.monitor.terms import TERMS, names_of
@@ -54,6 +55,11 @@ def probe(
     So another model that shares the config is not affected. The original is back after the block,
     also after an error. A compiled model runs uncompiled within the block, and its outputs differ
     by rounding and by other dropout masks. After the block it takes up its graph again.
+
+    Where attention goes past transformers' interface but returns its maps (BLOOM, Falcon, GPT-Neo,
+    DeBERTa v2, Swin v2), each runs once more for them, without dropout and gradients, beside the
+    forward that counts. That costs a forward of the attention and the memory of whole maps. Hooks
+    of yours within such an attention are called twice.
 
     Args:
         model: a transformers model, also inside DDP, FSDP2, `torch.compile` or PEFT wrappers.
@@ -94,11 +100,13 @@ def probe(
         sightings = Sightings(root, [module for found in blocks for module in _attention_of(found)])
         for part, reason in observed.refused.items():
             sightings.note_refused(part, reason)
-        if not any(map(observed.is_visible, sightings.candidates or [root])):
+        returning = modules_with_maps(blocks)
+        if not returning and not any(map(observed.is_visible, sightings.candidates or [root])):
             wanted = _leave_attention_out(root, wanted, is_named or bool(maps), observed)
         recorder = Recorder(root, blocks, wanted, queries=queries, maps=maps, generator=generator)
         stack.callback(recorder.close)
         stack.enter_context(listening(root, recorder, sightings))
+        stack.enter_context(asking_for_maps(returning))
         stack.enter_context(_uncompiled(observed.natives))
         yield recorder.records
     if recorder.wants_attention:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from hf_stable.architectures.paths import state_dict_name
 from hf_stable.monitor.attention_call import AttentionCall
 from hf_stable.monitor.attention_terms import AttentionTerms
 from hf_stable.monitor.block_terms import weight_terms
+from hf_stable.monitor.call_names import CallNames
 from hf_stable.monitor.logit_bounds import LogitBounds
 from hf_stable.monitor.missing import reason_of
 from hf_stable.monitor.records import Records
@@ -65,6 +67,8 @@ class Recorder:
         )
         self.wants_attention = bool(maps) or any("attention" in TERMS[t].needs for t in terms)
         self._lock = threading.RLock()
+        self._is_paused = threading.local()  # replicas run in threads
+        self._calls = CallNames(blocks)
         self._names = {m: state_dict_name(name) for name, m in model.named_modules()}
         self._blocks = {found.module: found for found in blocks}
         self._layers: dict[nn.Module, str] = {}
@@ -88,6 +92,11 @@ class Recorder:
         yield from self._blocks
         yield from self._bounds.watched()
 
+    def begin_forward(self) -> None:
+        """Count the calls of shared layers from one again."""
+        with self._lock:
+            self._calls.begin()
+
     def close(self) -> None:
         """Stop listening to gradients still to come; put those that came into model order."""
         for handle in self._handles:
@@ -96,8 +105,10 @@ class Recorder:
         self.finish_replicas()
         for term in ("norm_dx", "nonfinite_dx"):
             found = getattr(self.records, term)
-            names = [block.name for block in self._blocks.values()]
-            in_order = {name: found[name] for name in names if name in found}
+            order = {block.name: i for i, block in enumerate(self._blocks.values())}
+            calls = {name: name.partition("@") for name in found}
+            names = sorted(calls, key=lambda n: (order[calls[n][0]], int(calls[n][2] or 0)))
+            in_order = {name: found[name] for name in names}
             setattr(self.records, term, in_order)
         for term, layers in self.records.missing.items():
             for layer in layers:  # what was there when it failed is no mean of all
@@ -112,6 +123,15 @@ class Recorder:
             for term in set(terms) & self._terms:
                 self.records.missing.setdefault(term, {}).setdefault(layer, reason_of(error))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no notice of inputs within the block: it repeats what has been shown already."""
+        self._is_paused.on = True
+        try:
+            yield
+        finally:
+            self._is_paused.on = False
+
     @torch.no_grad()
     def observe_input(self, module: nn.Module, tokens: Tensor, *, is_replica: bool = False) -> None:
         """Record the tokens (batch, tokens, features) that enter a block or its projection.
@@ -121,6 +141,8 @@ class Recorder:
             tokens: what enters.
             is_replica: whether a replica ran, with a part of the batch.
         """
+        if getattr(self._is_paused, "on", False):
+            return
         recomputing = is_recomputing()
         with self._lock:
             if not recomputing:
@@ -134,10 +156,14 @@ class Recorder:
         self, block: FoundBlock, tokens: Tensor, recomputing: bool, is_replica: bool
     ) -> None:
         layer = block.name
-        if not recomputing:
+        if recomputing:  # of several calls of one layer the backward comes to the last one first
+            calls = [name for name, count in self._without_gradient.items() if count]
+            layer = next((n for n in reversed(calls) if n.partition("@")[0] == layer), layer)
+        else:
             if layer not in self._measured:
                 self._measured.add(layer)
                 self._measure_weights(block)
+            layer = self._calls.next_of(block.module, layer)
             self._observe_tokens("x", layer, tokens.detach(), is_replica)
             self._without_gradient[layer] += 1
         if tokens.requires_grad and self._without_gradient[layer]:
@@ -180,13 +206,42 @@ class Recorder:
             call: of the model's own module, also where a replica of it ran.
             is_first: whether it has the first sequence of the batch.
         """
-        if not self.wants_attention:
-            return
-        layer = self.name_of(call.module)
+        if self.wants_attention:
+            self._observe(
+                call.module,
+                partial(self._attention.observe_rows, call, self.name_of(call.module)),
+                partial(self._attention.observe_map, call),
+                is_first,
+            )
+
+    @torch.no_grad()
+    def observe_maps(self, module: nn.Module, maps: Tensor, *, is_first: bool = True) -> None:
+        """Record the same, but for the bound, of the maps that a module itself returns.
+
+        Args:
+            module: the model's own, also where a replica of it ran.
+            maps: (batch, heads, queries, keys), rows that sum to 1.
+            is_first: whether the first sequence of the batch is among them.
+        """
+        self._observe(
+            module,
+            partial(self._attention.observe_given_rows, maps),
+            partial(self._attention.observe_given_map, maps),
+            is_first,
+        )
+
+    def _observe(
+        self,
+        module: nn.Module,
+        observe_rows: Callable[[str], None],
+        observe_map: Callable[[str], None],
+        is_first: bool,
+    ) -> None:
         with self._lock:
+            layer = self._calls.next_of(module, self.name_of(module))
             with self.bearing(layer, "entropy", "entropy_normalised", "entropy_bound"):
-                self._attention.observe_rows(call, layer)
+                observe_rows(layer)
             if is_first and layer not in self._mapped:
                 self._mapped.add(layer)
                 with self.bearing(layer, "rank", "mode"):
-                    self._attention.observe_map(call, layer)
+                    observe_map(layer)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 
 __all__ = ["Due", "Healthy", "Rollbacks", "check_can_roll_back", "check_can_skip", "checkpoint"]
@@ -126,8 +128,14 @@ def checkpoint(folder: str, step: int) -> str:
     return os.path.join(folder, f"checkpoint-{step}")
 
 
-def check_can_roll_back(args: TrainingArguments) -> None:
+def check_can_roll_back(args: TrainingArguments, model: nn.Module) -> None:
     """Raise ValueError unless the Trainer will write checkpoints that training can resume from."""
+    if args.fsdp or any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            'on_collapse="rollback" resumes in the process that has trained, and there the Trainer '
+            'cannot load a checkpoint into a model that FSDP has wrapped: take "stop", and resume '
+            "in a new process at a lower rate"
+        )
     if args.save_strategy == "no" or args.save_only_model:
         raise ValueError(
             'on_collapse="rollback" goes back to a checkpoint: set save_strategy to "steps" or '

@@ -139,3 +139,10 @@ def test_a_matrix_that_no_entry_names_is_listed():
 def test_a_block_has_to_be_one():
     with pytest.raises(TypeError, match="give an hf_stable.Block, or a tuple of them"):
         hf_stable.register_architecture(Architecture("mine", block=("LlamaDecoderLayer",)))
+
+
+def test_a_parameter_that_is_empty_by_design_is_no_partition_of_another():
+    model = build("dinov3_vit, gated")  # without register tokens
+    assert [name for name, p in model.named_parameters() if not p.numel()]
+    report = hf_stable.describe(hf_stable.patch(model, "sigma_reparam"))
+    assert report.num_patched == len(report.layers)

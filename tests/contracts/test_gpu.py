@@ -19,6 +19,7 @@ from hf_stable.adamw2.model_optimizer import ModelAdamW2
 from hf_stable.commands.bench.adamw2 import bench_adamw2
 from hf_stable.commands.bench.sigma import SigmaBenchSizes, bench_sigma
 from hf_stable.commands.bench.timing import TOTAL
+from hf_stable.kernels.choosing import SWITCH
 from hf_stable.measures.entropy import attention_entropy_from_qk
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -45,6 +46,12 @@ def exact_products():
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+@pytest.fixture(params=["", "triton"])
+def kernels(request, monkeypatch):
+    """Each way in which a GPU's weights can be stepped and refreshed."""
+    monkeypatch.setenv(SWITCH, request.param)
+
+
 def patched_run(model_type, device, *, autocast=False):
     """Losses of some steps of a patched model under AdamW2, and the model."""
     torch.manual_seed(0)
@@ -64,7 +71,7 @@ def patched_run(model_type, device, *, autocast=False):
     return losses, model
 
 
-def test_losses_are_those_of_the_cpu(model_type):
+def test_losses_are_those_of_the_cpu(model_type, kernels):
     on_gpu, model = patched_run(model_type, "cuda")
     on_cpu, twin = patched_run(model_type, "cpu")
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
@@ -77,14 +84,14 @@ def test_losses_are_those_of_the_cpu(model_type):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_vectors_stay_float32_under_autocast(model_type):
+def test_vectors_stay_float32_under_autocast(model_type, kernels):
     losses, model = patched_run(model_type, "cuda", autocast=True)
     assert losses[-1] < losses[0]
     buffers = [b for name, b in model.named_buffers() if "sigma" in name]
     assert buffers and all(b.dtype == torch.float32 for b in buffers)
 
 
-def test_a_step_never_waits_for_the_device(model_type):
+def test_a_step_never_waits_for_the_device(model_type, kernels):
     model = hf_stable.patch(tiny_model(model_type), "sigma_reparam").to("cuda")
     optimizer = ModelAdamW2([{"params": list(model.parameters())}], structure=model, lr=1e-2)
     batch = {name: tensor.to("cuda") for name, tensor in tiny_batch(model).items()}
@@ -179,7 +186,7 @@ def test_ratios_stay_within_generous_limits():
     rows = bench_sigma(rounds=10, sizes=sizes, device="cuda", only="vit step, batch 16")
     sigma = {row.subject: row.ratio for row in rows if row.phase == TOTAL}
     assert 0.8 < sigma["sigma_reparam"] < 2
-    rows = bench_adamw2(rounds=10, device="cuda", only="step")
+    rows = bench_adamw2(rounds=10, device="cuda", only="step alone")
     for case in {row.case for row in rows}:
         taken = {row.subject: row.ratio for row in rows if (row.case, row.phase) == (case, TOTAL)}
         assert taken["AdamW2"] < 30, case

@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU tensors, by Triton's interpreter, against float64.
+"""The Triton kernels against float64: on a GPU, or on CPU tensors by Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so `test_triton` runs these tests in a process of
 their own.
@@ -7,6 +7,7 @@ their own.
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -20,18 +21,25 @@ from kernel_cases import (
 )
 
 from hf_stable.kernels import gpu, reference
+from hf_stable.kernels.launches import MOST_COLUMNS
 from hf_stable.kernels.layouts import lay_out
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import power_step
 
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 5e-2}
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 QUICK = ("vector", "fused rows")
-SMALL = [name for name, (shape, _) in CASES.items() if torch.Size(shape).numel() < 30000]
+SMALL = [
+    name
+    for name, (shape, _) in CASES.items()
+    if DEVICE == "cuda" or torch.Size(shape).numel() < 30000  # the interpreter is slow
+]
 
 
 def make_weights(names, dtype=torch.float32, **options):
     generator = torch.Generator().manual_seed(0)
-    return [make_weight(CASES[name], dtype, generator, **options) for name in names]
+    made = [make_weight(CASES[name], dtype, generator, **options) for name in names]
+    return [copy_weight(weight, device=DEVICE) for weight in made]
 
 
 def check_steps(names, dtype, steps=2, **options):
@@ -78,9 +86,9 @@ def test_a_refresh_is_a_power_step_unless_the_step_was_skipped():
     weights = make_weights(["fused rows", "small"])
     params = [weight.param for weight in weights]
     layouts = [lay_out(weight.param.shape, weight.parts) for weight in weights]
-    for keep in (None, torch.ones(1), torch.zeros(())):
-        sigmas = [torch.zeros(len(layout.shapes)) for layout in layouts]
-        us = [torch.zeros(len(each.shapes), each.most_rows) for each in layouts]
+    for keep in (None, torch.ones(1, device=DEVICE), torch.zeros((), device=DEVICE)):
+        sigmas = [torch.zeros(len(layout.shapes), device=DEVICE) for layout in layouts]
+        us = [torch.zeros(len(each.shapes), each.most_rows, device=DEVICE) for each in layouts]
         vs = [weight.state["weight_v"].clone() for weight in weights]
         gpu.refresh_vectors(params, layouts, sigmas, us, vs, keep=keep)
         if keep is not None and keep.item():
@@ -98,10 +106,10 @@ def test_a_refresh_is_a_power_step_unless_the_step_was_skipped():
 
 
 def test_a_row_that_is_too_long_is_left_to_others():
-    wide = ((2, gpu.MOST_COLUMNS + 1), Parts())
+    wide = ((2, MOST_COLUMNS + 1), Parts())
     weight = make_weight(wide, torch.float32, torch.Generator())
-    assert not gpu.takes(weight)
-    weight = make_weight(CASES["small"], torch.float32, torch.Generator())
+    assert not gpu.takes(copy_weight(weight, device=DEVICE))
+    weight = make_weights(["small"])[0]
     assert gpu.takes(weight)
     weight.grad = weight.grad.t().contiguous().t()
     assert not gpu.takes(weight)

@@ -534,7 +534,7 @@ def drop_due(checkpoint):
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text())
     progress = state["stateful_callbacks"]["StabilityCallback"]["attributes"]["progress"]
-    assert progress["rollbacks"].pop("due") == [2, 0.25]
+    assert progress["rollbacks"].pop("due") == [2, 0.25, []]
     path.write_text(json.dumps(state))
 
 
@@ -592,8 +592,8 @@ def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from
         (dict(terms=["entropy", "entropi"]), "unknown term 'entropi'.*entropy"),
         (dict(terms="entropy"), "terms must be .*, got 'entropy'"),
         (dict(on_collapse="panic"), "warn, stop, checkpoint, rollback or a function, got 'panic'"),
-        (dict(rollback_lr_factor=1.5), "between 0 and 1, got 1.5"),
-        (dict(rollback_lr_factor="half"), "between 0 and 1, got 'half'"),
+        (dict(rollback_lr_factor=1.5), "between 0 and 1 .*, got 1.5"),
+        (dict(rollback_lr_factor="half"), "between 0 and 1 .*, got 'half'"),
         (dict(every=True), "got True"),
         (dict(queries=True), "queries must be .*, got True"),
         (dict(terms=None), "terms must be .*, got None"),
@@ -665,6 +665,13 @@ def test_rollback_needs_checkpoints(tmp_path):
     )
     with pytest.raises(ValueError, match='set save_strategy to "steps"'):
         trainer.train()
+
+
+def test_rollback_of_what_fsdp_has_wrapped_is_refused_at_the_start(tmp_path):
+    trainer, monitor = monitored(tiny_model("vit"), tmp_path, monitor_on_collapse="rollback")
+    trainer.args.fsdp = True  # as it would be; nothing is sharded on one process
+    with pytest.raises(ValueError, match="a model that FSDP has wrapped: take .stop."):
+        monitor.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 def test_rollback_refuses_a_limit_by_which_the_trainer_deletes_what_it_needs(tmp_path):

@@ -24,7 +24,7 @@ from hf_stable.architectures.finding import find_layers
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.steps import refresh
 
-ITERATIONS = 60
+ITERATIONS = 30
 """Power iterations after which sigma is asked to be nearly exact."""
 
 

@@ -26,7 +26,7 @@ def fresh(name: str, dropout: float | None = None):
     return copy.deepcopy(_built(name, dropout))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def _built(name: str, dropout: float | None):
     return build(name, dropout=dropout)
 

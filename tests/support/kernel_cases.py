@@ -113,20 +113,20 @@ def make_weight(case, dtype, generator, **options):
 def set_gradients(weights, generator):
     for weight in weights:
         drawn = torch.randn(weight.param.shape, generator=generator)
-        weight.grad = drawn.to(weight.param.dtype)
+        weight.grad = drawn.to(weight.param)
 
 
-def copy_weight(weight, dtype=None):
-    """Return an independent copy, in another dtype if one is given."""
+def copy_weight(weight, dtype=None, device=None):
+    """Return an independent copy, in another dtype or on another device if one is given."""
     dtypes = {
         key: dtype for key in ("exp_avg", "exp_avg_sq", "effective_lr", "weight_v", "update_v")
     }
     state = {
-        key: value.to(dtypes.get(key) or value.dtype, copy=True)
+        key: value.to(device or value.device, dtypes.get(key) or value.dtype, copy=True)
         for key, value in weight.state.items()
     }
-    param = weight.param.to(dtype or weight.param.dtype, copy=True)
-    return Weight(param, weight.grad, state, weight.group, weight.parts)
+    param = weight.param.to(device or weight.param.device, dtype or weight.param.dtype, copy=True)
+    return Weight(param, weight.grad.to(param.device), state, weight.group, weight.parts)
 
 
 def same(first, second):

@@ -199,12 +199,13 @@ MODELS = {  # model type, or a name of a variant -> head class, sizes
 }  # fmt: skip
 
 
-def build(name: str, *, dropout: float | None = None):
+def build(name: str, *, dropout: float | None = None, **options):
     """A random model, its biases and gains not those of a fresh one, in evaluation mode.
 
     Args:
         name: in `MODELS`.
         dropout: rate of everything that its config names a dropout; None leaves the defaults.
+        options: of the building: `attn_implementation`, which some models take at no other time.
     """
     head, sizes = MODELS[name]
     torch.manual_seed(0)
@@ -212,7 +213,7 @@ def build(name: str, *, dropout: float | None = None):
     config = model_class.config_class(**sizes)
     if dropout is not None:
         drop(config, dropout)
-    model = model_class(config)
+    model = model_class._from_config(config, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.requires_grad:  # tables of sines, which no file has

@@ -38,11 +38,12 @@ def dataset(model, size: int = 40, seed: int = 1) -> list[dict[str, torch.Tensor
 
 
 def make_trainer(
-    model, folder, *, callbacks=(), model_init=None, trainer_class=Trainer, rows=None, **options
+    model, folder, *, callbacks=(), model_init=None, trainer_class=None, rows=None, **options
 ):
     """A Trainer on the CPU that writes a checkpoint and a loss at every step.
 
-    `rows` are other examples than those of the default heads, to train and to evaluate on.
+    `rows` are other examples than those of the default heads, to train and to evaluate on. Without
+    a `trainer_class` it is this module's `Trainer`, which a test may replace.
     """
     settings = dict(
         max_steps=6, per_device_train_batch_size=8, per_device_eval_batch_size=8,
@@ -52,7 +53,7 @@ def make_trainer(
     )  # fmt: skip
     args = TrainingArguments(str(folder), **(settings | options))
     examples = model if model is not None else model_init()
-    return trainer_class(
+    return (trainer_class or Trainer)(
         model,
         args,
         model_init=model_init,

@@ -41,6 +41,12 @@ def _bench(
     gpus: Annotated[int, typer.Option(min=1, help="For --plan.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Per step, of all GPUs; for --plan.")] = 2**19,
     strategy: Annotated[str, typer.Option(help="fsdp2 or ddp; for --plan.")] = "fsdp2",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs that cut each matrix; for --plan.")
+    ] = 1,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies of what fsdp2 shards (HSDP); for --plan.")
+    ] = 1,
     machine: Annotated[str, typer.Option(help="a100 or h100; for --plan.")] = "h100",
     sequence: Annotated[
         int | None, typer.Option(min=1, help="Tokens per sequence; for --plan.")
@@ -65,6 +71,8 @@ def _bench(
         strategy=strategy,  # type: ignore[arg-type]  # checked there
         machine=machine,
         sequence=sequence,
+        tensor_parallel=tensor_parallel,
+        replicas=replicas,
     )
     print_json(made.to_dict()) if as_json else print_plan(made, make_console(wide=wide))
 

@@ -54,6 +54,8 @@ class Plan:
         num_processes: GPUs, one process each.
         tokens: of all of them, per step.
         strategy: "ddp" or "fsdp2".
+        tensor_parallel: processes that cut each matrix.
+        replicas: copies of the model under FSDP2.
         machine: whose rates the seconds follow.
         costs: of each part.
         seconds: computing and communicating, of each part.
@@ -68,6 +70,8 @@ class Plan:
     num_processes: int
     tokens: int
     strategy: Strategy
+    tensor_parallel: int
+    replicas: int
     machine: Machine
     costs: dict[str, Cost]
     seconds: dict[str, tuple[float, float]]
@@ -91,6 +95,8 @@ def make_plan(
     strategy: Strategy = "fsdp2",
     machine: str = "h100",
     sequence: int | None = None,
+    tensor_parallel: int = 1,
+    replicas: int = 1,
 ) -> Plan:
     """Work out what a training step costs, from the model's shapes alone.
 
@@ -101,9 +107,12 @@ def make_plan(
         strategy: "ddp" or "fsdp2".
         machine: one of `MACHINES`.
         sequence: tokens per sequence; by default the longest that the config allows.
+        tensor_parallel: processes that cut each matrix and see the same tokens.
+        replicas: copies of the model under FSDP2 (HSDP).
 
     Raises:
-        OSError, ValueError: if there is no such model or machine, or a number is not positive.
+        OSError, ValueError: if there is no such model or machine, or a number is not positive or
+            does not fit the others.
     """
     if machine not in MACHINES:
         raise ValueError(
@@ -122,13 +131,17 @@ def make_plan(
             f"{', '.join(PRESETS)}, or folder, file or Hub id (owner/name) of a config.json"
         )
     shape = measure_shape(built, sequence)
-    costs = step_costs(shape, num_processes=num_processes, tokens=tokens, strategy=strategy)
+    costs = step_costs(
+        shape, num_processes=num_processes, tokens=tokens, strategy=strategy,
+        tensor_parallel=tensor_parallel, replicas=replicas,
+    )  # fmt: skip
     rates = MACHINES[machine]
     seconds = {part: rates.seconds(cost, num_processes) for part, cost in costs.items()}
     model_seconds = max(seconds["model"])
     adamw, adamw2, sigma = (sum(seconds[part]) for part in ("AdamW", "AdamW2", "sigmaReparam"))
     return Plan(
-        model, shape, num_processes, tokens, strategy, rates, costs, seconds,
+        model, shape, num_processes, tokens, strategy, tensor_parallel, replicas, rates, costs,
+        seconds,
         plain=model_seconds + adamw,
         adamw2=model_seconds + adamw2,
         sigma_reparam=model_seconds + adamw + sigma,
@@ -159,8 +172,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     shape = plan.shape
     console.print(
         f"{plan.model}: {shape.name}, {shape.num_parameters / 1e9:.3g} B parameters, sequences of "
-        f"{shape.sequence}; {plan.num_processes} GPUs, {plan.strategy}, {plan.tokens} tokens a "
-        f"step; {plan.machine.name} (assumed rates, nothing here is measured)",
+        f"{shape.sequence}; {plan.num_processes} GPUs, {_describe_layout(plan)}, {plan.tokens} "
+        f"tokens a step; {plan.machine.name} (assumed rates, nothing here is measured)",
         table,
         f"A step takes {1e3 * plan.plain:.3g} ms with AdamW. AdamW2 makes that "
         f"{plan.adamw2 / plan.plain:.3f} x, sigmaReparam {plan.sigma_reparam / plan.plain:.3f} x.",
@@ -171,6 +184,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             "This architecture is not registered: sigmaReparam is counted on every Linear but the "
             "head, and needs hf_stable.register_architecture."
         )
+
+
+def _describe_layout(plan: Plan) -> str:
+    sizes = {"tensor parallel": plan.tensor_parallel, "replicas": plan.replicas}
+    return ", ".join([plan.strategy, *(f"{n} {size}" for n, size in sizes.items() if size > 1)])
 
 
 def _describe(each: Collective) -> str:

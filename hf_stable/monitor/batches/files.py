@@ -66,8 +66,8 @@ class BatchFolder:
         kept = sum(path.stat().st_size for path in others)
         return len(others) < MOST_FILES and kept + num_bytes <= MOST_BYTES
 
-    def write(self, name: str, inputs: Mapping[str, Any], about: Mapping[str, Any]) -> int:
-        """Write a micro-batch; return how many bytes its tensors take, 0 if there is no room.
+    def write(self, name: str, inputs: Mapping[str, Any], about: Mapping[str, Any]) -> int | None:
+        """Write a micro-batch; return how many bytes its tensors take, None if there is no room.
 
         Args:
             name: of the file.
@@ -88,7 +88,7 @@ class BatchFolder:
                 left_out.append(f"{key} ({type(value).__name__})")
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         if not self.has_room(num_bytes, name):
-            return 0
+            return None
         self.path.mkdir(parents=True, exist_ok=True)
         whole = to_json({**about, "values": values, "left_out": left_out})
         with unfinished(self.path / name) as partial:

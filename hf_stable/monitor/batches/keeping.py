@@ -124,8 +124,7 @@ class Keeping:
         if not self or not steps:
             return
         alarm, found = alarms[0], _Written()
-        with self._missing.bearing("suspicious batches"):
-            self._write_own(alarm, steps, attempt, model, found)
+        self._write_own(alarm, steps, attempt, model, found)
         every = values_of_all_ranks(found)
         files = [name for each in every for name in each.files]
         num_bytes = sum(each.num_bytes for each in every)
@@ -147,7 +146,8 @@ class Keeping:
         if self._untold is not None:
             attempt, step, line, said = self._untold
             self._journal.write("batches", attempt, step, line)
-            self._journal.say(said)
+            if line["files"] or line["left_out"]:
+                self._journal.say(said)
         self._untold = None
 
     def stop(self) -> None:
@@ -172,13 +172,14 @@ class Keeping:
             count = count_samples(batch.inputs) or 0
             about = self._about(batch, alarm, steps, attempt) | self._by_sample(batch, model, room)
             room -= count
-            name = self._folder.name_of(batch, attempt)
-            num_bytes = self._folder.write(name, batch.inputs, about)
-            if num_bytes:
+            name, num_bytes = self._folder.name_of(batch, attempt), None
+            with self._missing.bearing("a suspicious batch"):
+                num_bytes = self._folder.write(name, batch.inputs, about)
+                if num_bytes is None:
+                    found.left_out += 1
+            if num_bytes is not None:
                 found.files.append(name)
                 found.num_bytes += num_bytes
-            else:
-                found.left_out += 1
 
     def _about(
         self, batch: MicroBatch, alarm: Alarm, steps: Sequence[int], attempt: int

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from gloo_ranks import run_ranks
+from tiny_architectures import build
 from tiny_models import tiny_batch, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.distributed import DistributedConfig
 
 import hf_stable
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
@@ -37,6 +39,7 @@ from hf_stable.commands.bench.scale import EXCHANGE, Size, bench_scale
 from hf_stable.commands.bench.timing import alternate
 from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.steps import refresh
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -105,6 +108,62 @@ def test_more_processes_share_the_work_and_exchange_the_same(model_type):
     whole = step_costs(shape, num_processes=4, tokens=1024, strategy="ddp")
     assert not whole["AdamW2"].collectives and whole["AdamW2"].moved == one["AdamW2"].moved
     assert [c.kind for c in whole["model"].collectives] == ["all-reduce"]
+
+
+def test_replicas_and_cut_matrices_have_collectives_of_their_own():
+    shape = measure_shape(tiny_model("gpt2"), 16)
+
+    def found(part, **layout):
+        cost = step_costs(shape, num_processes=8, tokens=1024, **layout)[part]
+        return [(each.kind, each.count, each.among) for each in cost.collectives]
+
+    assert found("AdamW2", replicas=2) == [("all-reduce", 2, 4)]
+    assert found("model", replicas=2)[-1] == ("all-reduce", shape.layers + 1, 2)
+    assert found("sigmaReparam", tensor_parallel=2) == [
+        ("all-reduce", len(shape.patched), 2), ("all-reduce", 2, 4), ("all-reduce", 2, 2),
+    ]  # fmt: skip
+    assert found("AdamW2", tensor_parallel=8) == [("all-reduce", 4, 8)]
+    half, quarter = (
+        step_costs(shape, num_processes=8, tokens=1024, strategy="ddp", tensor_parallel=n)
+        for n in (2, 4)
+    )
+    assert half["AdamW2"].moved == 2 * quarter["AdamW2"].moved
+    assert half["model"].flops == quarter["model"].flops
+
+
+def count_all_reduces(folder):
+    """On each of two ranks: the all-reduces of a step of a Llama that transformers has cut."""
+    cut = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(tp_size=2)
+    )
+    layers = [layer for _, layer in sigma_layers(hf_stable.patch(cut, "sigma_reparam"))]
+    optimizer = ModelAdamW2([{"params": list(cut.parameters())}], structure=cut, lr=1e-3)
+
+    def count(work):
+        with CommDebugMode() as mode:
+            work()
+        found = {str(op).split(".")[-1]: n for op, n in mode.get_comm_counts().items() if n}
+        return found.get("all_reduce", 0), found.get("allreduce_", 0)
+
+    tokens = torch.arange(20).view(2, 10) + 3
+    for _ in range(2):  # the first step iterates more
+        cut.zero_grad()
+        model = count(lambda: cut(input_ids=tokens, labels=tokens).loss.backward())
+        both = count(optimizer.step)
+    return {"model": model, "step": both, "refresh": count(lambda: refresh(layers))}
+
+
+@pytest.mark.slow
+def test_the_collectives_of_a_cut_llama_are_those_that_are_counted(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    costs = step_costs(measure_shape(model), num_processes=2, tokens=20, tensor_parallel=2)
+    calls = {part: [each.count for each in cost.collectives] for part, cost in costs.items()}
+    for found in run_ranks(count_all_reduces, 2, tmp_path):
+        products, refreshes = calls["sigmaReparam"]
+        assert list(found["model"]) == [*calls["model"], products]
+        assert found["refresh"] == (0, refreshes)
+        assert found["step"] == (0, sum(calls["AdamW2"]) + refreshes)  # the hook comes with it
 
 
 class OperationCounter(TorchDispatchMode):

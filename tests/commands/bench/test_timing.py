@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 
 import pytest
 import torch
 from rich.console import Console
 
+from hf_stable.commands.bench.cost_tables import cost_table
 from hf_stable.commands.bench.sigma import TINY, bench_sigma
 from hf_stable.commands.bench.timing import (
     FEWEST_ROUNDS,
@@ -146,3 +148,23 @@ def test_bench_sigma_runs_chosen_cases_and_counts_processor_time():
     assert "processor time" in table
     with pytest.raises(ValueError, match="no case has 'swin' in its name; the cases are vit step"):
         bench_sigma(rounds=1, sizes=TINY, only="swin")
+
+
+def test_a_table_of_costs_says_how_it_was_measured(tmp_path):
+    rows = [
+        *summarise("a case, 1 thread", {"a": {"x": [0.5]}, "b": {"x": [0.6]}}, "a"),
+        *summarise("more", {"a": {"x": [2.0, 2.0]}, "b": {"x": [1.0, 1.0]}}, "a"),
+        *summarise("another", {"a": {"x": [0.01]}, "c": {"x": [0.025], "y": [0.005]}}, "a"),
+    ]
+    # `alternate` adds the sum of all phases.
+    totals = [replace(row, phase=TOTAL) for row in rows if row.phase == "x"]
+    settings = {"benchmark": "adamw2", "baseline": "a", "timer": "processor time"}
+    write_results(tmp_path / "r.json", map(asdict, [*rows, *totals]), {"settings": settings})
+    how, *lines = cost_table(json.loads((tmp_path / "r.json").read_text()))
+    assert how.startswith("Medians of 1 to 2 alternated rounds, processor time; ")
+    assert f"torch {version('torch')}" in how and "`hf-stable bench adamw2`" in how
+    assert lines == [
+        "", "| case | a, ms | b |", "|---|---|---|",
+        "| a case, 1 thread | 500 | 1.20 |", "| more | 2000 | 0.50 |",
+        "", "| case | a, ms | c |", "|---|---|---|", "| another | 10 | 2.50 |",
+    ]  # fmt: skip

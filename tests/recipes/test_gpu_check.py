@@ -1,0 +1,32 @@
+"""The check for GPUs is tried on a CPU with small models, so that the script is known to work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from recipes import gpu_check
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_leaves_its_figures(tmp_path):
+    options = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "30"]
+    code = gpu_check.main(options)
+    summary = {
+        part["part"]: part["code"] for part in json.loads((tmp_path / "summary.json").read_text())
+    }
+    tests = (tmp_path / "tests.log").read_text()
+    # Without a GPU every test is skipped, which is no failure.
+    assert code == summary.pop("tests") == 0, tests
+    assert "skipped" in tests and "error" not in tests
+    assert summary == dict.fromkeys(("adamw2", "adamw2-triton", "sigma", "monitor"), 0)
+    for name in summary:
+        content = json.loads((tmp_path / f"{name}.json").read_text())
+        assert content["results"] and content["machine"]["device"] == "cpu"
+
+
+def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
+    part = gpu_check.Part("sleeper", 1.0, ("-c", "import time; time.sleep(60)"))
+    result = gpu_check.run(part, 0.5, tmp_path)
+    assert result["code"] is None and result["seconds"] < 30
