@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
@@ -249,18 +249,20 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-<<<<<<< HEAD
-        if parameter.numel() == 0 or hasattr(parameter, "ds_id"):
-=======
-        # A model may have empty parameters of its own: DINOv3 without register tokens.
-        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
->>>>>>> main
+        if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to all that is loaded "
+                f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to what is loaded "
                 "after TrainingArguments with such a config, or in deepspeed.zero.Init. A gamma "
                 "that joins later has not been compared with one process: make or load it before "
                 "TrainingArguments, patch it, and let the training partition it"
             )
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        raise UnsupportedModelError(
+            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
+            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
+            "model that tensor parallelism has cut can be patched"
+        )
 
 
 def _wrapper_of(model: nn.Module) -> str | None:

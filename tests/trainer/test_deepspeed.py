@@ -112,8 +112,7 @@ def make_model(name, dropout=False):
 def train(name, folder, world=1, model=None, resume=None, callbacks=(), **options):
     """A few steps of a patched model on one global batch, in two micro-batches."""
     model = make_model(name) if model is None else model
-    if not hf_stable.is_patched(model):
-        hf_stable.patch(model, "sigma_reparam")
+    hf_stable.patch(model, "sigma_reparam")
     trainer = make_trainer(
         model, folder, max_steps=STEPS, weight_decay=0.1, max_grad_norm=0.5,
         callbacks=[hf_stable.StabilityCallback(every=3)] if name == "gpt2" else [],
