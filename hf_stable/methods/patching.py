@@ -249,7 +249,8 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        if hasattr(parameter, "ds_id"):
+        # A model may have empty parameters of its own: DINOv3 without register tokens.
+        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
                 f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to what is loaded "
                 "after TrainingArguments with such a config, or in deepspeed.zero.Init. A gamma "
