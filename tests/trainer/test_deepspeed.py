@@ -18,6 +18,7 @@ from gloo_ranks import run_ranks
 from tiny_models import DEFAULT_HEADS, tiny_batch, tiny_model
 from tiny_training import dataset, dropout_model, make_trainer
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
@@ -111,6 +112,7 @@ def make_model(name, dropout=False):
 
 def train(name, folder, world=1, model=None, resume=None, callbacks=(), **options):
     """A few steps of a patched model on one global batch, in two micro-batches."""
+    unset_hf_deepspeed_config()  # of an earlier Trainer, whose stage 3 would partition the model
     model = make_model(name) if model is None else model
     hf_stable.patch(model, "sigma_reparam")
     trainer = make_trainer(
@@ -219,11 +221,13 @@ def losses_of(trainer):
 
 def continued_in_bfloat16(folder, world, stage):
     """Steps with float32 masters under dropout, and half of them again from a checkpoint."""
+    unset_hf_deepspeed_config()
     options = dict(deepspeed=settings("bf16", stage=stage), bf16=True, **UNDER_ADAMW2)
     whole = train(
         "gpt2", folder / "whole", world, make_model("gpt2", dropout=True),
         save_strategy="steps", save_steps=STEPS // 2, **options,
     )  # fmt: skip
+    unset_hf_deepspeed_config()
     again = train(
         "gpt2", folder / "again", world, make_model("gpt2", dropout=True),
         resume=str(folder / "whole" / f"checkpoint-{STEPS // 2}"), **options,
@@ -242,6 +246,7 @@ def overflowing(folder, world):
     """Steps whose gradients overflow, all of which DeepSpeed skips."""
     config = settings("bf16", stage=1)
     config["bf16"]["check_grad_overflow"] = True
+    unset_hf_deepspeed_config()
     model = make_model("gpt2")
     model.transformer.h[0].attn.c_attn.bias.register_hook(lambda grad: grad * float("inf"))
     remembers = RemembersStart()
@@ -260,6 +265,7 @@ def refused(folder, world):
     rank = dist.get_rank()
 
     def differently():
+        unset_hf_deepspeed_config()
         excluded = ["transformer.h.1.*"] if rank else None
         model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam", exclude=excluded)
         ways = dict(deepspeed=settings(stage=2), save_strategy="no", optim="adamw_torch")
@@ -275,6 +281,7 @@ def refused(folder, world):
     def without_gammas():
         import deepspeed
 
+        unset_hf_deepspeed_config()
         model = tiny_model("gpt2")
         optimizer = torch.optim.AdamW(model.parameters())
         hf_stable.patch(model, "sigma_reparam")
