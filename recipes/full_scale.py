@@ -11,7 +11,7 @@ import itertools
 import math
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_stable.commands.bench.machines import MACHINES
-from recipes.data import Task
+from recipes import full_sequences, speech
+from recipes.data import EMBEDDED, Task
 from recipes.settings import Settings
-from recipes.streaming import Making, Stream, Streamed, share
+from recipes.streaming import Stream, Streamed, one_of_each, share
 
 DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_CONTEXT, DRY_EXAMPLES, DRY_TEST_ONE_IN = 2, 2, 2, 128, 4, 4
 TEST_ONE_IN, TEST_WINDOWS = 256, 256
@@ -49,12 +50,27 @@ def load(settings: Settings, *, dry_run: bool = False) -> Task:
         ImportError: if there are images and no kornia.
         ValueError: if it is not said which column has what, or there are too few texts.
     """
-    if not settings.text_column and not (settings.image_column and settings.label_column):
+    is_translated = settings.source_column and settings.target_column
+    if not (settings.text_column or is_translated) and not (
+        settings.image_column and settings.label_column
+    ):
         raise ValueError(
-            f"data {settings.data!r} is not embedded (digits and stdlib are); of a data set of the "
-            "Hub, name image_column and label_column, or text_column"
+            f"data {settings.data!r} is not embedded ({', '.join(EMBEDDED)} are); of a data set of "
+            "the Hub, name image_column and label_column, source_column and target_column, "
+            "audio_column and text_column, or text_column"
         )
     hub = functools.partial(_from_the_hub, settings=settings)
+    if is_translated:
+        return full_sequences.translations(
+            settings,
+            full_sequences.local_pairs(settings) if dry_run else hub,
+            _local_tokenizer() if dry_run else _tokenizer(settings.tokenizer),
+            length=_context(settings),
+            dry_run=dry_run,
+        )
+    if settings.audio_column:
+        stream = full_sequences.local_speech(settings) if dry_run else hub
+        return full_sequences.transcripts(settings, stream, dry_run=dry_run)
     if settings.image_column:
         return _images(settings, _local_images() if dry_run else hub)
     return _texts(settings, _local_texts if dry_run else hub, dry_run=dry_run)
@@ -67,7 +83,8 @@ def shrink(settings: Settings) -> Settings:
     """
     config = dict(settings.model_config or {})
     sizes = {
-        "num_hidden_layers": DRY_BLOCKS, "n_layer": DRY_BLOCKS,
+        "num_hidden_layers": DRY_BLOCKS, "n_layer": DRY_BLOCKS, "encoder_layers": DRY_BLOCKS,
+        "decoder_layers": DRY_BLOCKS, "num_layers": DRY_BLOCKS, "num_decoder_layers": DRY_BLOCKS,
         "n_positions": DRY_CONTEXT, "max_position_embeddings": DRY_CONTEXT,
     }  # fmt: skip
     config |= {name: size for name, size in sizes.items() if name in config}
@@ -89,25 +106,39 @@ def gpu_hours(model: Any, settings: Settings) -> float:
             is twice a forward.
         settings: of the recipe.
     """
-    config = model.config
-    if settings.image_column:
-        pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
-        inputs = {"pixel_values": pixels}
-    else:
-        ids = torch.zeros(1, _context(settings), dtype=torch.long, device="meta")
-        inputs = {"input_ids": ids}
+    inputs = _inputs_of_one(model.config, settings)
+    if settings.source_column:
+        model.set_attn_implementation("eager")  # the other one looks at the mask, which has no data
     with FlopCounterMode(display=False) as counter:
         model(**inputs)
     flops = 3 * counter.get_total_flops() * settings.global_batch * settings.steps
     return flops / MACHINES["h100"].flops / 3600
 
 
+def _inputs_of_one(config: Any, settings: Settings) -> dict[str, Any]:
+    """Return the inputs of one example on the device "meta", as long as they may be."""
+    ids = torch.zeros(1, _context(settings), dtype=torch.long, device="meta")
+    if settings.image_column:
+        size = config.image_size
+        return {"pixel_values": torch.empty(1, 3, size, size, device="meta")}
+    if settings.model == "wav2vec2":
+        samples = full_sequences.MEAN_SECONDS * speech.RATE
+        return {"input_values": torch.empty(1, samples, device="meta")}
+    if settings.model == "whisper":
+        frames = 2 * config.max_source_positions
+        features = torch.empty(1, config.num_mel_bins, frames, device="meta")
+        return {"input_features": features, "decoder_input_ids": ids}
+    if settings.source_column:
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": ids}
+
+
 def _from_the_hub(
     split: str, epoch: int | None, rank: int = 0, num_ranks: int = 1, *, settings: Settings
 ) -> Any:
     found = load_dataset(settings.data, settings.data_config, split=split, streaming=True)
-    if settings.image_column and found.features:
-        found = found.decode(False)  # `_prepared` decodes what is used, and not what is passed over
+    if (settings.image_column or settings.audio_column) and found.features:
+        found = found.decode(False)  # what is used is decoded later, and not what is passed over
     found = share(found, rank, num_ranks)
     if epoch is None:
         return found
@@ -128,11 +159,11 @@ def _images(settings: Settings, stream: Stream) -> Task:
     def examples(split: str, *, train: bool) -> Streamed:
         transform = augmentation.Transform(settings, size, train=train)
         prepare = functools.partial(_prepared, settings=settings, transform=transform)
-        return Streamed(stream, split, _each(prepare), shuffles=train)
+        return Streamed(stream, split, one_of_each(prepare), shuffles=train)
 
     return Task(
-        examples("train", train=True),
-        examples("validation", train=False),
+        examples(settings.train_split, train=True),
+        examples(settings.test_split, train=False),
         num_labels=num_labels,
         image_size=size,
         num_channels=3,
@@ -141,11 +172,6 @@ def _images(settings: Settings, stream: Stream) -> Task:
         collate=functools.partial(augmentation.collate, settings=settings, num_labels=num_labels),
         loss=augmentation.soft_loss,
     )
-
-
-def _each(prepare: Callable[[Any], Any]) -> Making:
-    """Return what makes one example of each stored one, and has nothing left."""
-    return lambda stored, left: ((prepare(example), left) for example in stored)
 
 
 def _prepared(example: dict[str, Any], *, settings: Settings, transform: Any) -> dict[str, Any]:
@@ -259,7 +285,8 @@ def _cut(tokens: list[int], length: int) -> Iterator[tuple[dict[str, Tensor], li
 
 def _context(settings: Settings) -> int:
     config = settings.model_config or {}
-    return int(config.get("n_positions") or config.get("max_position_embeddings") or 512)
+    names = ("n_positions", "max_position_embeddings", "max_target_positions")
+    return int(next((config[name] for name in names if name in config), 512))
 
 
 def _tokenizer(name: str) -> Any:

@@ -37,7 +37,11 @@ class Settings:
     """One training run; a YAML file sets any of these, the command line overrides them."""
 
     model: str = field(
-        default="vit", metadata={"help": "vit, swin, linear_swin, gpt2, llama, qwen3 or bert"}
+        default="vit",
+        metadata={
+            "help": "vit, swin, linear_swin, gpt2, llama, qwen3, bert, marian, t5, wav2vec2 or "
+            "whisper"
+        },
     )
     model_config: Fields | None = field(
         default=None, metadata={"help": "fields of the model's config, over those of its size"}
@@ -47,12 +51,25 @@ class Settings:
     )
     init_scale: float = field(default=1.0, metadata={"help": "factor on all initial matrices"})
     data: str = field(
-        default="digits", metadata={"help": "digits, stdlib, or a data set of the Hub"}
+        default="digits",
+        metadata={
+            "help": "digits, stdlib, django, espeak, a folder with recordings and metadata.csv, or "
+            "a data set of the Hub"
+        },
     )
     data_config: str | None = field(default=None, metadata={"help": "of the data set"})
     image_column: str | None = field(default=None, metadata={"help": "of the data set"})
     label_column: str | None = field(default=None, metadata={"help": "of the data set"})
     text_column: str | None = field(default=None, metadata={"help": "of the data set"})
+    source_column: str | None = field(
+        default=None, metadata={"help": "to translate, translation.en say, where it is nested"}
+    )
+    target_column: str | None = field(default=None, metadata={"help": "its translations"})
+    audio_column: str | None = field(
+        default=None, metadata={"help": "of the data set; text_column has what is said"}
+    )
+    train_split: str = field(default="train", metadata={"help": "of the data set"})
+    test_split: str = field(default="validation", metadata={"help": "of the data set"})
     tokenizer: str | None = field(default=None, metadata={"help": "of a model on the Hub"})
     randaugment: float = field(
         default=0.0, metadata={"help": "magnitude on timm's scale, which ends at 10; 0: none"}

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ FRAMES_A_SECOND = 100
 """Of Whisper's spectrogram; its encoder halves them."""
 
 MEL_BINS = 40
+"""Of small models, half as many as Whisper has."""
 
 
 class Utterance(NamedTuple):
@@ -234,25 +235,40 @@ def spoken(name: str, *, model: str) -> Task:
     utterances = spoken_numbers() if name == "espeak" else recordings(Path(name))
     letters = sorted({letter for each in utterances for letter in each.text})
     seconds = math.ceil(max(len(each.samples) for each in utterances) / RATE)
-    columns = _by_ctc if model == "wav2vec2" else functools.partial(_in_turn, seconds=seconds)
+    columns = columns_for(model, seconds=seconds)
     train, test = (
         [columns(each, letters) for each in utterances if each.is_test == is_test]
         for is_test in (False, True)
     )
     labels = torch.cat([example["labels"] for example in train])
     size = FIRST_LETTER + len(letters)
-    sizes = dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=START)
-    if model == "whisper":
-        sizes |= dict(
-            num_mel_bins=MEL_BINS, max_source_positions=seconds * FRAMES_A_SECOND // 2,
-            decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
-        )  # fmt: skip
     texts = [each.text for each in utterances if each.is_test]
     return Task(
         train, test, num_labels=size, vocabulary=size, reference=unigram_entropy(labels),
-        collate=collate, sizes=sizes, metrics=exactly_right if model == "wav2vec2" else None,
+        collate=collate, sizes=sizes_for(model, seconds=seconds),
+        metrics=exactly_right if model == "wav2vec2" else None,
         score=functools.partial(score, examples=test, texts=texts, letters=letters),
     )  # fmt: skip
+
+
+def columns_for(
+    model: str, *, seconds: int, mel_bins: int = MEL_BINS
+) -> Callable[[Utterance, Sequence[str]], dict[str, Tensor]]:
+    """Return what makes a model's example of an utterance, by the letters that there are."""
+    if model == "wav2vec2":
+        return _by_ctc
+    return functools.partial(_in_turn, seconds=seconds, mel_bins=mel_bins)
+
+
+def sizes_for(model: str, *, seconds: int, mel_bins: int = MEL_BINS) -> dict[str, Any]:
+    """Return the fields of a model's config that go with such examples."""
+    sizes: dict[str, Any] = dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=START)
+    if model == "whisper":
+        sizes |= dict(
+            num_mel_bins=mel_bins, max_source_positions=seconds * FRAMES_A_SECOND // 2,
+            decoder_start_token_id=START, suppress_tokens=None, begin_suppress_tokens=None,
+        )  # fmt: skip
+    return sizes
 
 
 def _ids(text: str, letters: Sequence[str]) -> list[int]:
@@ -278,8 +294,12 @@ def _by_ctc(utterance: Utterance, letters: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
-def _in_turn(utterance: Utterance, letters: Sequence[str], *, seconds: int) -> dict[str, Tensor]:
-    features = _extractor(seconds)(utterance.samples, sampling_rate=RATE, return_tensors="pt")
+def _in_turn(
+    utterance: Utterance, letters: Sequence[str], *, seconds: int, mel_bins: int
+) -> dict[str, Tensor]:
+    features = _extractor(seconds, mel_bins)(
+        utterance.samples, sampling_rate=RATE, return_tensors="pt"
+    )
     return {
         "input_features": features["input_features"][0],
         "labels": torch.tensor([*_ids(utterance.text, letters), EOS]),
@@ -287,10 +307,10 @@ def _in_turn(utterance: Utterance, letters: Sequence[str], *, seconds: int) -> d
 
 
 @functools.cache
-def _extractor(seconds: int) -> Any:
+def _extractor(seconds: int, mel_bins: int) -> Any:
     from transformers import WhisperFeatureExtractor
 
-    return WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=seconds)
+    return WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=seconds)
 
 
 def collapsed(path: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Trainer, TrainerCallback
 
-__all__ = ["PlaceError", "Streamed", "StreamingTrainer", "share"]
+__all__ = ["PlaceError", "Streamed", "StreamingTrainer", "one_of_each", "share"]
 
 
 class PlaceError(ValueError):
@@ -50,6 +50,11 @@ the order in which it is stored. The last two are the process and how many there
 
 Making = Callable[[Iterable[Any], list[int]], Iterator[tuple[Any, list[int]]]]
 """Makes examples of stored ones and of what was left, and says beside each what is left then."""
+
+
+def one_of_each(prepare: Callable[[Any], Any]) -> Making:
+    """Return what makes one example of each stored one, and has nothing left."""
+    return lambda stored, left: ((prepare(example), left) for example in stored)
 
 
 def share(dataset: Any, rank: int, num_ranks: int) -> Any:

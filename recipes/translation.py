@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recipes.data import Task, unigram_entropy
-from recipes.sequences import collate
+from recipes.sequences import IGNORED, collate
 
 LANGUAGES = ("ru", "uk", "bg", "mk", "sr", "be")
 """Written in another script than English, so that a copy of the message is far off."""
@@ -91,7 +91,7 @@ def messages() -> Task:
     size = tokenizer.get_vocab_size()
     return Task(
         examples[False], examples[True], num_labels=size, vocabulary=size,
-        reference=unigram_entropy(labels), collate=collate,
+        reference=unigram_entropy(labels), collate=collate_pairs,
         sizes=dict(
             pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD, bos_token_id=None
         ),
@@ -101,6 +101,17 @@ def messages() -> Task:
             decode=tokenizer.decode,
         ),
     )  # fmt: skip
+
+
+def collate_pairs(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Make a batch whose decoder starts with `PAD` and goes on with its labels.
+
+    The model would do so itself, but does not get the labels where the Trainer smooths them.
+    """
+    batch = collate(examples)
+    shifted = batch["labels"].roll(1, 1)
+    shifted[:, 0] = PAD
+    return batch | {"decoder_input_ids": shifted.masked_fill(shifted == IGNORED, PAD)}
 
 
 def _tokenizer() -> Any:
@@ -149,6 +160,8 @@ def score(
     for start in range(0, len(inputs), BATCH):
         part = collate([{"input_ids": ids} for ids in inputs[start : start + BATCH]])
         longest = 2 * part["input_ids"].shape[1]
+        if positions := getattr(model.config, "max_position_embeddings", None):
+            longest = min(longest, positions - 1)
         output = model.generate(
             **{name: each.to(model.device) for name, each in part.items()},
             max_new_tokens=longest, num_beams=1, do_sample=False,

@@ -123,8 +123,8 @@ def fold(model: nn.Module) -> nn.Module:
     their own, so wrap the model anew before it runs again. Removed norms stay removed, and a
     warning says so: a norm is no weight that could be folded.
 
-    A layer is folded whole or not at all. Where Ctrl-C or a lack of memory comes between two of
-    them, the model computes the same as before, and another call folds the rest.
+    The model is folded whole or not at all: where Ctrl-C or a lack of memory comes in between, it
+    is as it was. The raw weights are kept on the CPU until all is done.
 
     Returns:
         The same model.
@@ -135,9 +135,9 @@ def fold(model: nn.Module) -> nn.Module:
     layers = [layer for _, layer in sigma_layers(model)]
     for layer in layers:
         settle(layer)
-    for layer in layers:
-        fold_layer(layer)
     with undoing() as undo:
+        for layer in layers:
+            fold_layer(layer, undo)
         remember_folded(model, SigmaReparamConfig, undo)
         take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):

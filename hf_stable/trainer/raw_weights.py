@@ -1,5 +1,7 @@
 """What hf_stable changes where transformers takes weights: raw ones never pass for plain ones.
 
+Nor do those of a model without LayerNorms for those of one that has them.
+
 The state dict of a patched model has raw weights, and beside them gamma and sigma, which a plain
 model leaves out: it would compute with weights of another size, and say so in a log at most.
 """
@@ -12,9 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_stable.checkpoints.described_models import read_content
 from hf_stable.checkpoints.state_dicts import raw_layers
 from hf_stable.checkpoints.weight_files import open_weights
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.modeling_hf_stable import CLASS_PREFIX, MODEL_TYPE_PREFIX
 from hf_stable.trainer.changes import wrapping
 
 __all__: list[str] = []
@@ -23,7 +27,7 @@ __all__: list[str] = []
 @wrapping(
     "transformers.modeling_utils:PreTrainedModel.from_pretrained",
     "pretrained_model_name_or_path",
-    reason="refuses a patched model's raw weights, which would be taken for those of a plain one",
+    reason="refuses a patched model's raw weights for a plain one, and norms for a model without",
 )
 def _from_pretrained(
     original: Any, model_class: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
@@ -34,6 +38,8 @@ def _from_pretrained(
     elif folder is not None and os.path.isdir(folder):
         place = os.path.join(folder, kwargs.get("subfolder") or "")
         _refuse(_raw_layers_in(place), model_class, place)
+        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("config") is not None:
+            _refuse_norms(model_class, place)
     return original(model_class, pretrained_model_name_or_path, *args, **kwargs)
 
 
@@ -55,6 +61,24 @@ def _raw_layers_in(folder: str) -> list[str]:
         return open_weights(folder).raw_layers
     except (OSError, ValueError):  # no safetensors, or damaged ones: the original says which
         return []
+
+
+def _refuse_norms(model_class: Any, folder: str) -> None:
+    """Raise ValueError where a class would bring norms back that a saved model does not have.
+
+    A config of its own is not read from config.json, where the sentence stands, and the tensor that
+    fits no norm counts as one of another size.
+    """
+    path = os.path.join(folder, "config.json")
+    if model_class.__name__.startswith(CLASS_PREFIX) or not os.path.isfile(path):
+        return
+    if str(read_content(folder).get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        raise ValueError(
+            f"{folder} cannot be loaded as a {model_class.__name__}: LayerNorms of the model in it "
+            "were removed, and this class would bring them back; with a config of your own and "
+            "ignore_mismatched_sizes=True nothing else would refuse. Load it by its auto class "
+            "(hf_stable.load, to continue it), which takes your config and leaves the norms out"
+        )
 
 
 def _refuse(raw: list[str], model_class: Any, source: str) -> None:

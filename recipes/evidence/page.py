@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.evidence import records
+from recipes.evidence import preflights, records, tau
 from recipes.evidence.claim import VERDICTS, Claim, Results, failures, losses, text_of
 from recipes.settings import Settings
 
@@ -20,7 +21,13 @@ verdict holds at this scale only.
 
 `python recipes/evidence/run.py` does the runs and writes this page; nothing in it is edited by
 hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and says whether they show
-what the whole shows.
+what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The
+last column has the minutes that the runs of a claim took, one after the other, on machines that
+others used as well.
+
+Translation, speech and a Llama-like decoder have recipes, and no claims here. Whether deep
+post-norm translation, speech without norms, or today's decoders and optimizers show what is claimed
+was not run.
 """
 
 RUNS = [
@@ -33,18 +40,41 @@ SETUPS = "<details><summary>Set-ups: what is not the default of `recipes/setting
 
 def page(claims: Mapping[str, Claim]) -> str:
     """Return the table of all claims, what its words mean, and the runs of each claim."""
-    lines = [HEADER, "| claim | verdict | in one sentence |", "|---|---|---|"]
+    lines = [HEADER, "| claim | verdict | in one sentence | minutes |", "|---|---|---|---|"]
     details: list[str] = []
     for key, claim in claims.items():
         found = records.read(claim)
         if found is None:
-            lines.append(f"| {key}. {claim.title} | not run | |")
+            lines.append(f"| {key}. {claim.title} | not run | | |")
             continue
         link = f"[{key}. {claim.title}](#claim-{key})"
-        lines.append(f"| {link} | {found['verdict']} | {found['sentence']} |")
+        minutes = f"{found['seconds_of_runs'] / 60:.0f}"
+        lines.append(f"| {link} | {found['verdict']} | {found['sentence']} | {minutes} |")
         details += _details(claim, found)
     words = [f"- **{word}**: {meaning}." for word, meaning in VERDICTS.items()]
-    return "\n".join([*lines, "", "## What a verdict says", "", *words, "", *details]) + "\n"
+    said = ["## What a verdict says", "", *words, ""]
+    return "\n".join([*lines, "", *said, *details, *_beside()]) + "\n"
+
+
+def _beside() -> list[str]:
+    """Return what is measured beside the claims: about preflight, and about short runs."""
+    flown = json.loads(preflights.RESULTS.read_text())
+    short = json.loads(tau.RESULTS.read_text())
+    counted = preflights.said({name: each for name, each in flown.items() if name[:4] == "legs"})
+    return [
+        "## Beside the claims",
+        "",
+        "**Is preflight right?** Runs at four rates each, and what their beginnings say: "
+        f"`{flown['command']}`, seed {', '.join(map(str, flown['seeds']))}, which no threshold "
+        f"was fixed on; {flown['seconds_of_runs'] / 60:.0f} minutes of runs.",
+        "",
+        *(f"- {sentence}" for sentence in counted),
+        "",
+        "**tau of short runs.** Mean test loss over three seeds, and accuracy: "
+        f"`{short['command']}`, {short['seconds_of_runs'] / 60:.0f} minutes of runs.",
+        "",
+        *tau.table(short["reported"]),
+    ]
 
 
 def _details(claim: Claim, found: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
     python recipes/evidence/run.py                 # what the committed results do not have yet
     python recipes/evidence/run.py 1 4 --again     # two claims anew, three seeds
     python recipes/evidence/run.py 1 --seeds 5     # more seeds
+    python recipes/evidence/run.py 16 --jobs 8     # eight runs at once; each claim can run alone
     python recipes/evidence/run.py --quick         # signs of claims 1, 4 and 6, seed 0
     python recipes/evidence/run.py --table         # judge, draw and write anew what is committed
 
@@ -56,7 +57,10 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="take nothing that is there already")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--jobs", "--workers", dest="workers", type=int, default=os.cpu_count(), metavar="N",
+        help="runs at once, one thread each",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("evidence-output"))
     args = parser.parse_args()
     if refusal := refused(args):

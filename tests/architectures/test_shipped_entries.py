@@ -30,7 +30,7 @@ WRITE = "python tests/support/architecture_contract.py && python docs/tables.py"
 
 def lacks(name):
     """Why the installed transformers leaves a model out; None where it does not."""
-    needed = RECORDED[name]["transformers"]
+    needed = RECORDED.get(name, {}).get("transformers", "")
     if SpecifierSet(needed).contains(transformers.__version__, prereleases=True):
         return None
     return f"{name} needs transformers {needed}"
@@ -67,7 +67,6 @@ def types_in(name):
     }
 
 
-@pytest.mark.slow
 def test_the_entry_fits_and_covers_the_model(name):
     model = fresh(name)
     assert len(find_blocks(model)) >= 1 and find_norms(model)

@@ -14,7 +14,6 @@ from tiny_models import sgd_steps, tiny_batch, tiny_model
 from torch import nn
 
 import hf_stable
-from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.steps import live_layers
 from hf_stable.methods.undoing import keep_attributes, undoing
 
@@ -88,46 +87,32 @@ def test_a_fault_leaves_a_whole_model_and_a_second_call_works(model_type, what, 
     count, inject = FAULTS[fault]
     model = make(model_type).eval()
     whole = work(copy.deepcopy(model), model_type)
-    expected, before = output(whole), output(model)
+    expected = output(whole)
     counted = copy.deepcopy(model)
     describe(counted)  # a copy settles when its state is looked at
     num_points = count(lambda: work(counted, model_type))
     most = most or (num_points if fault == "out of memory" else SLOW_LINES)
     stride = max(1, num_points // most)
-    changed = 0
     for point in range(1, num_points + 1, stride):
         twin = copy.deepcopy(model)
         untouched = describe(twin)
         with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt), match="injected"):
             with inject(point):
                 work(twin, model_type)
-        if what == "fold":  # layer by layer: each is folded or it is not
-            torch.testing.assert_close(output(twin), before, rtol=1e-5, atol=1e-6)
-            assert_layers_are_whole(twin)
-            changed += len(untouched["followed"]) != len(describe(twin)["followed"])
-        elif is_done(twin, what):  # the fault came after the last change
+        if is_done(twin, what):  # the fault came after the last change
             torch.testing.assert_close(output(twin), expected, rtol=0, atol=0)
         else:
             assert_same(untouched, describe(twin))
         work(twin, model_type)
         torch.testing.assert_close(output(twin), expected, rtol=0, atol=0)
         assert_same(describe(whole), describe(twin))
-    if what == "fold":
-        assert changed, "no fault came between two layers"
-
-
-def assert_layers_are_whole(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, SigmaLayer):
-            assert {"gamma", "sigma", "sigma_u", "sigma_v"} <= module.state_dict().keys()
-            assert any(layer is module for layer in live_layers())
-        else:
-            assert not hasattr(module, "gamma") and not hasattr(module, "settled_for")
 
 
 def is_done(model: nn.Module, what: str) -> bool:
     if what == "patch":
         return hf_stable.is_patched(model)
+    if what == "fold":
+        return not hf_stable.is_patched(model)
     return not any("Removed" in type(module).__name__ for module in model.modules())
 
 

@@ -395,22 +395,25 @@ def causal(*, sharp, control, saved, held=0.9, entropy=0.1):
 
 
 def test_claim_16_asks_for_both_directions():
-    assert judged("16", causal(sharp=NOTHING, control=0.5, saved=0.5))[0] == "reproduced"
+    word, said = judged("16", causal(sharp=NOTHING, control=0.5, saved=0.5))
+    assert word == "reproduced" and "saves 2 of 2 set-ups that crash; 0 crash with" in said
     word, said = judged("16", causal(sharp=0.5, control=0.5, saved=NOTHING))
-    assert word == "refuted" and "saves 0 of 6 set-ups that crash" in said
-    assert "in 6 the loss is lost under a remedy that does so" in said
+    assert word == "refuted" and "saves 0 of 2 set-ups that crash; 2 crash with" in said
     # A control that fails as well says that the size of the blow does it, not the collapse.
     word, said = judged("16", causal(sharp=NOTHING, control=NOTHING, saved=0.5))
-    assert word == "partly" and "loses runs that train on 0 of 3 models" in said
+    assert word == "partly" and "collapse from outside does not harm runs" in said
     # What is worse but not lost is said to be so; what did not collapse says nothing.
     word, said = judged("16", causal(sharp=0.7, control=0.5, saved=NOTHING))
-    assert word == "partly" and "on 0 of 3 models and makes them worse on 3" in said
+    assert word == "partly" and "collapse from outside makes worse runs" in said
     assert judged("16", causal(sharp=NOTHING, control=0.5, saved=NOTHING, entropy=0.7))[0] == (
         "refuted"
     )
     # A remedy under which entropy fell after all is none.
     word, said = judged("16", causal(sharp=0.5, control=0.5, saved=0.5, held=0.1))
-    assert word == "not at this scale" and "saves 0 of 6" in said
+    assert word == "not at this scale" and "saves 0 of 2" in said
+    # Of the decoders, whose runs are fewer, the same is asked.
+    assert judged("16-llama", causal(sharp=NOTHING, control=0.5, saved=0.5))[0] == "reproduced"
+    assert judged("16-gpt2", causal(sharp=0.5, control=0.5, saved=NOTHING))[0] == "refuted"
 
 
 def test_what_is_committed_of_an_intervention_is_what_came_before_and_after():
@@ -428,7 +431,7 @@ def test_what_is_committed_of_an_intervention_is_what_came_before_and_after():
 
 
 def test_every_claim_has_a_judge_that_was_tried_here():
-    tried = re.findall(r'judged\(\s*"(\d+)"', Path(__file__).read_text())
+    tried = re.findall(r'judged\(\s*"([\w-]+)"', Path(__file__).read_text())
     assert set(tried) == set(CLAIMS)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import data, speech, translation  # noqa: E402
 from recipes.sequences import collate  # noqa: E402
+from recipes.settings import read_yaml  # noqa: E402
 
 
 def test_sequences_are_filled_up_and_what_is_filler_is_masked():
@@ -30,10 +33,21 @@ def test_sequences_are_filled_up_and_what_is_filler_is_masked():
     assert batch["labels"].tolist() == [[1, -100], [2, 3]]
 
 
+def test_a_decoder_starts_with_padding_and_goes_on_with_its_labels():
+    pairs = [
+        {"input_ids": torch.tensor([5, 1]), "labels": torch.tensor([7, 8, 1])},
+        {"input_ids": torch.tensor([5, 1]), "labels": torch.tensor([9, 1])},
+    ]
+    batch = translation.collate_pairs(pairs)
+    assert batch["decoder_input_ids"].tolist() == [[0, 7, 8], [0, 9, 1]]
+    assert batch["labels"].tolist() == [[7, 8, 1], [9, 1, -100]]
+
+
 class Says:
     """A model that gives fixed ids for each example."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace()
 
     def __init__(self, rows):
         self.rows = rows
@@ -132,7 +146,7 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
     assert len(found) == 20 and found[1].text == "number aa"
     assert len(found[0].samples) == speech.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
     write_recordings(audio)
-    rows = [f'{number}.wav,"Yes, {number}",speaker{number // 2}' for number in range(20)]
+    rows = [f'{number}.wav,"Yes, {number}",reader{number // 2}' for number in range(20)]
     (audio / "metadata.csv").write_text("\n".join(["file_name,text,speaker", *rows]) + "\n")
     found = speech.recordings(audio)
     assert found[3].text == "yes, 3"
@@ -149,3 +163,24 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
         speech.recordings(ljspeech)
     with pytest.raises(ValueError, match="wav2vec2 and whisper, not for 'vit'"):
         data.load("espeak", model="vit")
+
+
+@pytest.mark.slow
+def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path):
+    write_recordings(tmp_path / "wavs")
+    lines = [f"{number}|{'ab' * (number % 3 + 1)}" for number in range(20)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    for recipe in ("wav2vec2_espeak", "whisper_espeak"):
+        path = ROOT / "recipes" / "small" / f"{recipe}.yaml"
+        assert read_yaml(path)["data"] == "espeak"
+        command = [
+            sys.executable, str(ROOT / "recipes" / "run.py"), str(path), "--data", str(tmp_path),
+            "--batch_size", "4", "--save_steps", "2", "--output", str(tmp_path / recipe), "--steps",
+        ]  # fmt: skip
+        result = {}
+        for launch in range(2):  # the second run has nothing left to train
+            done = subprocess.run([*command, "2"], capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-3000:]
+            result[launch] = json.loads((tmp_path / recipe / "results.json").read_text())
+        assert 0 <= result[0]["character_error_rate"] and result[0]["word_error_rate"] > 0
+        assert result[0] | {"seconds": 0} == result[1] | {"seconds": 0}

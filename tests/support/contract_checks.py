@@ -9,7 +9,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from architecture_inputs import labelled, loss_of, seed, trainer_for
 from contract_models import SAME, Trained, fresh, output, parts_of, patch, train, trained
@@ -112,6 +111,8 @@ def _generate(model, name: str) -> tuple[Tensor, Tensor]:
 
 def adapted(name: str, folder: Path) -> str:
     """LoRA trains on a folded model, and merges into plain layers."""
+    import peft  # not above: the entries are also tested where there is none
+
     model = hf_stable.fold(copy.deepcopy(trained(name).model))
     kinds = kinds_of(model)
     answer = output(model, name)

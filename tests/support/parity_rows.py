@@ -42,6 +42,11 @@ def name_of(item: Any) -> str:
     return item.nodeid.partition("[")[0]
 
 
+def key_of(row: Row) -> str:
+    """What a row is of; the rest is what it says."""
+    return json.dumps([row[key] for key in ("test", "engine", "model", "method")])
+
+
 def file_of(name: str) -> str:
     return name.partition("::")[0]
 
@@ -61,23 +66,23 @@ class ParityRows:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
         outcome = yield
-        rows = rows_of(item)
-        if not rows:
-            return
-        report = outcome.get_result()
+        report, rows = outcome.get_result(), rows_of(item)
+        keys = set(map(key_of, rows))
         if report.when == "call":
-            self.ran.add(name_of(item))
-        if report.failed:
-            self.failed.add(name_of(item))
-        elif report.when == "call" and report.passed:
+            self.ran |= keys
             self.passed += rows
+        if not report.passed:
+            self.failed |= keys
 
     def pytest_sessionfinish(self) -> None:
         files = {file_of(name) for name in self.known}
-        gone = {row["test"] for row in read_rows() if file_of(row["test"]) in files} - self.known
-        kept = [row for row in read_rows() if row["test"] not in self.ran | gone]
-        new = [row for row in self.passed if row["test"] not in self.failed]
-        write_rows(kept + new)
+        kept = [
+            row
+            for row in read_rows()
+            if key_of(row) not in self.ran
+            and (row["test"] in self.known or file_of(row["test"]) not in files)
+        ]
+        write_rows(kept + [row for row in self.passed if key_of(row) not in self.failed])
 
 
 def read_rows() -> list[Row]:

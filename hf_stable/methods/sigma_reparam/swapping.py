@@ -40,7 +40,7 @@ from hf_stable.methods.sigma_reparam.stacks import (
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
 from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
-from hf_stable.methods.undoing import Undo, keep_attributes, undoing
+from hf_stable.methods.undoing import Undo, keep_attributes
 
 __all__ = [
     "SigmaState",
@@ -226,10 +226,15 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
 
 
 @torch.no_grad()
-def fold_layer(layer: SigmaLayer) -> nn.Module:
-    """Turn a sigma layer into the plain layer that computes the same, in place, or leave it.
+def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
+    """Turn a sigma layer into the plain layer that computes the same, in place.
 
     `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
+
+    Args:
+        layer: the layer.
+        undo: what to call if something fails later; see `undoing`. It holds the raw weight, on the
+            CPU, where there is room. Without one nothing is kept: of a copy that nobody else has.
 
     Returns:
         The layer; of experts in one parameter, the module that has it again.
@@ -240,21 +245,28 @@ def fold_layer(layer: SigmaLayer) -> nn.Module:
     settle(layer)
     weight = local_tensor(layer.weight)
     folded = _local_effective_weight(layer)
-    raw = weight.clone()
-    with undoing() as undo:
-        undo += [keep_attributes(layer), partial(follow, layer), lambda: weight.copy_(raw)]
-        weight.copy_(folded)
-        if isinstance(layer, SigmaStack):
-            undo.append(keep_attributes(layer.holder))
-            plain = take_stack_out(layer, undo)
-        else:
-            plain_class = layer.plain_class
-            for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
-                delattr(layer, name)
-            swap_class(layer, plain_class, undo)
-            plain = layer
-        forget(layer)
+    if undo is None:
+        undo = []
+    else:
+        raw = weight.to("cpu", copy=True)
+        undo += [keep_attributes(layer), partial(follow, layer), partial(_write, weight, raw)]
+    weight.copy_(folded)
+    if isinstance(layer, SigmaStack):
+        undo.append(keep_attributes(layer.holder))
+        plain = take_stack_out(layer, undo)
+    else:
+        plain_class = layer.plain_class
+        for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
+            delattr(layer, name)
+        swap_class(layer, plain_class, undo)
+        plain = layer
+    forget(layer)
     return plain
+
+
+@torch.no_grad()
+def _write(weight: Tensor, values: Tensor) -> None:
+    weight.copy_(values)
 
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:

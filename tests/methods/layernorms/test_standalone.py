@@ -315,6 +315,10 @@ def test_a_config_of_another_class_brings_no_norms_back_either(tmp_path):
     for folder in ("first", "again"):
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             type(model).from_pretrained(tmp_path / folder, config=tiny_config("gpt2"))
+        both = dict(config=tiny_config("gpt2"), ignore_mismatched_sizes=True)
+        for cls in (type(model), transformers.GPT2Model, transformers.AutoModelForCausalLM):
+            with pytest.raises(ValueError, match="LayerNorms of the model in it were removed"):
+                cls.from_pretrained(tmp_path / folder, **both)
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path / folder, output_loading_info=True
         )
