@@ -78,7 +78,10 @@ def parity() -> list[str]:
     return lines
 
 
-ENGINES = ("DDP", "ZeroRedundancyOptimizer", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP")
+ENGINES = (
+    "DDP", "ZeroRedundancyOptimizer", "DeepSpeed ZeRO 0", "DeepSpeed ZeRO 1", "DeepSpeed ZeRO 2",
+    "DeepSpeed ZeRO 3", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP",
+)  # fmt: skip
 """In the order of the table; others follow by name."""
 
 

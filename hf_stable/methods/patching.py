@@ -252,10 +252,10 @@ def _refuse_unpatchable(model: nn.Module) -> None:
         # A model may have empty parameters of its own: DINOv3 without register tokens.
         if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                f"{name} has no entries on this rank: DeepSpeed ZeRO-3 has partitioned the model, "
-                "as it does to all that is loaded after TrainingArguments with such a config. Call "
-                "hf_stable.patch inside of deepspeed.zero.GatheredParameters("
-                "list(model.parameters())), before the training begins"
+                f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to what is loaded "
+                "after TrainingArguments with such a config, or in deepspeed.zero.Init. A gamma "
+                "that joins later has not been compared with one process: make or load it before "
+                "TrainingArguments, patch it, and let the training partition it"
             )
     sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:

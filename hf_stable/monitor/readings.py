@@ -49,9 +49,18 @@ def gradients_are_finite(model: nn.Module) -> Tensor:
 
 
 def gammas(model: nn.Module) -> dict[str, list[float]]:
-    """Return the gammas of each sigma layer, by name."""
+    """Return the gammas of each sigma layer, by name.
+
+    Raises:
+        ValueError: if they are partitioned (DeepSpeed ZeRO-3).
+    """
     found = {}
     for name, layer in sigma_layers(model):
+        if layer.gamma.numel() == 0:
+            raise ValueError(
+                "gammas are partitioned; a stage3_param_persistence_threshold of their number, or "
+                "of DeepSpeed's 100000, leaves them whole"
+            )
         found[name] = whole_tensor(layer.gamma.detach()).tolist()
     return found
 

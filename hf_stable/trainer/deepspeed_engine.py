@@ -77,16 +77,15 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         settings, is_patched=bool(layers), uses_adamw2=isinstance(optimizer, AdamW2)
     )
     _refuse_different_patches(layers)
+    own = [layer for _, layer in layers]
     if layers:
         _refuse_other_engines(engine)
-        own = [layer for _, layer in layers]
         check_gammas(own, _given_groups(optimizer, given.get("model_parameters"), settings))
     given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
     setattr(engine, _MARK, True)
     if given_to_adamw2 is not None and engine.zero_optimization():
         partition_optimizer(engine, given_to_adamw2)
-    own = [layer for _, layer in layers]
     if engine.zero_optimization_partition_weights():
         if any(layer.weight.dtype not in _EXACT for layer in own):
             refresh(own, weights=_partitions(own))

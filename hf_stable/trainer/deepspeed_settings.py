@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_settings", "refuse_unfit_settings"]
+__all__ = ["read_settings", "refuse_other_checkpoint", "refuse_unfit_settings"]
 
 ONE_BIT = ("onebitadam", "zerooneadam", "onebitlamb")
 """Optimizers that exchange compressed updates in the place of gradients."""
@@ -46,6 +46,23 @@ def refuse_unfit_settings(settings: Settings, *, is_patched: bool, uses_adamw2: 
     who = "a model patched with sigma_reparam" if is_patched else "AdamW2"
     for setting, reason in _unfit(settings, uses_adamw2):
         raise ValueError(f"{who} does not train under DeepSpeed with {setting}: {reason}")
+
+
+def refuse_other_checkpoint(folder: Any) -> None:
+    """Raise ValueError for a checkpoint that DeepSpeed has not written, and so cannot resume.
+
+    Args:
+        folder: of the checkpoint; nothing is raised for anything but the path of a folder.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.path.isdir(folder):
+        return
+    if not any(Path(folder).glob("global_step*")):
+        raise ValueError(
+            f"{os.fspath(folder)} was not saved under DeepSpeed (it has no folder global_step...), "
+            "and DeepSpeed resumes its own checkpoints alone. Resume it without DeepSpeed; or "
+            "start anew from its weights: hf_stable.load(model_class, folder) for a patched model, "
+            "from_pretrained for a plain one"
+        )
 
 
 def _refuse_own_optimizer(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.trainer.changes import wrapping
-from hf_stable.trainer.deepspeed_settings import refuse_unfit_settings
+from hf_stable.trainer.deepspeed_settings import refuse_other_checkpoint, refuse_unfit_settings
 from hf_stable.trainer.optimizer import OPTIMIZER_NAME
 from hf_stable.trainer.resuming import watching_own_ways
 from hf_stable.trainer.training_record import keeping_record
@@ -88,6 +88,8 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
             is_patched=bool(sigma_layers(whole)),
             uses_adamw2=trainer.args.optim == OPTIMIZER_NAME,
         )
+        if trainer.is_deepspeed_enabled:
+            refuse_other_checkpoint(args[0] if args else kwargs.get("resume_from_checkpoint"))
     refuse_cut_sequences(trainer)
     with keeping_record(trainer), watching_own_ways(trainer):
         return train_with_rollbacks(original, trainer, *args, **kwargs)

@@ -18,6 +18,7 @@ from gloo_ranks import run_ranks
 from tiny_models import DEFAULT_HEADS, tiny_batch, tiny_model
 from tiny_training import dataset, dropout_model, make_trainer
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
@@ -25,6 +26,7 @@ from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
+from hf_stable.monitor.log_file import read_log
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -60,6 +62,23 @@ ADAMW2 = {
 UNDER_ADAMW2 = dict(optim="adamw2", optim_args="tau=0.004")
 
 
+NAMES = {"gpt2": "GPT-2", "vit": "ViT", "swin": "Swin", "bert": "BERT", "llama": "Llama"}
+
+
+def shows(cases, method, *aspects):
+    """The cases, each with the row of the guide's table that its test stands for."""
+    return [
+        pytest.param(
+            case,
+            marks=pytest.mark.parity(
+                engine=f"DeepSpeed ZeRO {options['stage']}",
+                models=(NAMES[case.partition("-")[0]],), method=method, same=aspects,
+            ),
+        )
+        for case, options in cases.items()
+    ]  # fmt: skip
+
+
 @pytest.fixture(autouse=True, scope="module")
 def environment():
     """DeepSpeed looks for an accelerator, and is told that there is none."""
@@ -91,14 +110,19 @@ def make_model(name, dropout=False):
     return dropout_model(name) if dropout else tiny_model(name, HEADS[name])
 
 
-def train(name, folder, world=1, model=None, resume=None, **options):
+def train(name, folder, world=1, model=None, resume=None, callbacks=(), **options):
     """A few steps of a patched model on one global batch, in two micro-batches."""
-    model = hf_stable.patch(make_model(name) if model is None else model, "sigma_reparam")
+    unset_hf_deepspeed_config()  # of an earlier Trainer, whose stage 3 would partition the model
+    model = make_model(name) if model is None else model
+    hf_stable.patch(model, "sigma_reparam")
     trainer = make_trainer(
         model, folder, max_steps=STEPS, weight_decay=0.1, max_grad_norm=0.5,
+        callbacks=[hf_stable.StabilityCallback(every=3)] if name == "gpt2" else [],
         gradient_accumulation_steps=2, per_device_train_batch_size=GLOBAL_BATCH // 2 // world,
         **(dict(save_strategy="no", optim="adamw_torch") | options),
     )  # fmt: skip
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.model_accepts_loss_kwargs &= name != "bert"  # see tests/contracts/test_parity.py
     trainer.train_dataset = examples = dataset(model)
     if name == "bert":
@@ -178,6 +202,7 @@ def on_ranks(folder):
         stage: continued_in_bfloat16(folder / f"bf16-{stage}", world, stage) for stage in (2, 3)
     }
     found["skipped"] = overflowing(folder / "skipped", world)
+    found["refused"] = refused(folder / "refused", world)
     found["cpu"] = time.process_time()
     return found
 
@@ -196,11 +221,13 @@ def losses_of(trainer):
 
 def continued_in_bfloat16(folder, world, stage):
     """Steps with float32 masters under dropout, and half of them again from a checkpoint."""
+    unset_hf_deepspeed_config()
     options = dict(deepspeed=settings("bf16", stage=stage), bf16=True, **UNDER_ADAMW2)
     whole = train(
         "gpt2", folder / "whole", world, make_model("gpt2", dropout=True),
         save_strategy="steps", save_steps=STEPS // 2, **options,
     )  # fmt: skip
+    unset_hf_deepspeed_config()
     again = train(
         "gpt2", folder / "again", world, make_model("gpt2", dropout=True),
         resume=str(folder / "whole" / f"checkpoint-{STEPS // 2}"), **options,
@@ -219,6 +246,7 @@ def overflowing(folder, world):
     """Steps whose gradients overflow, all of which DeepSpeed skips."""
     config = settings("bf16", stage=1)
     config["bf16"]["check_grad_overflow"] = True
+    unset_hf_deepspeed_config()
     model = make_model("gpt2")
     model.transformer.h[0].attn.c_attn.bias.register_hook(lambda grad: grad * float("inf"))
     remembers = RemembersStart()
@@ -231,6 +259,61 @@ def overflowing(folder, world):
     }
 
 
+def refused(folder, world):
+    """What every rank is told, after which the others go on: nobody waits."""
+    (folder / "other").mkdir(parents=True, exist_ok=True)
+    rank = dist.get_rank()
+
+    def differently():
+        unset_hf_deepspeed_config()
+        excluded = ["transformer.h.1.*"] if rank else None
+        model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam", exclude=excluded)
+        ways = dict(deepspeed=settings(stage=2), save_strategy="no", optim="adamw_torch")
+        make_trainer(model, folder, max_steps=1, per_device_train_batch_size=4, **ways).train()
+
+    def with_own_optimizer():
+        config = settings(stage=1) | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+        train("gpt2", folder, world, deepspeed=config, optim="adamw2", learning_rate=1e-3)
+
+    def from_another_engine():
+        train("gpt2", folder, world, resume=str(folder / "other"), deepspeed=settings(stage=1))
+
+    def without_gammas():
+        import deepspeed
+
+        unset_hf_deepspeed_config()
+        model = tiny_model("gpt2")
+        optimizer = torch.optim.AdamW(model.parameters())
+        hf_stable.patch(model, "sigma_reparam")
+        config = settings(stage=1) | {
+            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+            "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        }  # fmt: skip
+        deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def partitioned_first():
+        import deepspeed
+
+        with deepspeed.zero.Init(dtype=torch.float32):
+            model = tiny_model("gpt2")
+        hf_stable.patch(model, "sigma_reparam")
+
+    told = {}
+    for attempt in (
+        partitioned_first,
+        differently,
+        with_own_optimizer,
+        from_another_engine,
+        without_gammas,
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            attempt()
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, str(error.value))
+        told[attempt.__name__] = everywhere
+    return told
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
@@ -238,9 +321,14 @@ def ran(tmp_path_factory):
     return result, folder
 
 
+def alone_folder(tmp_path_factory):
+    """Where the runs of one process are."""
+    return tmp_path_factory.getbasetemp() / "alone"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
+    folder = alone_folder(tmp_path_factory)
     names = {case.partition("-")[0] for case in CASES}
     return {name: losses_of(train(name, folder / name)) for name in sorted(names)}
 
@@ -255,7 +343,7 @@ def alone_under_adamw2(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", shows(CASES, "sigmaReparam", "losses"))
 def test_losses_are_those_of_one_process(case, ran, alone):
     found, expected = ran[0]["parity"][case], alone[case.partition("-")[0]]
     assert ("ZeroOptimizer" in found["engine"]) == (CASES[case]["stage"] > 0)
@@ -267,7 +355,7 @@ def test_losses_are_those_of_one_process(case, ran, alone):
     assert max(expected.values()) - min(expected.values()) > 1e-3
 
 
-@pytest.mark.parametrize("case", ADAMW2)
+@pytest.mark.parametrize("case", shows(ADAMW2, "sigmaReparam and AdamW2", "losses"))
 def test_adamw2_steps_as_in_one_process(case, ran, alone_under_adamw2):
     found = ran[0]["adamw2"][case]
     losses, rates = alone_under_adamw2[case.partition("-")[0]]
@@ -283,7 +371,7 @@ def test_adamw2_steps_as_in_one_process(case, ran, alone_under_adamw2):
     assert min(every) < 0.5 * max(every)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith("offload")])
+@pytest.mark.parametrize("case", shows(CASES, "sigmaReparam", "checkpoints"))
 def test_checkpoints_are_plain_folders(case, ran):
     folder = ran[1] / case / f"checkpoint-{STEPS}"
     name = case.partition("-")[0]
@@ -300,6 +388,10 @@ def test_checkpoints_are_plain_folders(case, ran):
         assert not torch.allclose(plain(**batch).logits, start(**batch).logits, atol=1e-3)
 
 
+@pytest.mark.parity(
+    engine="DeepSpeed ZeRO {stage}", models=("GPT-2",), method="sigmaReparam and AdamW2",
+    same=("resume",),
+)  # fmt: skip
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bfloat16_with_float32_masters_resumes_exactly(stage, ran):
     found, folder = ran[0]["bf16"][stage], ran[1] / f"bf16-{stage}" / "whole"
@@ -336,6 +428,38 @@ def test_what_zero_to_fp32_writes_is_folded(case, safe, ran, tmp_path):
     folded, saved = (model_class.from_pretrained(each).state_dict() for each in (plain, checkpoint))
     for key, tensor in saved.items():
         torch.testing.assert_close(folded[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        ("differently", "the ranks have patched the model differently"),
+        ("with_own_optimizer", "an optimizer ('AdamW'), which takes the place of AdamW2"),
+        ("from_another_engine", "was not saved under DeepSpeed"),
+        ("partitioned_first", "make or load it before TrainingArguments"),
+        ("without_gammas", "have their weight in the optimizer but not their gamma"),
+    ],
+)
+def test_every_rank_is_told_what_cannot_work(attempt, message, ran):
+    told = ran[0]["refused"][attempt]
+    assert len(told) == 2 and all(message in each for each in told)
+
+
+@pytest.mark.parametrize("case", ["gpt2-1", "gpt2-2", "gpt2-3"])
+def test_the_monitor_records_what_it_records_in_one_process(case, ran, alone, tmp_path_factory):
+    mine, theirs = (
+        [event for event in read_log(folder) if event["event"] == "probe"]
+        for folder in (ran[1] / case, alone_folder(tmp_path_factory) / "gpt2")
+    )
+    assert [event["step"] for event in mine] == [event["step"] for event in theirs] != []
+    for one, other in zip(mine, theirs, strict=True):
+        gammas = () if case == "gpt2-3" else ("gamma",)  # which no process has whole there
+        assert ("gamma" in one["quantities"]) == bool(gammas)
+        for quantity in ("entropy", "sigma_qk", "sec", *gammas):
+            for layer, value in other["quantities"][quantity].items():
+                assert one["quantities"][quantity][layer] == pytest.approx(
+                    value, rel=1e-3, abs=1e-6
+                )
 
 
 def test_a_step_that_is_skipped_moves_nothing(ran):
