@@ -25,9 +25,9 @@ what the whole shows. A claim can be run alone, and `--jobs` says how many runs 
 last column has the minutes that the runs of a claim took, one after the other, on machines that
 others used as well.
 
-Translation, speech and a Llama-like decoder have recipes, and no claims here. Whether deep
-post-norm translation, speech without norms, or today's decoders and optimizers show what is claimed
-was not run.
+Translation and speech have recipes, and no claims here. Whether deep post-norm translation, speech
+without norms, or a Llama-like decoder's rates and today's optimizers show what is claimed was not
+run.
 """
 
 RUNS = [
