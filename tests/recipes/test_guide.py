@@ -15,7 +15,7 @@ GUIDE = (RECIPES / "README.md").read_text()
 
 
 LORA = "`lora.py`"
-SOURCE = re.compile(rf"\((\d+|{LORA})\)")
+SOURCE = re.compile(rf"\((\d+(?:-\w+)?|{LORA})\)")
 """What stands in brackets behind numbers: their claim, or what measured them."""
 
 
@@ -27,7 +27,7 @@ def _shown(section):
 def measured():
     """Numbers by source: of the evidence's tables and findings by claim, and of `lora.py`."""
     page = (RECIPES / "evidence" / "README.md").read_text()
-    _, *sections = re.split(r"^## Claim (\d+)$", page, flags=re.MULTILINE)
+    _, *sections = re.split(r"^## Claim (\d+(?:-\w+)?)$", page, flags=re.MULTILINE)
     found = {
         claim: {float(number) for number in re.findall(r"\d+\.\d+", _shown(section))}
         for claim, section in zip(sections[::2], sections[1::2], strict=True)
