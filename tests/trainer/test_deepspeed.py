@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 
 import pytest
 import tiny_architectures
@@ -203,7 +202,6 @@ def on_ranks(folder):
     }
     found["skipped"] = overflowing(folder / "skipped", world)
     found["refused"] = refused(folder / "refused", world)
-    found["cpu"] = time.process_time()
     return found
 
 
