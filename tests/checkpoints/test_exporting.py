@@ -82,6 +82,7 @@ def test_transformers_alone_uses_the_folder(outcomes, model_type, head, method):
     assert outcomes[f"{head}-{method}"]["error"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("task", "model_type", "head"), PIPELINES, ids=lambda value: value)
 def test_pipelines_of_transformers_alone_use_the_folder(outcomes, task, model_type, head, method):

@@ -93,6 +93,7 @@ def test_quick_demo_trains_saves_and_reloads(quick):
     assert "train_runtime" in done.stderr  # the Trainer's own log lines, off the JSON's stream
 
 
+@pytest.mark.slow
 def test_what_is_told_of_the_patched_run_is_that_of_its_files(quick):
     done, output = quick
     found = json.loads(done.stdout)["runs"][SIGMA_PART.title][1]
@@ -110,6 +111,7 @@ def test_what_is_told_of_the_patched_run_is_that_of_its_files(quick):
     assert max(exact.values()) > 1.2 * min(exact.values())
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_plain_and_knows_its_gamma(quick):
     _, output = quick
     weights = load_file(output / "model" / "model.safetensors")

@@ -31,23 +31,26 @@ class OutOfMemoryAt(TorchDispatchMode):
 
 
 @contextmanager
-def interrupt_at(point: int) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt at the n-th line of the package that is run; what is left comes."""
-    left = [point]
+def interrupt_at(point: int) -> Iterator[list[str]]:
+    """Raise KeyboardInterrupt at the n-th line of the package that is run.
+
+    The list that is given gains the name of the function of each line until then.
+    """
+    run: list[str] = []
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
+            run.append(frame.f_code.co_name)
+            if len(run) == point:
                 raise KeyboardInterrupt(f"injected at {frame.f_code.co_name}:{frame.f_lineno}")
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        yield left
+        yield run
     finally:
         sys.settrace(before)
 
@@ -59,8 +62,13 @@ def count_operations(work: Callable[[], Any]) -> int:
     return -counter.left
 
 
+def list_lines(work: Callable[[], Any]) -> list[str]:
+    """The function of every line of the package that a piece of work runs."""
+    with interrupt_at(0) as run:
+        work()
+    return run
+
+
 def count_lines(work: Callable[[], Any]) -> int:
     """The number of lines of the package that a piece of work runs."""
-    with interrupt_at(0) as left:
-        work()
-    return -left[0]
+    return len(list_lines(work))
