@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -37,8 +38,9 @@ from recipes.settings import Settings
 
 RESULTS = Path(__file__).resolve().parent / "preflights.json"
 
-SEEDS = (5,)
-"""None of those on which thresholds were fixed, which are 0 to 2."""
+SEEDS = (6,)
+"""None of those on which thresholds were fixed, which are 0 to 2. Under seed 5 this check showed
+that legs did not know what guessing costs. They have the model's config since."""
 
 FACTORS = (0.3, 1.0, 3.0, 10.0)
 """Multiples of the planned rate, as a preflight takes them by default."""
@@ -101,7 +103,7 @@ def rows_of(planned: str, results: Sequence[dict[str, Any]]) -> Iterator[dict[st
         results: what `recipes.run.run` returned, in the order of `FACTORS`.
     """
     runs = {
-        factor: read_run(result["settings"]["output"])
+        factor: replace(read_run(result["settings"]["output"]), guessing=_guessing(result))
         for factor, result in zip(FACTORS, results, strict=True)
     }
     for steps in LEGS:
@@ -122,6 +124,14 @@ def rows_of(planned: str, results: Sequence[dict[str, Any]]) -> Iterator[dict[st
                 "counts": tells,
                 "learns_little": bool(failures({"run": [result]}, "run")),
             }
+
+
+def _guessing(result: Mapping[str, Any]) -> float | None:
+    """Return what guessing among ten labels costs: a leg reads it off the model's config.
+
+    For language models it says nothing here: all leave the loss of guessing among all tokens.
+    """
+    return None if result["settings"]["model"] in ("gpt2", "llama") else math.log(10)
 
 
 def rates(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -107,8 +109,18 @@ def train_leg(train: Any, trainer: Trainer, callback: LegCallback, *args: Any, *
             raise
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(callback.folder / "trainer_state.json"))
+        _write_config(trainer, callback.folder)
         write_ending(callback.folder, callback.ending(), callback.leg)
     return callback.ending()
+
+
+def _write_config(trainer: Trainer, folder: Path) -> None:
+    """Write the model's config beside the records: the report reads off it what guessing costs."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if isinstance(model, PreTrainedModel):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.to_json_file(folder / "config.json", use_diff=False)
 
 
 class LegCallback(TrainerCallback):

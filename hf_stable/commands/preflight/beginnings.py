@@ -59,5 +59,4 @@ def _beginning(run: RunRecords, steps: int) -> RunRecords:
         probes=tuple(probe for probe in run.probes if probe.step <= steps),
         events=tuple(event for event in run.events if event.step <= steps),
         num_steps=steps,
-        guessing=None,
     )

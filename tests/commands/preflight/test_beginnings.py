@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from report_runs import FALLING, calm, write_run
@@ -31,6 +32,14 @@ def test_a_loss_that_stands_still_counts_only_if_another_moves(tmp_path):
         outcome.survives and outcome.reason for outcome in judge_beginnings(runs, 60).values()
     )
     runs[0.3] = written(tmp_path / "c", FALLING)
+    assert judge_beginnings(runs, 60)[3].kind == "stalls"
+
+
+def test_a_loss_that_broke_out_and_came_down_to_that_of_guessing_stalls(tmp_path):
+    broke_out = [2.4, 9.0, 8.0, *(2.3 + 5 * 0.8**s + 0.01 * math.sin(s) for s in range(60))]
+    runs = {1: written(tmp_path / "a", FALLING), 3: written(tmp_path / "b", broke_out)}
+    assert judge_beginnings(runs, 60)[3].kind == "trains"  # as far as the loss alone tells
+    runs[3] = replace(runs[3], guessing=math.log(10))
     assert judge_beginnings(runs, 60)[3].kind == "stalls"
 
 

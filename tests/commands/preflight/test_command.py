@@ -108,11 +108,11 @@ def test_a_planned_rate_that_is_lost_ends_with_one():
 @pytest.mark.slow
 def test_it_runs_under_a_launcher():
     words = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
-    options = ("--steps", 20, "--rates", "1", "--remedies", "adamw2:tau=0.01")
+    options = ("--steps", 20, "--rates", "1", "--remedies", "none")
     done = fly(*options, "--launcher", words, "train.py", *ARGUMENTS)
     assert done.returncode in (0, 1), done.stderr
     ends = legs()
-    assert {end["ending"]["steps"] for end in ends.values()} == {20} and len(ends) == 2
+    assert {end["ending"]["steps"] for end in ends.values()} == {20} and len(ends) == 1
 
 
 def _target(link):

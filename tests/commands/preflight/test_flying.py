@@ -62,6 +62,8 @@ def test_a_leg_is_the_beginning_of_the_run_bit_for_bit(tmp_path):
     assert (beginning.kind, own.num_steps) == (leg.kind, 2 * STEPS)
     probes = [probe.quantities for probe in own.probes]
     assert [probe.quantities for probe in read_run(leg.folder).probes] == probes[:STEPS]
+    guessing = math.log(whole.model.config.vocab_size)
+    assert read_run(leg.folder).guessing == pytest.approx(guessing)
     # A schedule made for the leg alone would be another run.
     short = make_trainer(tmp_path, logging_steps=1, max_steps=STEPS, save_strategy="no")
     short.train()
