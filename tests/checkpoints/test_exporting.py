@@ -77,12 +77,14 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("exported")
 @pytest.mark.parametrize(("model_type", "head", "method"), ALL, ids=lambda value: value)
 def test_transformers_alone_uses_the_folder(outcomes, model_type, head, method):
     assert outcomes[f"{head}-{method}"]["error"] is None
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("exported")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("task", "model_type", "head"), PIPELINES, ids=lambda value: value)
 def test_pipelines_of_transformers_alone_use_the_folder(outcomes, task, model_type, head, method):

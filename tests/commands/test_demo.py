@@ -70,6 +70,7 @@ def quick(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_quick_demo_trains_saves_and_reloads(quick):
     done, output = quick
     assert done.returncode == 0, done.stderr
@@ -94,6 +95,7 @@ def test_quick_demo_trains_saves_and_reloads(quick):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_what_is_told_of_the_patched_run_is_that_of_its_files(quick):
     done, output = quick
     found = json.loads(done.stdout)["runs"][SIGMA_PART.title][1]
@@ -112,6 +114,7 @@ def test_what_is_told_of_the_patched_run_is_that_of_its_files(quick):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_the_saved_model_is_plain_and_knows_its_gamma(quick):
     _, output = quick
     weights = load_file(output / "model" / "model.safetensors")
@@ -120,6 +123,7 @@ def test_the_saved_model_is_plain_and_knows_its_gamma(quick):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_the_reload_script_notices_another_model(quick):
     done, output = quick
     found = json.loads(done.stdout)["reload"]

@@ -28,7 +28,7 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
 from hf_stable.monitor.log_file import read_log
 
 pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deepspeed")]
 
 GLOBAL_BATCH = 8
 STEPS = 6

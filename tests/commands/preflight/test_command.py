@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -152,6 +153,8 @@ def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
         command("--steps", 20, "--rates", "1,2,3,4,5,6,7", "--remedies", "none", "train.py",
                 *ARGUMENTS),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        # A shell that starts the tests in the background has its children ignore interrupts.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     end = time.monotonic() + 200
     while not legs() and time.monotonic() < end:
