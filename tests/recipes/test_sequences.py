@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes import data, speech, translation, utterances  # noqa: E402
-from recipes.sequences import collate  # noqa: E402
 from recipes.run import run  # noqa: E402
+from recipes.sequences import collate  # noqa: E402
 from recipes.settings import Settings, read_yaml  # noqa: E402
 
 
