@@ -46,9 +46,8 @@ ARGUMENTS = (
 )  # fmt: skip
 OWN_ENTRY = """
 from hf_stable import Architecture, Attention, Block, register_architecture
-register_architecture(Architecture(
-    "made-up", Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v"),)),
-))
+attention = Attention("attn", query="q", key="k", value="v", output="o")
+register_architecture(Architecture("made-up", Block("MadeUpBlock", (attention,))))
 """
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
