@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_stable.architectures.finding import FoundLayer, Region, find_layers, find_regions
-from hf_stable.architectures.paths import join, modules_of_class, named_modules
+from hf_stable.architectures.finding import FoundLayer, find_layers
+from hf_stable.architectures.paths import join, named_modules
+from hf_stable.architectures.regions import Region, find_regions
 
 __all__ = ["Uncovered", "find_uncovered"]
 
@@ -24,20 +25,26 @@ class Uncovered:
     reason: str
 
 
-def find_uncovered(model: nn.Module) -> list[Uncovered]:
+def find_uncovered(model: nn.Module, layers: list[FoundLayer] | None = None) -> list[Uncovered]:
     """Return every matrix of a model that is in no entry, or left out by one, in its order.
 
     Embeddings are none, nor are tables of positions and biases.
 
+    Args:
+        model: of registered architectures.
+        layers: what `find_layers` has found in it, for who has it at hand.
+
     Raises:
         UnsupportedModelError: as `find_layers` does.
     """
-    regions, layers = find_regions(model), find_layers(model)
+    regions = find_regions(model)
+    layers = find_layers(model) if layers is None else layers
     covered = {id(layer.weight) for layer in layers}
+    covering = {layer.name for layer in layers if layer.parameter == "weight"}
     reasons = _reasons(regions)
     found = []
     for name, module in named_modules(model).items():
-        if isinstance(module, nn.Embedding) or _is_within(name, layers):
+        if isinstance(module, nn.Embedding) or _is_within(name, covering):
             continue
         for attribute, parameter in module.named_parameters(recurse=False):
             if id(parameter) in covered or not _is_matrix(attribute, parameter):
@@ -55,7 +62,7 @@ def _reasons(regions: list[Region]) -> dict[str, str]:
         join(name, left.path): left.reason
         for region in regions
         for left in region.architecture.left_out
-        for name, _ in modules_of_class(region.modules, left.class_name)
+        for name in region.by_class.get(left.class_name, {})
     }
 
 
@@ -66,13 +73,13 @@ def _outside(name: str, regions: list[Region]) -> str:
     return f"the entry for {inside[0].architecture.model_type!r} does not name it"
 
 
-def _is_within(name: str, layers: list[FoundLayer]) -> bool:
+def _is_within(name: str, covering: set[str]) -> bool:
     """Say whether a module is a part of a layer that is covered: an adapter's, for example."""
-    return any(
-        name != layer.name and _starts_with(name, layer.name)
-        for layer in layers
-        if layer.parameter == "weight"
-    )
+    while name:
+        name = name.rpartition(".")[0]
+        if name in covering:
+            return True
+    return False
 
 
 def _starts_with(name: str, place: str) -> bool:

@@ -1,44 +1,22 @@
-"""Where the blocks, matrices and norms of a model are, by the entries of its architectures.
+"""Where the matrices and norms of a model are, by the entries of its architectures.
 
-A model may hold models of several architectures (an encoder and a decoder, a tower and a text
-model, anything in a module of the user's): each is found by its config, and its modules by the
-entry that is registered for it. Over three hundred lines, since blocks, layers and norms are found
-by one walk over one list of models.
+They are in blocks, which `found_blocks` finds, and in other modules that an entry names. All that
+is found can be had from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_stable.architectures.description import Architecture, Attention, Block, Member
-from hf_stable.architectures.fitting import (
-    choose_block,
-    refuse_missing,
-    refuse_unknown_classes,
-    refuse_unnamed_blocks,
-)
+from hf_stable.architectures.description import Attention, Block, Member
+from hf_stable.architectures.found_blocks import FoundBlock, blocks_of, find_blocks
 from hf_stable.architectures.heads import Role, parts_of_projection, roles_at
-from hf_stable.architectures.paths import (
-    class_names,
-    has_path,
-    is_stack,
-    join,
-    modules_of_class,
-    named_modules,
-    owner_of,
-)
-from hf_stable.architectures.registry import (
-    UnsupportedModelError,
-    architecture_of,
-    model_type_of,
-    supported_architectures,
-    way_to_register,
-)
+from hf_stable.architectures.paths import has_path, is_stack, join, named_modules, owner_of
+from hf_stable.architectures.regions import Region, find_regions
 from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = [
@@ -51,77 +29,10 @@ __all__ = [
     "find_layers",
     "find_norms",
     "find_regions",
+    "norm_paths",
 ]
 
 Placement = Literal["pre", "post", "branch", "other"]
-
-
-@dataclass(frozen=True)
-class Region:
-    """A model of a registered architecture: all there is, or a part of another model.
-
-    Attributes:
-        name: its name in the whole; "" for the whole itself.
-        module: the model.
-        architecture: its entry.
-        modules: its modules by their names in the whole, without those of regions inside it.
-    """
-
-    name: str
-    module: nn.Module
-    architecture: Architecture
-    modules: dict[str, nn.Module] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class FoundBlock:
-    """A block of a model, and what its entry says of it.
-
-    Attributes:
-        name: of the block in the whole model.
-        module: the block.
-        block: its description.
-        in_rotary_model: whether its model has a module for rotary embeddings.
-    """
-
-    name: str
-    module: nn.Module
-    block: Block
-    in_rotary_model: bool = False
-
-    def attentions(self) -> list[tuple[str, Attention]]:
-        """Return the attentions that are there, with the names that they go by in records.
-
-        The first one goes by the name of the block, every other one by that of its own module.
-        """
-        return [
-            (join(self.name, attention.module) if index else self.name, attention)
-            for index, attention in enumerate(self.block.attentions)
-            if has_path(self.module, attention.module)
-        ]
-
-    def has_plain_logits(self, attention: Attention) -> bool:
-        """Say whether logits are `scale * (Wq x + bq) . (Wk y + bk)` and a mask, nothing else.
-
-        Theorem 3.1 of Zhai et al. 2023 bounds the entropy by the spectra of weights and tokens for
-        these, not for queries and keys that are rotated or normalised in between.
-        """
-        return not self.logit_changes(attention)
-
-    def logit_changes(self, attention: Attention) -> list[str]:
-        """Return what an attention does to its logits beside that, in words."""
-        rotary, normed = attention.rotary, attention.normed
-        if rotary is None:
-            rotary = self.in_rotary_model
-        if normed is None:
-            children = self.module.get_submodule(attention.module).named_children()
-            normed = any("norm" in name for name, _ in children)
-        changes = {
-            "rotary positions": rotary,
-            "normalised queries and keys": normed,
-            "logits of its own": attention.biased,
-        }
-        return [change for change, is_made in changes.items() if is_made]
 
 
 @dataclass(frozen=True)
@@ -166,42 +77,6 @@ class FoundNorm:
     gain_offset: float = 0.0
 
 
-def find_regions(model: nn.Module) -> list[Region]:
-    """Return every model of a registered architecture that a model is or holds, in its order.
-
-    Raises:
-        UnsupportedModelError: if there is none, or an entry is for other versions of transformers.
-    """
-    regions: list[Region] = []
-    owners: dict[str, Region | None] = {}
-    modules = named_modules(model)
-    for name, module in modules.items():
-        owner = owners.get(name.rpartition(".")[0]) if name else None
-        # Parts of a model may keep its config; only a model is one of its own.
-        entry = architecture_of(module) if not name or isinstance(module, PreTrainedModel) else None
-        if entry is not None and (owner is None or owner.architecture is not entry):
-            owner = Region(name, module, entry, {})
-            regions.append(owner)
-        owners[name] = owner
-        if owner is not None:
-            owner.modules[name] = module
-    if not regions:
-        _refuse_unregistered(model, modules)
-    return regions
-
-
-def find_blocks(model: nn.Module) -> list[FoundBlock]:
-    """Return every block of the registered architectures in a model, in its order.
-
-    It may have none: a model of no layers, or of such a head class.
-
-    Raises:
-        UnsupportedModelError: if an entry does not fit its model: it names a class or a path that
-            is not there, or leaves out blocks that are.
-    """
-    return [found for region in find_regions(model) for found in _blocks_of(region)]
-
-
 def find_layers(model: nn.Module) -> list[FoundLayer]:
     """Return every weight matrix that the architectures of a model name, in the model's order.
 
@@ -211,7 +86,7 @@ def find_layers(model: nn.Module) -> list[FoundLayer]:
     """
     found: dict[str, FoundLayer] = {}
     for region in find_regions(model):
-        for block in _blocks_of(region):
+        for block in blocks_of(region):
             for path, roles, attention in _matrices_of(block):
                 name = join(block.name, path)
                 found[name] = _found_layer(block, name, path, roles, attention)
@@ -232,7 +107,7 @@ def find_norms(model: nn.Module) -> list[FoundNorm]:
     found: dict[str, FoundNorm] = {}
     for region in find_regions(model):
         offsets = {block.gain_offset for block in region.architecture.blocks} or {0.0}
-        for each in _blocks_of(region):
+        for each in blocks_of(region):
             for placement, paths in norm_paths(each.block).items():
                 for path in paths:
                     name = join(each.name, path)
@@ -240,7 +115,7 @@ def find_norms(model: nn.Module) -> list[FoundNorm]:
                         norm = region.modules[name]
                         found[name] = FoundNorm(name, norm, placement, each.block.gain_offset)
         for member in region.architecture.norms:
-            for name, path in _places_of(region, member):
+            for name, path in region.places_of(member):
                 norm = region.modules[join(name, path)]
                 found[join(name, path)] = FoundNorm(join(name, path), norm, "other", max(offsets))
     order = {name: index for index, name in enumerate(named_modules(model))}
@@ -250,28 +125,6 @@ def find_norms(model: nn.Module) -> list[FoundNorm]:
 def norm_paths(block: Block) -> dict[Placement, tuple[str, ...]]:
     """Return the paths of a block's norms by where they stand."""
     return {"pre": block.pre_norms, "post": block.post_norms, "branch": block.branch_norms}
-
-
-def _blocks_of(region: Region) -> list[FoundBlock]:
-    blocks = region.architecture.blocks
-    known = {block.class_name for block in blocks}
-    rotary = any(_is_rotary(module) for module in region.modules.values())
-    found = []
-    for name, module in region.modules.items():
-        own_class = next((each for each in class_names(module) if each in known), None)
-        if own_class is not None:
-            variants = [block for block in blocks if block.class_name == own_class]
-            block = choose_block(region.architecture, variants, name, module)
-            found.append(FoundBlock(name, module, block, rotary))
-    refuse_unknown_classes(region.architecture, region.module, region.modules)
-    described = [(each.name, each.module, each.block) for each in found]
-    refuse_unnamed_blocks(region.architecture, region.modules, described)
-    return found
-
-
-def _is_rotary(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return "Rotary" in name or "Rope" in name
 
 
 def _matrices_of(found: FoundBlock) -> Iterator[tuple[str, tuple[Role, ...], Attention | None]]:
@@ -318,46 +171,5 @@ def _members_of(region: Region) -> Iterator[tuple[str, Role]]:
     )
     for members, role in roles:
         for member in members:
-            for name, path in _places_of(region, member):
+            for name, path in region.places_of(member):
                 yield join(name, path), role
-
-
-def _places_of(region: Region, member: Member) -> Iterator[tuple[str, str]]:
-    """Yield (name of a module, path) wherever a member is.
-
-    Raises:
-        UnsupportedModelError: if a module lacks it, unless it is optional.
-    """
-    for name, module in modules_of_class(region.modules, member.class_name):
-        for path in _expanded(module, member.path):
-            if join(name, path) in region.modules:
-                yield name, path
-            elif not member.optional:
-                refuse_missing(region.architecture, module, name, path)
-
-
-def _expanded(module: nn.Module, path: str) -> list[str]:
-    """Return a path once for each child of the list that a `*` in it stands for."""
-    before, star, after = path.partition(".*")
-    owner = owner_of(module, before) if star else None
-    if owner is None:
-        return [path]
-    return [f"{before}.{child}{after}" for child, _ in getattr(*owner).named_children()]
-
-
-def _refuse_unregistered(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    held = {
-        model_type_of(module)
-        for module in modules.values()
-        if module is model or isinstance(module, PreTrainedModel)
-    } - {None}
-    if not held:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no config.model_type to look its architecture up by, and "
-            "holds no model that has; pass a transformers model, or a module that holds one"
-        )
-    named = " nor ".join(map(repr, sorted(str(each) for each in held)))
-    raise UnsupportedModelError(
-        f"no hf_stable architecture for model_type {named} (supported: "
-        f"{', '.join(supported_architectures())}); {way_to_register}"
-    )

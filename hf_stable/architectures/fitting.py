@@ -57,9 +57,9 @@ def refuse_unknown_classes(
     A class that is defined beside the model, and not used in it, is no mistake: a decoder alone
     has no encoder blocks, and a model may be of no layers.
     """
-    present = {name for module in modules.values() for name in class_names(module)}
-    classes = {cls for module in (model, *modules.values()) for cls in type(module).__mro__}
-    files = {cls.__module__ for cls in classes}
+    own_classes = {type(module) for module in modules.values()}
+    classes = {cls for own in own_classes for cls in own.__mro__}
+    present, files = {cls.__name__ for cls in classes}, {cls.__module__ for cls in classes}
     for block in architecture.blocks:
         name = block.class_name
         if name in present or any(hasattr(sys.modules.get(file), name) for file in files):
@@ -67,7 +67,7 @@ def refuse_unknown_classes(
         raise UnsupportedModelError(
             f"the entry for {architecture.model_type!r} names the block class {name!r}, which this "
             f"{type(model).__name__} does not have{nearest(name, sorted(present))}; its modules "
-            f"are of {', '.join(sorted({type(m).__name__ for m in modules.values()}))}. "
+            f"are of {', '.join(sorted({own.__name__ for own in own_classes}))}. "
             f"{_WAY_OUT.capitalize()}"
         )
 

@@ -23,6 +23,8 @@ def state_dict_name(name: str) -> str:
 
     The two differ where torch has put a wrapper around a block for activation checkpointing.
     """
+    if CHECKPOINT_WRAPPER not in name:
+        return name
     return ".".join(part for part in name.split(".") if part != CHECKPOINT_WRAPPER)
 
 

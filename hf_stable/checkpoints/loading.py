@@ -124,7 +124,8 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         gamma, sigma, u, v = (own[part] for part in SIGMA_TENSORS)
         if not parts.stacked:
             parts = replace(parts, dim=1 if isinstance(module, Conv1D) else 0)
-        state = SigmaState(gamma, sigma, u, v, parts, name, parameter=parameter)
+        iterations = _power_iterations(saved, key)
+        state = SigmaState(gamma, sigma, u, v, parts, name, iterations, parameter)
         placing.states.append((module, state))
         weight.copy_(own["weight"])
     if saved.layers and not placing.states:
@@ -134,6 +135,16 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
             "that config.json names under 'architectures'"
         )
     return placing
+
+
+def _power_iterations(saved: SavedState, key: str) -> int:
+    """Return how many a layer takes after a step, by the config of the part that it is in."""
+    for part, configs in saved.parts.items():
+        if not part or key.startswith(f"{part}."):
+            for config in configs:
+                if isinstance(config, SigmaReparamConfig):
+                    return config.power_iterations
+    return SigmaReparamConfig().power_iterations
 
 
 def _find_place(model: nn.Module, key: str, parts: Parts) -> tuple[str, Any, str] | None:
@@ -169,19 +180,18 @@ def _plan_new_layers(
     named: Any = model.config.architectures if isinstance(model, PreTrainedModel) else None
     if named == [type(model).__name__] and not placing.left_out:
         return plans  # the same class has the same layers
+    known = {(id(placed), state.parameter) for placed, state in placing.states}
     for part, configs in saved.parts.items():
         module = _find_part(model, part)
         for config in configs:
             if module is None or not isinstance(config, SigmaReparamConfig):
                 continue
-            known = {(id(placed), state.parameter) for placed, state in placing.states}
             new = [
                 each
                 for each in choose_layers(module, config)[0]
                 if (id(each.module), each.parameter) not in known
             ]
-            plan = plan_layers(new, config)
-            plans.append(plan)
+            plans.append(plan_layers(new, config))
     return plans
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "SUCCESS",
     "Debug",
     "Json",
+    "Register",
     "Wide",
     "complain",
     "examples",
@@ -27,6 +28,12 @@ SUCCESS, NO, BAD_INPUT, CRASH, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Register = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE.py", help="Python that calls hf_stable.register_architecture; repeatable."
+    ),
+]
 Wide = Annotated[
     bool, typer.Option("--wide", help="Print tables whole, however wide the terminal is.")
 ]

@@ -114,14 +114,14 @@ def describe(model: nn.Module) -> PatchReport:
     Raises:
         UnsupportedModelError: if the architecture is not registered.
     """
-    configs = patch_configs(model)
+    configs, layers = patch_configs(model), find_layers(model)
     reasons: dict[str, str] = {}
     otherwise = "sigma_reparam is not in force" if configs else "the model is not patched"
     for config in configs:
         if isinstance(config, SigmaReparamConfig):
-            reasons = choose_layers(model, config)[1]
+            reasons = choose_layers(model, config, layers)[1]
     rows = []
-    for layer in find_layers(model):
+    for layer in layers:
         module: Any = layer.module
         weight = layer.weight  # None: a head may be replaced by anything
         shape = () if weight is None else tuple(weight.shape)
@@ -133,7 +133,11 @@ def describe(model: nn.Module) -> PatchReport:
             reason = reasons.get(layer.name, otherwise) if weight is not None else "has no weight"
             rows.append(LayerReport(layer.name, type(module).__name__, shape, skipped=reason))
     return PatchReport(
-        type(model).__name__, configs, tuple(rows), _removed(model), tuple(find_uncovered(model))
+        type(model).__name__,
+        configs,
+        tuple(rows),
+        _removed(model),
+        tuple(find_uncovered(model, layers)),
     )
 
 
@@ -146,15 +150,14 @@ def _removed(model: nn.Module) -> tuple[str, ...]:
     by_class = {
         (name, path)
         for module in model.modules()
-        for name, paths in getattr(
-            getattr(module, "config", None), "removed_layernorms", {}
-        ).items()
+        for name, paths in _removed_by_config(module).items()
         for path in paths
     }
+    modules = named_modules(model)
     loaded_without = {
         join(name, path)
         for class_name, path in by_class
-        for name, _ in modules_of_class(named_modules(model), class_name)
+        for name, _ in modules_of_class(modules, class_name)
     }
     return tuple(
         norm.name

@@ -218,6 +218,20 @@ def _way_to_undo(model: nn.Module, config: MethodConfig) -> str:
 
 def _refuse_unpatchable(model: nn.Module) -> None:
     """Raise for every state of a model in which a patch would be lost or wrong."""
+    _refuse_made_over(model)
+    find_regions(model)
+    _refuse_absent_weights(model)
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        raise UnsupportedModelError(
+            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
+            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
+            "model that tensor parallelism has cut can be patched"
+        )
+
+
+def _refuse_made_over(model: nn.Module) -> None:
+    """Raise for a model that is wrapped, adapted, quantised or spread over a pipeline."""
     wrapper = _wrapper_of(model)
     if wrapper is not None:
         raise UnsupportedModelError(
@@ -241,7 +255,10 @@ def _refuse_unpatchable(model: nn.Module) -> None:
             "no loss, no gradient crosses its stages, and each process has some of the layers. "
             "Load the model without pp_size; tp_size and FSDP2 can train it"
         )
-    find_regions(model)
+
+
+def _refuse_absent_weights(model: nn.Module) -> None:
+    """Raise for a model with parameters whose values are elsewhere, or nowhere yet."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UnsupportedModelError(
@@ -257,13 +274,6 @@ def _refuse_unpatchable(model: nn.Module) -> None:
                 "that joins later has not been compared with one process: make or load it before "
                 "TrainingArguments, patch it, and let the training partition it"
             )
-    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    if sharded:
-        raise UnsupportedModelError(
-            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
-            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
-            "model that tensor parallelism has cut can be patched"
-        )
 
 
 def _wrapper_of(model: nn.Module) -> str | None:

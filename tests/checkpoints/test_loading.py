@@ -153,13 +153,17 @@ def composite(**options):
 
 
 def test_parts_that_were_patched_are_patched_again(tmp_path):
-    model = composite(fused_qkv="joint")
+    options = dict(fused_qkv="joint", power_iterations=3)
+    model = composite(**options)
     model.save_pretrained(tmp_path)
     loaded = hf_stable.load(transformers.VisionEncoderDecoderModel, tmp_path)
     assert same_state(loaded, model)
+    iterations = [{n: layer.power_iterations for n, layer in sigma_layers(m)}
+                  for m in (model, loaded)]  # fmt: skip
+    assert iterations[0] == iterations[1] and set(iterations[1].values()) == {1, 3}
     # What the script does next, as it did before the first save: nothing is left to do.
     hf_stable.patch(loaded.encoder, "sigma_reparam", init="one")
-    hf_stable.patch(loaded.decoder, "sigma_reparam", fused_qkv="joint")
+    hf_stable.patch(loaded.decoder, "sigma_reparam", **options)
     assert same_state(loaded, model)
     with pytest.raises(ValueError, match="patched already, with .*fused_qkv='joint'"):
         hf_stable.patch(loaded.decoder, "sigma_reparam")

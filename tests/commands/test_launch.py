@@ -475,7 +475,7 @@ def test_interrupting_ends_the_process_as_python_does(tmp_path):
 def parse_options(*options: object) -> RunOptions:
     """What a command line asks for, whose files of architectures need not be there."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hf_stable.commands.launch.registering.register_from", lambda file: None)
+        patched.setattr("hf_stable.commands.registering.register_from", lambda files: None)
         return parse(*options)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Register, Wide, examples
 from hf_stable.commands.terminal import print_json, show_progress
 
 __all__ = ["room"]
@@ -28,6 +28,7 @@ def inspect(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="A second one, to be compared.")
     ] = None,
+    register: Register = None,
     wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -39,6 +40,9 @@ def inspect(
     not: one tensor in memory at a time, no model is built. Exit code 1 if a tensor has NaN or
     infinite entries, or the sidecar belongs to another save; of two, if any tensor differs.
     """
+    from hf_stable.commands.registering import register_from
+
+    register_from(register or ())
     if other is None:
         return _inspect(source, as_json, wide)
     return _compare(source, other, as_json, wide)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_stable.commands.conventions import BAD_INPUT, Debug, complain
+from hf_stable.commands.conventions import BAD_INPUT, Debug, Register, complain
 from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
 
 if TYPE_CHECKING:
@@ -127,12 +127,6 @@ Thresholds = Annotated[
     str | None,
     typer.Option(metavar="NAME=NUMBER", help="Of its alarms, several with commas."),
 ]
-Register = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FILE.py", help="Python that calls hf_stable.register_architecture; repeatable."
-    ),
-]
 FoldAtEnd = Annotated[
     bool, typer.Option("--fold-at-end", help="Fold the model when Trainer.train returns.")
 ]
@@ -170,7 +164,7 @@ def run(
     the script is not edited.
     """
     from hf_stable.commands.launch.options import read_options
-    from hf_stable.commands.launch.registering import register_from
+    from hf_stable.commands.registering import register_from
 
     given = {
         "patch": patch,
@@ -188,6 +182,5 @@ def run(
     options = read_options(given, config)
     command = (*(["-m"] if module else []), *(script or []))
     check_script(command)
-    for file in options.register:
-        register_from(file)
+    register_from(options.register)
     return Launch(options, command, debug)

@@ -21,6 +21,7 @@ from hf_stable.commands.launch.scripts import run_script
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, quieten, train_leg
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
 from hf_stable.commands.preflight.remedies import parse_remedy
+from hf_stable.commands.registering import register_from
 from hf_stable.trainer.changes import make, wrapping
 
 __all__ = ["PREFLIGHT", "main", "run_apart"]
@@ -49,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     global _order
     (text,) = sys.argv[1:] if argv is None else argv
     given = json.loads(text)
-    words = {name: tuple(given["settings"][name]) for name in ("command", "launcher")}
+    words = {name: tuple(given["settings"][name]) for name in ("command", "launcher", "register")}
     settings = Settings(**(given["settings"] | words))
     leg = Leg(parse_remedy(given["remedy"]), given["factor"], given["seed"])
     _order = Order(leg, settings, Path(given["folder"]))
+    register_from(settings.register)
     make(PREFLIGHT)
     run_script(settings.command)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
+from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Register, Wide, examples
 from hf_stable.commands.launch.scripts import check_script
 from hf_stable.commands.terminal import make_console, make_table, print_json
 
@@ -70,6 +70,7 @@ def preflight(
     module: Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")] = (
         False
     ),
+    register: Register = None,
     wide: Wide = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -87,13 +88,16 @@ def preflight(
     from hf_stable.commands.preflight.processes import LegFailed
     from hf_stable.commands.preflight.remedies import parse_remedies
     from hf_stable.commands.preflight.running import Plan
+    from hf_stable.commands.registering import register_from
     from hf_stable.report.page import require_page_packages
 
     command = (*(["-m"] if module else []), *(script or []))
     check_script(command)
     chosen = parse_remedies(DEFAULT_REMEDIES if remedies is None else remedies)
     plan = Plan(_numbers(rates), chosen, seeds, bisect, not all_rates)
-    settings = Settings(command, steps, max(1, steps // PROBES), tuple(shlex.split(launcher)))
+    own = tuple(str(Path(file).resolve()) for file in register or ())
+    register_from(own)  # what does not register is said before any leg
+    settings = Settings(command, steps, max(1, steps // PROBES), tuple(shlex.split(launcher)), own)
     require_page_packages()  # not after an hour of legs
     console = make_console(stderr=True)
     try:

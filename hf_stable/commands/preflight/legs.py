@@ -30,12 +30,14 @@ class Settings:
         steps: optimizer steps of a leg.
         every: steps from probe to probe.
         launcher: words before `-m` that start the processes of a leg; empty for one process.
+        register: Python files that register architectures, which each leg runs before the script.
     """
 
     command: tuple[str, ...]
     steps: int
     every: int
     launcher: tuple[str, ...] = ()
+    register: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

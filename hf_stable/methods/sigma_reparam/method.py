@@ -103,9 +103,10 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
         TypeError: if a layer is of a type that cannot be reparametrised.
         UnsupportedModelError: if a layer's weight or forward is not its own; see `check_plain`.
     """
-    names = [layer.name for layer in find_layers(model)]
+    layers = find_layers(model)
+    names = [layer.name for layer in layers]
     _refuse_idle_patterns(config, names)
-    chosen, reasons = choose_layers(model, config)
+    chosen, reasons = choose_layers(model, config, layers)
     if not chosen:
         asked = [name for name in reasons if _is_asked_for(name, config)]
         why = "".join(f"; {name!r} is skipped, {reasons[name]}" for name in asked)
@@ -115,7 +116,7 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
             f"{', '.join(map(repr, names[:3]))}"
         )
     plan = plan_layers(chosen, config)
-    _warn_if_partial(model, chosen, reasons, config)
+    _warn_if_partial(model, layers, reasons, config)
     return plan
 
 
@@ -177,12 +178,18 @@ def refresh(model: nn.Module) -> nn.Module:
 
 
 def choose_layers(
-    model: nn.Module, config: SigmaReparamConfig
+    model: nn.Module, config: SigmaReparamConfig, layers: list[FoundLayer] | None = None
 ) -> tuple[list[FoundLayer], dict[str, str]]:
-    """Return the layers to patch, and for every other one the reason."""
+    """Return the layers to patch, and for every other one the reason.
+
+    Args:
+        model: of registered architectures.
+        config: what was asked for.
+        layers: what `find_layers` has found in it, for who has it at hand.
+    """
     tied = _tied_to(model)
     chosen, reasons = [], {}
-    for layer in find_layers(model):
+    for layer in find_layers(model) if layers is None else layers:
         weight_name = layer.name if layer.parameter != "weight" else f"{layer.name}.weight"
         if layer.bypassed:
             reasons[layer.name] = "the model uses its weight without the layer's forward"
@@ -201,33 +208,34 @@ def choose_layers(
 
 def _warn_if_partial(
     model: nn.Module,
-    chosen: list[FoundLayer],
+    layers: list[FoundLayer],
     reasons: dict[str, str],
     config: SigmaReparamConfig,
 ) -> None:
-    """Warn where layers stay plain that nobody has asked to leave out."""
+    """Warn where layers stay plain that nobody has asked to leave out, for the reasons given."""
     unasked = {
         name: reason
         for name, reason in reasons.items()
         if reason.startswith(_UNASKED) and _is_asked_for(name, config)
     }
-    heads = {layer.name for layer in find_layers(model) if "head" in layer.roles}
+    heads = {layer.name for layer in layers if "head" in layer.roles}
     if config.heads == "skip":
         unasked = {name: reason for name, reason in unasked.items() if name not in heads}
     outside = {
         each.name: each.reason
-        for each in find_uncovered(model)
+        for each in find_uncovered(model, layers)
         if each.reason.startswith("outside")
     }
-    if len(outside) > len(chosen) + len(reasons):
+    if len(outside) > len(layers):
         unasked |= outside  # most of the model is of no registered architecture
     if unasked:
-        total = len(chosen) + len(reasons) + len(outside)
+        total = len(layers) + len(outside)
         named = "; ".join(f"{name!r} ({unasked[name]})" for name in list(unasked)[:3])
         number = f"{'is' if len(unasked) == 1 else 'are'} {len(unasked)}"
         warnings.warn(
-            f"{len(chosen)} of {total} matrices are patched. Not patched, though nothing was said "
-            f"to leave them out, {number}: {named}{' ...' if len(unasked) > 3 else ''}. "
+            f"{len(layers) - len(reasons)} of {total} matrices are patched. Not patched, though "
+            f"nothing was said to leave them out, {number}: {named}"
+            f"{' ...' if len(unasked) > 3 else ''}. "
             "hf_stable.describe(model) lists all; exclude=[...] says that it is meant",
             UserWarning,
             stacklevel=4,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import sgd_steps, tiny_batch, tiny_model
+from transformers import HeliumConfig, HeliumForCausalLM
 
 import hf_stable
 from hf_stable.checkpoints.hub_files import local_files
@@ -364,3 +365,33 @@ class _PeakTensorBytes:
 
     def __exit__(self, *exc):
         WeightFiles.read = self._read
+
+
+OWN_ENTRY = """
+from hf_stable import Architecture, Attention, Block, register_architecture
+attention = Attention("self_attn", query="self_attn.q_proj", key="self_attn.k_proj",
+                      value="self_attn.v_proj", output="self_attn.o_proj")
+register_architecture(Architecture(
+    "helium",
+    Block("HeliumDecoderLayer", (attention,), mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+          mlp_out=("mlp.down_proj",)),
+))
+"""
+
+
+def test_heads_of_an_own_architecture_are_seen_by_its_entry(tmp_path, own_registry, capsys):
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    config = HeliumConfig(**sizes, **heads, pad_token_id=0)
+    HeliumForCausalLM(config).save_pretrained(tmp_path / "model")
+    command = ["inspect", str(tmp_path / "model"), "--json"]
+    capsys.readouterr()  # what libraries say of saving
+    assert main(command) == SUCCESS
+    unknown = json.loads(capsys.readouterr().out)
+    assert not unknown["blocks"] and "helium" in unknown["blocks_note"]
+    (tmp_path / "entry.py").write_text(OWN_ENTRY)
+    assert main([*command, "--register", str(tmp_path / "entry.py")]) == SUCCESS
+    found = json.loads(capsys.readouterr().out)["blocks"]
+    assert len(found) == 2 and all(len(block["sigma_qk"]) == 4 for block in found)
+    assert main([*command, "--register", str(tmp_path / "none.py")]) == BAD_INPUT
+    assert "none.py: no such file" in capsys.readouterr().err

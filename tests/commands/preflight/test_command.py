@@ -44,6 +44,11 @@ ARGUMENTS = (
     "--learning_rate", "1e-2", "--use_cpu", "True", "--eval_strategy", "steps", "--eval_steps", "1",
     "--save_steps", "2", "--report_to", "tensorboard", "--load_best_model_at_end", "True",
 )  # fmt: skip
+OWN_ENTRY = """
+from hf_stable import Architecture, Attention, Block, register_architecture
+attention = Attention("attn", query="q", key="k", value="v", output="o")
+register_architecture(Architecture("made-up", Block("MadeUpBlock", (attention,))))
+"""
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -100,8 +105,13 @@ def test_a_script_as_it_is_has_its_margin_measured():
 
 @pytest.mark.slow
 def test_a_planned_rate_that_is_lost_ends_with_one():
+    Path("entry.py").write_text(OWN_ENTRY)  # which every leg has
+    script = Path("train.py")
+    own = "import hf_stable\nassert 'made-up' in hf_stable.supported_architectures()\n"
+    script.write_text(own + script.read_text())
     arguments = [word if word != "1e-2" else "1e4" for word in ARGUMENTS]
-    done = fly("--steps", 20, "--rates", "1", "--remedies", "none", "train.py", *arguments)
+    options = ("--steps", 20, "--rates", "1", "--remedies", "none", "--register", "entry.py")
+    done = fly(*options, "train.py", *arguments)
     assert done.returncode == 1, done.stderr
     assert "No remedy that was tried helps" in done.stdout
 
@@ -195,6 +205,7 @@ def test_what_cannot_be_flown_is_said(script, options, message):
         (("--rates", "1;2", "train.py"), "--rates takes numbers with commas between them"),
         (("--remedies", "adamw3", "train.py"), "did you mean 'adamw2'?"),
         (("--steps", "3", "train.py"), "3 steps are too few"),
+        (("--register", "nowhere.py", "train.py"), "nowhere.py: no such file"),
         (("nowhere.py",), "can't open 'nowhere.py': no such file"),
         ((), "no script given"),
     ],

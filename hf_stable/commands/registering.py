@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 
 __all__ = ["register_from"]
 
 
-def register_from(file: str) -> None:
-    """Run a Python file that calls `hf_stable.register_architecture`.
+def register_from(files: Iterable[str]) -> None:
+    """Run Python files that call `hf_stable.register_architecture`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it fails, or does not call `register_architecture`.
+        ValueError: if one fails, or does not call `register_architecture`.
     """
+    for file in files:
+        _register_from(file)
+
+
+def _register_from(file: str) -> None:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"--register {file}: no such file")
