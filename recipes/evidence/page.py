@@ -25,9 +25,8 @@ what the whole shows. A claim can be run alone, and `--jobs` says how many runs 
 last column has the minutes that the runs of a claim took, one after the other, on machines that
 others used as well.
 
-Translation and speech have recipes, and no claims here. Whether deep post-norm translation, speech
-without norms, or a Llama-like decoder's rates and today's optimizers show what is claimed was not
-run.
+Translation and speech have recipes, and no claims here. Whether deep post-norm translation or
+speech without norms show what is claimed was not run.
 """
 
 RUNS = [
