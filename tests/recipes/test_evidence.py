@@ -22,7 +22,8 @@ from recipes.evidence import (  # noqa: E402
     figures,
     from_the_papers,
     power_iterations,
-    records,  # noqa: E402
+    records,
+    sequences,
 )
 from recipes.evidence import run as evidence  # noqa: E402
 from recipes.evidence.claim import VERDICTS, Figure, Panel, crash_step, window  # noqa: E402
@@ -370,6 +371,59 @@ def test_claim_12_sets_half_precision_beside_full():
 
     said = judged("12", added_is_better)[1]
     assert "improve AdamW2 at 2 of 2 rates; bfloat16 changes the loss by more than 5 % in 0" in said
+
+
+def test_claim_13_asks_for_methods_that_train_what_plain_post_norm_does_not():
+    chance = 5.67
+
+    def figures_of(plain, deeper=None, **ours):
+        def by_name(name):
+            depth, _, kind = name.partition(" layers a side, ")
+            loss = ours.get(kind, plain)
+            if deeper is not None and kind in ours and depth == "12":
+                loss = deeper
+            return run_with(loss, model="marian", reference=chance, chrf=5.0, copied_chrf=11.1)
+
+        return by_name
+
+    both = figures_of(chance, sigmaReparam=4.0, AdamW2=4.0)
+    word, said = judged("13", both)
+    assert word == "reproduced" == judged("13-deep", both)[0]
+    assert "fails without warmup at 2 of 2 depths; sigmaReparam trains at 2 and AdamW2 " in said
+    assert "6 layers a side, test loss: plain, no warmup 5.67 (chrF 5, 1 of 1 fail)" in said
+    word, said = judged("13", figures_of(chance, sigmaReparam=4.0, deeper=chance))
+    assert word == "partly" and "sigmaReparam trains at 1 and AdamW2 trains at 0." in said
+    # What the plain model does as well shows nothing; nor does a twentieth less than nothing.
+    for plain, ours in ((4.0, 3.0), (chance, 5.45)):
+        found = judged("13", figures_of(plain, sigmaReparam=ours, AdamW2=ours))
+        assert found[0] == "not at this scale"
+    assert judged("13", figures_of(4.0, sigmaReparam=chance, AdamW2=chance))[0] == "refuted"
+
+
+def test_claim_14_asks_for_a_match_without_norms_and_for_sgd():
+    def heard(baseline, ours, sgd, plain_sgd=2.5):
+        losses = {
+            sequences.BASELINE: baseline, sequences.OURS: ours,
+            sequences.MOMENTUM + sequences.OURS: sgd,
+            sequences.MOMENTUM + sequences.UNWARMED: plain_sgd,
+        }  # fmt: skip
+        return judged(
+            "14",
+            lambda name: run_with(
+                losses.get(name, 2.5), model="wav2vec2", character_error_rate=0.5
+            ),
+        )
+
+    word, said = heard(1.0, 1.04, 1.2)
+    assert word == "reproduced" and "matches the pre-norm baseline; with SGD it mostly tr" in said
+    assert "pre-norm, warmup 10 %: test loss 1 (character error rate 0.5)." in said
+    word, said = heard(1.0, 1.2, 1.2)
+    assert word == "partly" and "does not match the pre-norm" in said
+    assert heard(1.0, 1.0, 2.5)[0] == "partly"
+    # Who matches what does not train has matched nothing.
+    assert heard(2.5, 2.5, 2.5)[0] == heard(2.5, 1.0, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5, plain_sgd=1.0)[0] == "refuted"
 
 
 def causal(*, sharp, control, saved, held=0.9, entropy=0.1):
