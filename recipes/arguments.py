@@ -19,6 +19,9 @@ __all__ = ["check", "other_optimizer", "training_arguments"]
 OTHER = ("pytorch_optimizer:", "torch:")
 """In front of the name of an optimizer that this package has; its options are JSON then."""
 
+MUON = "torch:Muon"
+"""For the matrices of blocks; AdamW has the rest: see `recipes.muon`."""
+
 FEWEST_KEPT = 2
 """Checkpoints that are kept: the last, and one in case that it was not saved to its end."""
 
@@ -104,12 +107,18 @@ def _most_kept(settings: Settings) -> int | None:
     return None if settings.on_collapse == "rollback" else FEWEST_KEPT
 
 
-def other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
-    """Return the class and options of an optimizer that the Trainer has no name for, or None."""
+def other_optimizer(settings: Settings, model: Any) -> dict[str, Any]:
+    """Return what the Trainer takes for an optimizer that it does not have, by name."""
     if not settings.optim.startswith(OTHER):
-        return None
+        return {}
     package, _, name = settings.optim.partition(":")
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    given = json.loads(settings.optim_args or "{}")
+    if settings.optim == MUON:
+        from recipes.muon import muon_with_adamw
+
+        options["betas"] = (0.9, settings.adam_beta2)
+        return {"optimizers": (muon_with_adamw(model, **options | given), None)}
     if package == "torch":
         kind: Any = getattr(torch.optim, name)
     else:
@@ -117,4 +126,4 @@ def other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
 
         kind = pytorch_optimizer.load_optimizer(name)
         options["betas"] = (0.9, settings.adam_beta2)
-    return kind, options | json.loads(settings.optim_args or "{}")
+    return {"optimizer_cls_and_kwargs": (kind, options | given)}

@@ -113,7 +113,7 @@ def _prepare(
         compute_metrics=task.metrics
         or functools.partial(data.accuracy, next_token=settings.model in models.DECODERS),
         preprocess_logits_for_metrics=data.answers,
-        optimizer_cls_and_kwargs=other_optimizer(settings),
+        **other_optimizer(settings, model),
     )
     trainer.remove_callback(PrinterCallback)
     return _Prepared(settings, task, trainer, goes_on)
