@@ -59,7 +59,7 @@ def _beside() -> list[str]:
     """Return what is measured beside the claims: about preflight, and about short runs."""
     flown = json.loads(preflights.RESULTS.read_text())
     short = json.loads(tau.RESULTS.read_text())
-    counted = preflights.said({name: each for name, each in flown.items() if name[:4] == "legs"})
+    counted = preflights.said(preflights.summary(flown["rows"]))
     return [
         "## Beside the claims",
         "",
