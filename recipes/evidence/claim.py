@@ -37,9 +37,9 @@ VERDICTS = {
     "not at this scale": "it shows in none of the set-ups, and neither does its opposite",
     "refuted": "its opposite shows in every set-up that tests it",
     "measured": "there is no claim, only numbers",
-    "we win": "AdamW2 or sigmaReparam is best, by more than 5 %, at every rate and over the rates",
-    "mixed": "AdamW2 or sigmaReparam is best somewhere; the findings say where we lose",
-    "we lose": "neither of the two is best at any rate",
+    "we win": "one of ours is best, by more than 5 %, at every rate and over the rates",
+    "mixed": "one of ours is best somewhere; the findings say where we lose",
+    "we lose": "none of ours is best at any rate",
 }
 """The words of verdicts and what they mean."""
 

@@ -25,8 +25,6 @@ hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and sa
 what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The
 last column has the minutes that the runs of a claim took, one after the other, on machines that
 others used as well.
-
-Whether a Llama-like decoder's rates and today's optimizers show what is claimed was not run.
 """
 
 RUNS = [
