@@ -28,7 +28,7 @@ from hf_stable._wording import printable
 from hf_stable.adamw2.planning import plan_tau
 from hf_stable.commands.launch.attaching import Attachment
 from hf_stable.commands.launch.options import RunOptions
-from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
+from hf_stable.commands.preflight.legs import CONFIG_FILE, Ending, Leg, Settings, write_ending
 from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.monitor.readings import scale_rates
 from hf_stable.trainer.schedules import steps_at_full_rate
@@ -122,8 +122,6 @@ def _write_config(trainer: Trainer, folder: Path) -> None:
 
     A config that cannot be written is said, and does not make the leg one that failed.
     """
-    path = folder / "config.json"
-    path.unlink(missing_ok=True)  # of a leg that another model flew
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PreTrainedModel):
         return
@@ -139,7 +137,7 @@ def _write_config(trainer: Trainer, folder: Path) -> None:
         # No warning: a script may have turned warnings into errors.
         print(f"hf-stable preflight: {printable(said)}", file=sys.stderr, flush=True)
         return
-    with write_whole(path) as file:
+    with write_whole(folder / CONFIG_FILE) as file:
         file.write(text)
 
 
