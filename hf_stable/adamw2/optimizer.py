@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_stable._ranks import placed_like
+from hf_stable._late_changes import make_late_changes
+from hf_stable._ranks import is_partitioned, placed_like
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
 from hf_stable.adamw2.options import (
@@ -135,6 +136,7 @@ class AdamW2(Optimizer):
             fused=fused,
         )
         check_options(defaults)
+        make_late_changes()  # an engine of DeepSpeed that is built from here on is followed
         self._workspaces: Workspaces = {}
         self._partitions: dict[Tensor, Partition] = {}
         self._own_workspaces: dict[Tensor, Workspaces] = {}
@@ -258,7 +260,7 @@ class AdamW2(Optimizer):
             if grad.is_sparse:
                 raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
             same = len(params) == len(shapes) and param.shape == shapes[index]
-            refuse_flattened(param, replaced=not same)
+            refuse_flattened(param, replaced=not same or is_partitioned(param))
             grad = placed_like(grad, param)
             weights.append(Weight(param, grad, self.state[param], group, parts))
         return weights
