@@ -28,11 +28,13 @@ STEPS = 3
 FUSED = {"fused": (18, 8)}
 OTHERS = {
     "square": (12, 12), "tall": (20, 7), "wide": (5, 24), "kernel": (6, 3, 2, 2), "gain": (9,),
-    "scalar": (), "one": (1,),
+    "scalar": (1,), "one": (1,),
 }  # fmt: skip
+"""Those of tests/adamw2/test_optimizer.py, but of a scalar, which ZeRO-3 cannot take."""
 OPTIONS = dict(lr=2e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, tau=0.02)
+OF_FUSED = OPTIONS | dict(tau=0.004)
 ACCURACY = 1e-4
-"""Relative error of a rate, as in tests/adamw2/test_optimizer.py, which has the same spectra."""
+"""Relative error of a rate, as allowed there for the same spectra."""
 
 
 class Weights(nn.Module):
@@ -79,7 +81,7 @@ def stepped(stage):
     model = Weights()
     named = dict(model.named_parameters())
     groups = [
-        dict(params=[("fused", named["fused"])], parts=Parts((1, 1, 1))),
+        dict(params=[("fused", named["fused"])], parts=Parts((1, 1, 1)), tau=OF_FUSED["tau"]),
         dict(params=[(name, named[name]) for name in OTHERS]),
     ]
     optimizer = AdamW2(groups, power_iterations=100, **OPTIONS)
@@ -113,7 +115,7 @@ def by_the_paper():
     """Rates by name, updates and weights of each step, each part of the fused weight apart."""
     fused, *others = (param.detach() for param in Weights().parameters())
     references = (
-        paper.PaperAdamW2([fused], blocks=3, **OPTIONS), paper.PaperAdamW2(others, **OPTIONS)
+        paper.PaperAdamW2([fused], blocks=3, **OF_FUSED), paper.PaperAdamW2(others, **OPTIONS)
     )  # fmt: skip
     for step in range(STEPS):
         first, *rest = grads_of(step)
@@ -153,11 +155,12 @@ def test_no_step_is_larger_than_tau_allows(stage, ran):
         for at, name in enumerate(FUSED | OTHERS):
             given = found["rates"][step][name]
             given = given if isinstance(given, list) else [given]
+            tau = (OF_FUSED if name == "fused" else OPTIONS)["tau"]
             before = found["weights"][step][at].chunk(len(given))
             for rate, update, weight in zip(
                 given, updates[at].chunk(len(given)), before, strict=True
             ):
-                share = rate * paper.sigma1(update) / paper.sigma1(weight) / OPTIONS["tau"]
+                share = rate * paper.sigma1(update) / paper.sigma1(weight) / tau
                 assert share <= 1 + ACCURACY, name
                 reached += share > 1 - ACCURACY
     assert reached  # it is the bound that held some of them back
