@@ -42,6 +42,9 @@ __all__ = ["run"]
 OTHER = ("pytorch_optimizer:", "torch:")
 """In front of the name of an optimizer that this package has; its options are JSON then."""
 
+MUON = "torch:Muon"
+"""For the matrices of blocks; AdamW has the rest: see `recipes.muon`."""
+
 FREE_TO_CHANGE = ("output", "threads", "save_total_limit")
 """Settings that do not make another run of one that goes on."""
 
@@ -124,7 +127,7 @@ def _prepare(
         compute_metrics=task.metrics
         or functools.partial(data.accuracy, next_token=settings.model in models.DECODERS),
         preprocess_logits_for_metrics=data.answers,
-        optimizer_cls_and_kwargs=_other_optimizer(settings),
+        **_other_optimizer(settings, model),
     )
     trainer.remove_callback(PrinterCallback)
     return _Prepared(settings, task, trainer, goes_on)
@@ -368,11 +371,18 @@ def _most_kept(settings: Settings) -> int | None:
     return None if settings.on_collapse == "rollback" else FEWEST_KEPT
 
 
-def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
+def _other_optimizer(settings: Settings, model: Any) -> dict[str, Any]:
+    """Return what the Trainer takes for an optimizer that it does not have, by name."""
     if not settings.optim.startswith(OTHER):
-        return None
+        return {}
     package, _, name = settings.optim.partition(":")
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    given = json.loads(settings.optim_args or "{}")
+    if settings.optim == MUON:
+        from recipes.muon import muon_with_adamw
+
+        options["betas"] = (0.9, settings.adam_beta2)
+        return {"optimizers": (muon_with_adamw(model, **options | given), None)}
     if package == "torch":
         kind: Any = getattr(torch.optim, name)
     else:
@@ -380,7 +390,7 @@ def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
 
         kind = pytorch_optimizer.load_optimizer(name)
         options["betas"] = (0.9, settings.adam_beta2)
-    return kind, options | json.loads(settings.optim_args or "{}")
+    return {"optimizer_cls_and_kwargs": (kind, options | given)}
 
 
 def _watched(folder: Path | None) -> dict[str, Any]:

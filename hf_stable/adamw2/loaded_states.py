@@ -14,7 +14,7 @@ from hf_stable.adamw2.weights import LORA_STATE, MOMENTS, RULE_STATE
 from hf_stable.measures.matrices import shapes_of, spectral_dtype
 from hf_stable.measures.parts import Parts
 
-__all__ = ["Entries", "prepare_loaded", "restore_state"]
+__all__ = ["Entries", "prepare_loaded", "restore_state", "rule_entry"]
 
 Entries = list[tuple[Tensor, dict[str, Any]]]
 """Parameters, and what a loaded state has for each."""
@@ -83,8 +83,13 @@ def restore_state(state: dict[str, Any], entry: dict[str, Any], param: Tensor) -
             state[key] = torch.empty_like(param).copy_(state[key])
     for key in RULE_STATE:
         if key in entry:
-            dtype = torch.bool if key == "exempt" else spectral_dtype(param.dtype)
-            state[key] = entry[key].to(device=param.device, dtype=dtype, copy=True)
+            state[key] = rule_entry(key, entry[key], param)
+
+
+def rule_entry(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """Return a copy of what Rule 1 keeps under a key, as it belongs beside a parameter."""
+    dtype = torch.bool if key == "exempt" else spectral_dtype(param.dtype)
+    return value.to(device=param.device, dtype=dtype, copy=True)
 
 
 def _merge_options(

@@ -1,14 +1,13 @@
 """AdamW2: AdamW that never moves a weight by more than tau times its own spectral norm.
 
 "Taming Transformer Without Using Learning Rate Warmup" (Qi et al., ICLR 2025; AdamW^2 there).
-The optimizer's options, state and bad input; the maths is in `rule`. It is longer than other files
-by what users read here: what each option means.
+The optimizer's options, state and bad input; the maths is in `rule`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -16,29 +15,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_stable._late_changes import make_late_changes
-from hf_stable._ranks import is_partitioned, placed_like
+from hf_stable.adamw2.group_weights import given_shapes, note_lr, rates_of_group, weights_of
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
-from hf_stable.adamw2.merged_rule import Adapter, pair_factors, update_adapters
+from hf_stable.adamw2.merged_rule import pair_factors, update_adapters
 from hf_stable.adamw2.options import (
+    GROUP_DEFAULTS,
     as_numbers,
     check_group,
     check_options,
     parts_options,
-    refuse_flattened,
 )
-from hf_stable.adamw2.partitions import (
-    Partition,
-    matrices_of_state,
-    rates_of,
-    restore_matrices,
-    step_partition,
-    without_matrices,
-)
+from hf_stable.adamw2.partitioned_groups import PartitionedGroups, take_matrices_out
+from hf_stable.adamw2.partitions import Partition
 from hf_stable.adamw2.planning import AUTO, DEFAULT_TAU, choose_tau, note_other_plan
 from hf_stable.adamw2.rule import adam_step, update
-from hf_stable.adamw2.weights import Weight, prepare_state
+from hf_stable.adamw2.weights import prepare_state
 from hf_stable.kernels.choosing import Workspaces
-from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = ["AdamW2"]
 
@@ -123,11 +115,7 @@ class AdamW2(Optimizer):
             tau=choose_tau(tau, total_steps),
             total_steps=total_steps,
             power_iterations=power_iterations,
-            parts=WHOLE.to_plain(),
-            blocks=1,
-            block_dim=0,
-            lora_scale=None,
-            lora_transposed=False,
+            **GROUP_DEFAULTS,
             maximize=maximize,
             capturable=capturable,
             amsgrad=amsgrad,
@@ -138,9 +126,7 @@ class AdamW2(Optimizer):
         check_options(defaults)
         make_late_changes()  # an engine of DeepSpeed that is built from here on is followed
         self._workspaces: Workspaces = {}
-        self._partitions: dict[Tensor, Partition] = {}
-        self._own_workspaces: dict[Tensor, Workspaces] = {}
-        self._last_rates: dict[Tensor, Tensor | None] = {}
+        self._partitioned: PartitionedGroups | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,7 +149,7 @@ class AdamW2(Optimizer):
             param_group |= parts_options(param_group)
             check_group(params, self.defaults | param_group)
         super().add_param_group(param_group)
-        self._shapes = _shapes(self.param_groups)
+        self._shapes = given_shapes(self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -189,33 +175,31 @@ class AdamW2(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._partitions:
-            self._step_partitions()
-            return loss
-        everything: list[Weight] = []
-        plain: list[list[Weight]] = []
-        ruled: list[Weight] = []
-        adapters: list[Adapter] = []
-        for group, shapes in zip(self.param_groups, self._shapes, strict=True):
-            weights = self._weights(group, shapes)
-            everything += weights
+        if self._partitioned is None:
+            self._step_weights()
+        else:
+            self._partitioned.step(self.param_groups, self.state)
+        return loss
+
+    def _step_weights(self) -> None:
+        pairs = zip(self.param_groups, self._shapes, strict=True)
+        everything = [(group, weights_of(group, shapes, self.state)) for group, shapes in pairs]
+        ruled, adapters = [], []
+        for group, weights in everything:
             if not math.isinf(group["tau"]) and group["lora_scale"] is not None:
                 adapters += pair_factors(group, weights)
             elif not math.isinf(group["tau"]):
                 ruled += weights
-            elif weights:
-                plain.append(weights)
-        for group in self.param_groups:
-            lr = group["lr"]
-            group["last_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
-        for weight in everything:
-            prepare_state(weight)
-        for weights in plain:
-            params, group = [weight.param for weight in weights], weights[0].group
-            adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
+        for group, weights in everything:
+            note_lr(group)
+            for weight in weights:
+                prepare_state(weight)
+        for group, weights in everything:
+            if math.isinf(group["tau"]) and weights:
+                params = [weight.param for weight in weights]
+                adam_step(weights, params, lr=group["lr"], weight_decay=group["weight_decay"])
         update(ruled, self._workspaces)
         update_adapters(adapters)
-        return loss
 
     def partition(self, partitions: Mapping[Tensor, Partition]) -> None:
         """Say what the flat tensors are made of that an engine puts in the place of parameters.
@@ -234,36 +218,7 @@ class AdamW2(Optimizer):
                 "lora_scale needs whole factors, and these are cut into flat partitions: train "
                 "LoRA's factors each by its own norm (lora='factors'), or use DDP"
             )
-        self._partitions = dict(partitions)
-
-    def _step_partitions(self) -> None:
-        for group in self.param_groups:
-            for flat in group["params"]:
-                if flat.grad is not None:
-                    if flat not in self._partitions:
-                        refuse_flattened(flat, replaced=True)
-                    own = self._own_workspaces.setdefault(flat, {})
-                    self._last_rates[flat] = step_partition(
-                        flat, self.state[flat], group, self._partitions[flat], own
-                    )
-            lr = group["lr"]
-            if group["params"]:
-                group["last_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
-
-    def _weights(self, group: dict[str, Any], shapes: Sequence[torch.Size]) -> list[Weight]:
-        """Return the parameters of a group that have gradients; raise for any of the wrong kind."""
-        params, weights, parts = group["params"], [], Parts.of(group["parts"])
-        for index, param in enumerate(params):
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
-            same = len(params) == len(shapes) and param.shape == shapes[index]
-            refuse_flattened(param, replaced=not same or is_partitioned(param))
-            grad = placed_like(grad, param)
-            weights.append(Weight(param, grad, self.state[param], group, parts))
-        return weights
+        self._partitioned = PartitionedGroups(partitions) if partitions else None
 
     def effective_lr(self) -> dict[Any, float | list[float]]:
         """Return the rate that each weight really got in its last step (Figure 15 of the paper).
@@ -275,23 +230,11 @@ class AdamW2(Optimizer):
             Parameter name (or the parameter, where none were given) -> rate; a list of rates,
             one per part, for a fused weight. Parameters never stepped are left out.
         """
+        if self._partitioned is not None:
+            return self._partitioned.rates(self.param_groups)
         rates: dict[Any, float | list[float]] = {}
-        for flat, partition in self._partitions.items():
-            group = self.param_groups[partition.group]
-            if flat in self._last_rates:
-                rates |= rates_of(partition, self._last_rates[flat], group)
-        if self._partitions:
-            return rates
         for group in self.param_groups:
-            for name, param in zip(
-                group.get("param_names", group["params"]), group["params"], strict=True
-            ):
-                state = self.state.get(param, {})
-                if "effective_lr" in state and not math.isinf(group["tau"]):
-                    values = state["effective_lr"].tolist()
-                    rates[name] = values if len(values) > 1 else values[0]
-                elif state and math.isinf(group["tau"]) and "last_lr" in group:
-                    rates[name] = float(group["last_lr"])
+            rates |= rates_of_group(group, self.state)
         return rates
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -313,17 +256,16 @@ class AdamW2(Optimizer):
         matrices: dict[Tensor, Any] = {}
 
         def before(_: Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            if self._partitions:
-                matrices.update(matrices_of_state(given, self.param_groups))
-                return without_matrices(given)
+            if self._partitioned is not None:
+                return take_matrices_out(given, self.param_groups, matrices)
             parted = self._as_parted(given)
             prepared, entries[:] = prepare_loaded(parted, self.param_groups, tuple(self.defaults))
             note_other_plan(parted["param_groups"], self.param_groups)
             return prepared
 
         def after(_: Optimizer) -> None:
-            if self._partitions:
-                restore_matrices(self.state, matrices, self._partitions)
+            if self._partitioned is not None:
+                self._partitioned.restore_matrices(self.state, matrices)
             for param, entry in entries:
                 restore_state(self.state[param], entry, param)
 
@@ -346,10 +288,6 @@ class AdamW2(Optimizer):
         """Restore a pickled or copied optimizer."""
         super().__setstate__(state)
         # torch comes here after loading too, when the parameters may have been replaced.
-        self.__dict__.setdefault("_shapes", _shapes(self.param_groups))
-        for name in ("_workspaces", "_partitions", "_own_workspaces", "_last_rates"):
-            self.__dict__.setdefault(name, {})
-
-
-def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:
-    return [[param.shape for param in group["params"]] for group in groups]
+        self.__dict__.setdefault("_shapes", given_shapes(self.param_groups))
+        self.__dict__.setdefault("_workspaces", {})
+        self.__dict__.setdefault("_partitioned", None)

@@ -13,9 +13,10 @@ from hf_stable._ranks import whole_shape
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 from hf_stable.adamw2.planning import AUTO
-from hf_stable.measures.parts import Parts
+from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = [
+    "GROUP_DEFAULTS",
     "as_numbers",
     "check_group",
     "check_options",
@@ -23,6 +24,15 @@ __all__ = [
     "parts_options",
     "refuse_flattened",
 ]
+
+GROUP_DEFAULTS: dict[str, Any] = {
+    "parts": WHOLE.to_plain(),
+    "blocks": 1,
+    "block_dim": 0,
+    "lora_scale": None,
+    "lora_transposed": False,
+}
+"""Options that a group alone sets, and what they are where it does not."""
 
 _PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tau": (f"float, and not {AUTO!r}", lambda text: text if text == AUTO else float(text)),

@@ -7,7 +7,7 @@ entry by entry and do not mind. Rule 1 needs the matrices: `Piece` says which en
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,17 +19,15 @@ from hf_stable.adamw2.rule import adam_step, update
 from hf_stable.adamw2.weights import MOMENTS, RULE_STATE, Weight, prepare_state
 from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.flat_ranges import FlatRange
-from hf_stable.measures.matrices import shapes_of, spectral_dtype
+from hf_stable.measures.matrices import shapes_of
 from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = [
+    "MATRICES",
     "Partition",
     "Piece",
-    "matrices_of_state",
     "rates_of",
-    "restore_matrices",
     "step_partition",
-    "without_matrices",
 ]
 
 MATRICES = "matrices"
@@ -175,66 +173,6 @@ def rates_of(
         name: values.tolist() if len(values) > 1 else values.item()
         for name, values in zip(counts, own, strict=True)
     }
-
-
-def matrices_of_state(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> dict[Tensor, dict[str, dict[str, Tensor]]]:
-    """Return what a loaded state keeps of the weights of each flat tensor in the groups."""
-    labels = [
-        pair
-        for saved, own in zip(state_dict["param_groups"], groups, strict=False)
-        for pair in zip(saved["params"], own["params"], strict=False)
-    ]  # where they differ in number, torch says so
-    states = state_dict["state"]
-    return {
-        flat: states[label][MATRICES] for label, flat in labels if MATRICES in states.get(label, {})
-    }
-
-
-def without_matrices(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a loaded state without what Rule 1 keeps, which torch would cast."""
-    states = {
-        label: {key: value for key, value in entry.items() if key != MATRICES}
-        for label, entry in state_dict["state"].items()
-    }
-    return {**state_dict, "state": states}
-
-
-def restore_matrices(
-    states: Mapping[Tensor, dict[str, Any]],
-    saved: Mapping[Tensor, Mapping[str, Mapping[str, Tensor]]],
-    partitions: Mapping[Tensor, Partition],
-) -> None:
-    """Put back what `without_matrices` has left out.
-
-    Args:
-        states: of the flat tensors.
-        saved: what a loaded state has for each of them.
-        partitions: what each is made of.
-
-    Raises:
-        ValueError: if they are other weights. Nothing is put back then.
-    """
-    for flat, matrices in saved.items():
-        own = {piece.name for piece in partitions[flat].pieces}
-        if odd := sorted(set(matrices) ^ own):
-            raise ValueError(
-                f"the loaded state was written for other partitions: {odd[0]!r} is in one of it "
-                "and this process alone. Resume with the ZeRO stage, the number of processes and "
-                "the model that wrote it"
-            )
-    for flat, matrices in saved.items():
-        dtype = spectral_dtype(flat.dtype)
-        states[flat][MATRICES] = {
-            name: {
-                key: value.to(
-                    device=flat.device, dtype=torch.bool if key == "exempt" else dtype, copy=True
-                )
-                for key, value in entry.items()
-            }
-            for name, entry in matrices.items()
-        }
 
 
 def _entries(held: Tensor | FlatRange) -> Tensor:

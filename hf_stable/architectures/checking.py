@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["problem_with"]
@@ -15,7 +16,7 @@ def problem_with(entry: Any) -> str | None:
     Args:
         entry: an `Architecture`, or what it consists of.
     """
-    hints = get_type_hints(type(entry))
+    hints = _hints_of(entry.__class__)
     for each in dataclasses.fields(entry):
         value = getattr(entry, each.name)
         if not _fits(value, hints[each.name]):
@@ -24,6 +25,12 @@ def problem_with(entry: Any) -> str | None:
             if dataclasses.is_dataclass(part) and (problem := problem_with(part)):
                 return problem
     return None
+
+
+@cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    """Return the kinds of a class's fields, read once: every shipped entry is checked on import."""
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:

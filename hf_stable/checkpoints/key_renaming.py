@@ -63,7 +63,7 @@ class KeyConversion:
         self._converters = [each for each in entries if isinstance(each, WeightConverter)]
         places = map(self._place_of, keys or ())
         self._awaited = Counter(name for name, pattern in places if pattern is not None)
-        self._waiting: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._waiting: defaultdict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
 
     def __call__(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return what is complete of a state dict and those before it, under names in memory.
@@ -71,14 +71,14 @@ class KeyConversion:
         Keys that the model has nothing for stay as they are.
         """
         converted: dict[str, Any] = {}
-        touched: dict[str, str] = {}
+        touched: dict[str, None] = {}
         for key, tensor in state_dict.items():
             name, pattern = self._place_of(key)
             if pattern is None:
                 converted[name if name in self._names else key] = tensor
             else:
-                self._waiting[name][key] = tensor
-                touched[name] = pattern
+                self._waiting[name][key] = (pattern, tensor)
+                touched[name] = None
         for name in touched:
             if len(self._waiting[name]) >= self._awaited.get(name, 0):
                 converted |= self._joined(name, self._waiting.pop(name))
@@ -92,15 +92,15 @@ class KeyConversion:
             return key, None
         return place
 
-    def _joined(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a converter makes of all tensors that lead to a name."""
-        patterns = {key: self._place_of(key)[1] for key in tensors}
-        source = next(iter(patterns.values()))
+    def _joined(self, name: str, tensors: dict[str, tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what a converter makes of all tensors that lead to a name, by their patterns."""
+        source = next(pattern for pattern, _ in tensors.values())
         found = next(each for each in self._converters if source in each.source_patterns)
         converter = copy.deepcopy(found)
         # In the order of their numbers, whatever that of the files: it is that of the experts.
         for key in sorted(tensors, key=dot_natural_key):
-            converter.add_tensor(name, key, patterns[key], tensors[key])
+            pattern, tensor = tensors[key]
+            converter.add_tensor(name, key, pattern, tensor)
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {
             target: value[0] if isinstance(value, list) else value for target, value in made.items()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from hf_stable.checkpoints.weight_files import files_of
 
 __all__ = ["find_pickled", "read_pickled"]
 
@@ -20,19 +21,14 @@ def find_pickled(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the pickles with the weights of a folder that has no safetensors, if any.
 
     Raises:
-        ValueError: if one that the index names is missing.
+        FileNotFoundError: if one that the index names is missing.
+        ValueError: if the index is damaged, or names a file outside the folder.
     """
     folder = Path(folder)
     if any(folder.glob("*.safetensors")):
         return []
-    if (folder / _FILE).is_file():
-        return [folder / _FILE]
-    if not (folder / _INDEX).is_file():
-        return []
-    names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {missing[0]!r}, which its {_INDEX} names; write it anew")
-    return [folder / name for name in names]
+    found = (folder / name for name in (_FILE, _INDEX) if (folder / name).is_file())
+    return next(map(files_of, found), [])
 
 
 def read_pickled(files: list[Path]) -> dict[str, Tensor]:
@@ -52,6 +48,9 @@ def read_pickled(files: list[Path]) -> dict[str, Tensor]:
         if not isinstance(found, dict) or not all(
             isinstance(value, Tensor) for value in found.values()
         ):
-            raise ValueError(f"{file} holds something other than tensors by name")
+            raise ValueError(
+                f"{file} holds something other than tensors by name, which is all that a model's "
+                "weights are; give the folder that zero_to_fp32.py or save_pretrained wrote"
+            )
         tensors |= found
     return tensors

@@ -66,14 +66,14 @@ def save(
         _refuse_raw_writing(options)
         if saves_here:
             check_writable(folder)
-        own = options["state_dict"]
-        given = model.state_dict() if own is None else own
-        options["state_dict"], raw = fold_state_dict(model, given)
+    if options["state_dict"] is None and (layers or guarded):
+        options["state_dict"] = model.state_dict()
+    if layers:
+        options["state_dict"], raw = fold_state_dict(model, options["state_dict"])
     if guarded:
         options["save_original_format"] = False  # the names that the modeling file expects
-        own = options["state_dict"]
-        given = model.state_dict() if own is None else own
-        options["state_dict"] = {**given, **weight_guard(model, removed_by_class(model))}
+        guard = weight_guard(model, removed_by_class(model))
+        options["state_dict"] = {**options["state_dict"], **guard}
     with standalone_form(model) if guarded else nullcontext():
         result = write()
     # The sidecar comes after the original, which uploads what it finds (push_to_hub=True).

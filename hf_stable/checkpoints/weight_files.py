@@ -29,6 +29,7 @@ from hf_stable.methods.sigma_reparam.stored_parts import (
 __all__ = [
     "WEIGHT_PATTERNS",
     "WeightFiles",
+    "files_of",
     "open_sidecar",
     "open_weights",
     "remove_stale_weights",
@@ -83,9 +84,8 @@ class WeightFiles:
 
     def plain_name(self, name: str) -> str:
         """Return what the plain model calls a tensor that is here, a raw weight among others."""
-        layer = name.removesuffix(".weight")
-        is_raw = layer != name and f"{layer}.sigma_u" in self.shapes
-        return plain_weight_name(layer, self.parts(layer)) if is_raw else name
+        layer = self._raw_layer_of(name)
+        return name if layer is None else plain_weight_name(layer, self.parts(layer))
 
     def read(self, name: str) -> Tensor:
         """Read one tensor.
@@ -105,11 +105,16 @@ class WeightFiles:
         Raises:
             ValueError: if a file is damaged.
         """
-        tensor, layer = self.read(name), name.removesuffix(".weight")
-        if not name.endswith(".weight") or f"{layer}.sigma_u" not in self.shapes:
+        tensor, layer = self.read(name), self._raw_layer_of(name)
+        if layer is None:
             return tensor
         scale = self.read(f"{layer}.gamma") / self.read(f"{layer}.sigma")
         return scale_parts(tensor, scale, self.parts(layer))
+
+    def _raw_layer_of(self, name: str) -> str | None:
+        """Return the patched layer whose raw weight a tensor is, or None for any other one."""
+        layer = name.removesuffix(".weight")
+        return layer if layer != name and f"{layer}.sigma_u" in self.shapes else None
 
     def read_first_row(self, name: str) -> Tensor:
         """Read the first entry along dimension 0 of one tensor, (1, ...), and no more."""
@@ -138,7 +143,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFiles:
     if path.is_dir():
         for name in (_WEIGHTS, _INDEX):
             if (path / name).is_file():
-                return _read_headers(path, _files_of(path / name))
+                return _read_headers(path, files_of(path / name))
         sidecar = set(_sidecar_files(path))
         there = [file for file in sorted(path.glob("*.safetensors")) if file.is_file()]
         files = [file for file in there if file not in sidecar]
@@ -151,7 +156,7 @@ def open_weights(path: str | os.PathLike[str]) -> WeightFiles:
         raise ValueError(f"{path} is neither a folder nor a regular file, and is not read")
     if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
         raise ValueError(f"{path} is no safetensors file{_about_pickles([path])}")
-    return _read_headers(path, _files_of(path))
+    return _read_headers(path, files_of(path))
 
 
 def open_sidecar(folder: Path) -> WeightFiles | None:
@@ -174,7 +179,7 @@ def remove_stale_weights(folder: str | os.PathLike[str]) -> None:
     if not (single.is_file() and index.is_file()):
         return
     try:
-        _files_of(index)
+        files_of(index)
     except (FileNotFoundError, ValueError):  # its shards have been removed: the one file is new
         index.unlink()
     else:
@@ -187,8 +192,13 @@ def _sidecar_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-def _files_of(path: Path) -> list[Path]:
-    """Return the files behind a weights file (itself) or an index (its shards)."""
+def files_of(path: Path) -> list[Path]:
+    """Return the files behind a weights file (itself) or an index (its shards).
+
+    Raises:
+        FileNotFoundError: if a shard is missing.
+        ValueError: if the index is damaged, or names a file outside its folder.
+    """
     if path.suffix != ".json":
         return [path]
     try:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_stable.kernels import tables as t
 from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
 from hf_stable.kernels.threads import address_of, runner
-from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain, known_layout, triples_of
 from hf_stable.measures.matrices import spectral_dtype
 
 __all__ = [
@@ -111,7 +111,7 @@ def step_weights(weights: Sequence[RuledWeight], workspace: Workspace | None = N
     """
     dtype = weights[0].param.dtype
     real = spectral_dtype(dtype)
-    layouts = [_layout(weight) for weight in weights]
+    layouts = [known_layout(weight.param, weight.parts) for weight in weights]
     plan = make_plan(tuple(layouts))
     if workspace is None or workspace.plan is not plan or workspace.real != real:
         workspace = Workspace(plan, real)
@@ -204,21 +204,7 @@ def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None
     """
     if keep is not None and keep.detach().numpy().any():
         return
-    layouts = [lay_out(layer.weight.shape, layer.parts) for layer in layers]
-    refresh_vectors(
-        [layer.weight for layer in layers],
-        [layout for layout in layouts if layout is not None],
-        [layer.sigma for layer in layers],
-        [layer.sigma_u for layer in layers],
-        [layer.sigma_v for layer in layers],
-        layers[0].power_iterations,
-    )
-
-
-def _layout(weight: RuledWeight) -> Layout:
-    layout = lay_out(weight.param.shape, weight.parts)
-    assert layout is not None, "a weight that `takes` refuses"
-    return layout
+    refresh_vectors(*triples_of(layers))
 
 
 def _trace(weight: RuledWeight) -> tuple[int, ...]:

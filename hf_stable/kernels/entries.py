@@ -91,7 +91,7 @@ def iterate_row(row: Any, count: Any, v: Any, z: Any, y: Any) -> None:
 
 @njit(**COMPILED)
 def iterate_four(first: Any, stride: Any, count: Any, v: Any, z: Any, y: Any, like: Any) -> None:
-    """As `_iterate_row`, for four rows that read v and z but once."""
+    """As `iterate_row`, for four rows that read v and z but once."""
     a, b = at(first, like), at(first + stride, like)
     c, d = at(first + 2 * stride, like), at(first + 3 * stride, like)
     y0 = y1 = y2 = y3 = cast(0.0, v)

@@ -17,17 +17,9 @@ from torch import Tensor
 
 from hf_stable.kernels.launches import Bucket, Workspace, fits, make_plan
 from hf_stable.kernels.layouts import Layout, lay_out
-from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain
+from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain, known_layout, triples_of
 
-__all__ = [
-    "Workspace",
-    "is_available",
-    "refresh_layers",
-    "refresh_vectors",
-    "step_weights",
-    "takes",
-    "tracks",
-]
+__all__ = ["is_available", "refresh_layers", "refresh_vectors", "step_weights", "takes", "tracks"]
 
 DEVICE = "cuda"
 """The kind of device whose weights they are for."""
@@ -87,10 +79,9 @@ def step_weights(weights: Sequence[RuledWeight], workspace: Workspace | None = N
     """
     from hf_stable.kernels import triton_loops as loops  # imports triton
 
-    layouts = [lay_out(weight.param.shape, weight.parts) for weight in weights]
-    plan, device = make_plan(tuple(each for each in layouts if each)), weights[0].param.device
-    if workspace is None or workspace.plan is not plan or workspace.device != device:
-        workspace = Workspace(plan, device)
+    layouts = [known_layout(weight.param, weight.parts) for weight in weights]
+    workspace = _ready(workspace, layouts, weights[0].param.device)
+    plan = workspace.plan
     torch._foreach_add_([weight.state["step"] for weight in weights], 1.0)
     state = [[weight.state[key] for weight in weights] for key in STATE]
     tensors = [[w.param for w in weights], [w.grad for w in weights], *state]
@@ -160,16 +151,15 @@ def refresh_vectors(
     """
     from hf_stable.kernels import triton_loops as loops
 
-    plan, device = make_plan(tuple(layouts)), weights[0].device
-    if workspace is None or workspace.plan is not plan or workspace.device != device:
-        workspace = Workspace(plan, device)
+    device = weights[0].device
+    workspace = _ready(workspace, layouts, device)
     blank: list[Tensor | None] = [None] * len(weights)
     columns: list[list[Any]] = [list(weights), *[blank] * 4, list(sigmas), list(vs), blank]
     shared = _tables(workspace, columns, list(us))
     keep = workspace.never if keep is None else keep.detach().reshape(1).to(device, torch.float32)
     aligned = all(weight.data_ptr() % 16 == 0 for weight in weights)
     common = dict(values=workspace.values, products=workspace.products)
-    sums = dict(sums=workspace.sums, squares=workspace.squares, area=plan.areas[0])
+    sums = dict(sums=workspace.sums, squares=workspace.squares, area=workspace.plan.areas[0])
     which = dict(MATRIX=0, TURNED_ONLY=False)
     dtype = _triton_dtype(weights[0].dtype)
 
@@ -206,16 +196,17 @@ def tracks(layer: TrackedWeight, keep: Tensor | None) -> bool:
 
 def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None:
     """Move the triples of layers with weights of one dtype and device, as `cpu.refresh_layers`."""
-    layouts = [lay_out(layer.weight.shape, layer.parts) for layer in layers]
-    refresh_vectors(
-        [layer.weight for layer in layers],
-        [layout for layout in layouts if layout is not None],
-        [layer.sigma for layer in layers],
-        [layer.sigma_u for layer in layers],
-        [layer.sigma_v for layer in layers],
-        layers[0].power_iterations,
-        keep,
-    )
+    refresh_vectors(*triples_of(layers), keep)
+
+
+def _ready(
+    workspace: Workspace | None, layouts: Sequence[Layout], device: torch.device
+) -> Workspace:
+    """Return a workspace for weights of these layouts: the given one, if it is of them."""
+    plan = make_plan(tuple(layouts))
+    if workspace is None or workspace.plan is not plan or workspace.device != device:
+        return Workspace(plan, device)
+    return workspace
 
 
 def _tables(

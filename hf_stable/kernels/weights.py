@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_stable.kernels.layouts import Layout, lay_out
 from hf_stable.measures.parts import Parts
 
-__all__ = ["RuledWeight", "TrackedWeight", "is_plain"]
+__all__ = ["RuledWeight", "TrackedWeight", "Triples", "is_plain", "known_layout", "triples_of"]
 
 PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -71,4 +73,43 @@ def is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_inference()
+    )
+
+
+def known_layout(weight: Tensor, parts: Parts) -> Layout:
+    """Return where the parts of a weight lie that a kernel takes."""
+    layout = lay_out(weight.shape, parts)
+    assert layout is not None, "a weight that the kernel refuses"
+    return layout
+
+
+class Triples(NamedTuple):
+    """The triples of layers, as `refresh_vectors` takes them: the n-th of each list is a layer's.
+
+    Attributes:
+        weights: the weights.
+        layouts: where their parts lie.
+        sigmas: (k,) each, for k parts.
+        us: left vectors, (k, m) each.
+        vs: right vectors, (k, n) each.
+        iterations: how many all of them are moved by.
+    """
+
+    weights: list[Tensor]
+    layouts: list[Layout]
+    sigmas: list[Tensor]
+    us: list[Tensor]
+    vs: list[Tensor]
+    iterations: int
+
+
+def triples_of(layers: Sequence[TrackedWeight]) -> Triples:
+    """Return the triples of layers that a kernel takes, of equally many power iterations."""
+    return Triples(
+        [layer.weight for layer in layers],
+        [known_layout(layer.weight, layer.parts) for layer in layers],
+        [layer.sigma for layer in layers],
+        [layer.sigma_u for layer in layers],
+        [layer.sigma_v for layer in layers],
+        layers[0].power_iterations,
     )

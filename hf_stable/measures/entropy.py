@@ -2,8 +2,8 @@
 
 Pure torch, no modules. Natural logarithms (nats) throughout; nothing here is differentiated, and
 no T x T matrix is kept where queries and keys are given. Where they come from is the
-monitor's matter. A little over three hundred lines, since the three ways to an entropy (maps,
-logits, queries and keys) share their masks.
+monitor's matter. A little over three hundred lines, since the entropy of logits, that of queries
+and keys, and the count of visible keys have to read a mask in the same way.
 """
 
 from __future__ import annotations

@@ -183,16 +183,27 @@ def _step_shared(
     """
     order = sorted(indices, key=lambda index: not matrices[index].splits_columns)
     shards: list[MatrixShard] = [matrices[index] for index in order]
-    heights, widths = ([shard.shape[side] for shard in shards] for side in (0, 1))
-    sizes = heights + widths
-    sums = torch.zeros(sum(sizes), dtype=v[order[0]].dtype, device=v[order[0]].device)
+    sizes = [shard.shape[side] for side in (0, 1) for shard in shards]
+    own_v = [v[index] for index in order]
+    sums = _sum_products(shards, sizes, own_v, groups)
+    own_u = list(sums.split(sizes)[: len(shards)]) if u is None else [u[index] for index in order]
+    triples = _normalise_sums(sums, sizes, own_u, own_v)
+    for index, triple in zip(order, triples, strict=True):
+        results[index] = triple
+
+
+def _sum_products(
+    shards: Sequence[MatrixShard], sizes: list[int], v: Sequence[Tensor], groups: Sequence[Any]
+) -> Tensor:
+    """Return every `y = W v`, then every `z = W.T y`; shards with cut columns come first."""
+    sums = torch.zeros(sum(sizes), dtype=v[0].dtype, device=v[0].device)
     vectors = sums.split(sizes)
     ys, zs = vectors[: len(shards)], vectors[len(shards) :]
     cut = sum(shard.shape[0] for shard in shards if shard.splits_columns)
     with torch.autocast(sums.device.type, enabled=False):
-        for index, shard, y, z in zip(order, shards, ys, zs, strict=True):
+        for shard, own_v, y, z in zip(shards, v, ys, zs, strict=True):
             own = shard.local.to(sums)
-            y[shard.rows] = torch.mv(own, v[index].to(sums.dtype)[shard.columns])
+            y[shard.rows] = torch.mv(own, own_v.to(sums.dtype)[shard.columns])
             if not shard.splits_columns:
                 z[shard.columns] = torch.mv(own.T, y[shard.rows])
         if cut:
@@ -201,27 +212,32 @@ def _step_shared(
             if shard.splits_columns:
                 z[shard.columns] = torch.mv(shard.local.to(sums).T, y[shard.rows])
     _add_up(sums[cut:], groups)
+    return sums
 
-    # From here on all vectors are one: a kernel's launch costs more than the work on any of them.
+
+def _normalise_sums(
+    sums: Tensor, sizes: list[int], u: list[Tensor], v: list[Tensor]
+) -> list[SingularTriple]:
+    """Return the triples that `_sum_products` leads to from old u and v, mended as by `_mend`.
+
+    All vectors are one: a kernel's launch costs more than the work on any of them.
+    """
+    count = len(v)
+
     def spread(values: Tensor) -> Tensor:
         return torch.cat([x.expand(n) for x, n in zip(values.unbind(), sizes, strict=True)])
 
-    norms = torch.stack(torch._foreach_norm(vectors))
+    norms = torch.stack(torch._foreach_norm(sums.split(sizes)))
     lengths = norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    sigma = norms[len(shards) :] / lengths[: len(shards)]
-    old_u = list(ys) if u is None else [u[index] for index in order]
-    fresh = [_shared_generic_vector(width, sums.dtype, sums.device) for width in widths]
-    # As `_mend` does it.
+    sigma = norms[count:] / lengths[:count]
+    fresh = [_shared_generic_vector(width, sums.dtype, sums.device) for width in sizes[count:]]
     usable, is_zero = (
         spread(torch.cat([flags, flags])) for flags in ((sigma > 0) & (sigma < inf), sigma == 0)
     )
-    old = torch.cat(old_u + [v[index] for index in order])
-    kept = torch.where(is_zero, torch.cat(old_u + fresh), old)
+    kept = torch.where(is_zero, torch.cat(u + fresh), torch.cat(u + v))
     moved = torch.where(usable, sums / spread(lengths), kept).split(sizes)
-    for index, *triple in zip(
-        order, sigma.unbind(), moved[: len(shards)], moved[len(shards) :], strict=True
-    ):
-        results[index] = SingularTriple(*triple)
+    triples = zip(sigma.unbind(), moved[:count], moved[count:], strict=True)
+    return [SingularTriple(*triple) for triple in triples]
 
 
 def _add_up(sums: Tensor, groups: Sequence[Any]) -> None:

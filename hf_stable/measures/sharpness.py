@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -126,28 +127,39 @@ def measure_sharpness(
     if not any(gradient.requires_grad for gradient in gradients):
         return Sharpness(0.0, 0, True)  # a loss that is linear in the parameters
     scale = None if preconditioner is None else _flatten(preconditioner).rsqrt()
-
-    def product(vector: Tensor) -> Tensor:
-        vector = vector if scale is None else vector * scale
-        parts = vector.split([p.numel() for p in params])
-        along = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
-        pairs = [(g, a) for g, a in zip(gradients, along, strict=True) if g.requires_grad]
-        result = torch.autograd.grad(
-            [g for g, _ in pairs],
-            params,
-            grad_outputs=[a.to(g) for g, a in pairs],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        flat = _flatten(result)
-        return flat if scale is None else flat * scale
-
+    product = partial(_times_hessian, gradients, params, scale)
     generator = generator or torch.Generator().manual_seed(0)
     start = torch.randn(sum(p.numel() for p in params), generator=generator)
     # Under gradient checkpointing each product runs attention again.
     with _twice_differentiable():
         return _lanczos(product, start.to(device), max_products, tolerance)
+
+
+def _times_hessian(
+    gradients: Sequence[Tensor], params: Sequence[Tensor], scale: Tensor | None, vector: Tensor
+) -> Tensor:
+    """Return the product of the Hessian with a vector, as long as all parameters together.
+
+    Args:
+        gradients: of the loss, with their graphs.
+        params: what they were taken with respect to.
+        scale: `P^-1/2`, if the product is to be that of `P^-1/2 H P^-1/2`.
+        vector: what is multiplied.
+    """
+    vector = vector if scale is None else vector * scale
+    parts = vector.split([p.numel() for p in params])
+    along = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
+    pairs = [(g, a) for g, a in zip(gradients, along, strict=True) if g.requires_grad]
+    result = torch.autograd.grad(
+        [g for g, _ in pairs],
+        params,
+        grad_outputs=[a.to(g) for g, a in pairs],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    flat = _flatten(result)
+    return flat if scale is None else flat * scale
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """StabilityCallback: what is done at each of a Trainer's events.
 
-Longer than others: a third of it is the class's own documentation.
+Longer than others: more than a quarter of it is documentation, and each event has its method.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
                 "observe_loss, or leave sharpness_every out"
             )
         self._step.add_loss(loss, loss_again)
-        self._keeping.note_loss(loss.detach())
+        self._keeping.note_loss(loss)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -87,12 +87,7 @@ def probe(
     asked = resolve_terms(terms)
     is_named = not isinstance(terms, str)
     wanted, blocks = _plan_blocks(root, asked, is_named)
-    check_maps(maps, _most_heads(root, blocks))
-    if maps and len(ranks_with_same_batch(root)) > 1:
-        raise ValueError(
-            f"maps={maps!r}: under tensor parallelism each process sees its own heads alone, and "
-            "maps are kept by the first process; leave maps out"
-        )
+    _check_maps(maps, root, blocks)
     if is_listened_to(root):
         raise RuntimeError("this model is being probed already; a probe does not nest")
     with ExitStack() as stack:
@@ -218,6 +213,18 @@ def _leave_attention_out(
         )
     _tell_left_out(root, needing, rest, reason)
     return rest
+
+
+def _check_maps(
+    maps: Literal["all"] | Sequence[int], root: nn.Module, blocks: Sequence[FoundBlock]
+) -> None:
+    """Raise ValueError for maps of heads that no layer has, or that no process sees all of."""
+    check_maps(maps, _most_heads(root, blocks))
+    if maps and len(ranks_with_same_batch(root)) > 1:
+        raise ValueError(
+            f"maps={maps!r}: under tensor parallelism each process sees its own heads alone, and "
+            "maps are kept by the first process; leave maps out"
+        )
 
 
 def _most_heads(root: nn.Module, blocks: Sequence[FoundBlock]) -> int | None:

@@ -157,8 +157,8 @@ def check_can_skip(args: TrainingArguments) -> None:
             "batches to the steps after a resume: leave one of them out"
         )
     if args.deepspeed or args.fp16:
-        what = "DeepSpeed, which steps within its backward" if args.deepspeed else "fp16's scaler"
+        who = "DeepSpeed, which steps within its backward," if args.deepspeed else "fp16's scaler"
         raise ValueError(
-            f"skip_batches=True leaves whole steps out, which {what} cannot: leave skip_batches "
+            f"skip_batches=True leaves whole steps out, which {who} cannot: leave skip_batches "
             "out" + ("" if args.deepspeed else ", or train in bf16")
         )

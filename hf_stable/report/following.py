@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hf_stable._file_names import TRAINER_STATE_FILE
@@ -12,6 +12,7 @@ from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.log_lines import GrowingLog
 from hf_stable.report.page import require_page_packages
 from hf_stable.report.reading import name_runs, read_run
+from hf_stable.report.results import RESULT_FILES
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.states import checkpoints_in
 from hf_stable.report.writing import FORMATS, WrittenReport, beside, write_runs
@@ -41,6 +42,21 @@ class FollowedRuns:
         self._names = name_runs(paths)
         self._logs = [GrowingLog(path / FILE_NAME) for path in self.paths]
         self._seen: list[tuple[str, int, int]] = []
+
+    def changes(self, every: float, sleep: Callable[[float], None]) -> Iterator[list[RunRecords]]:
+        """Yield all runs whenever they have gone on, until all of them have ended.
+
+        Args:
+            every: seconds from look to look.
+            sleep: waits so many seconds.
+        """
+        while True:
+            runs = self.read_if_changed()
+            if runs is not None:
+                yield runs
+                if all(run.has_ended for run in runs):
+                    return
+            sleep(every)
 
     def read_if_changed(self) -> list[RunRecords] | None:
         """Return all runs if a file of theirs has changed since the last look, or None.
@@ -96,27 +112,22 @@ def follow_report(
     require_page_packages()
     followed = FollowedRuns(paths)
     target = beside(paths, FORMATS["html"]) if output is None else Path(output)
-    runs: list[RunRecords] | None = None
+    runs: list[RunRecords] = []
     try:
-        while True:
-            changed = followed.read_if_changed()
-            if changed is not None:
-                runs = changed
-                ended = all(run.has_ended for run in runs)
-                written = write_runs(runs, target, "html", refresh=None if ended else every)
-                on_written(written)
-                if ended:
-                    return written
-            sleep(every)
+        for runs in followed.changes(every, sleep):
+            ended = all(run.has_ended for run in runs)
+            written = write_runs(runs, target, "html", refresh=None if ended else every)
+            on_written(written)
     except KeyboardInterrupt:
-        if runs is not None:
+        if runs:
             write_runs(runs, target, "html")
         raise
+    return written
 
 
 def _marks(folder: Path) -> list[tuple[str, int, int]]:
     """Return name, size and time of each file of a run that a report reads."""
-    states = [folder / TRAINER_STATE_FILE, folder / FILE_NAME, folder / "eval_results.json"]
+    states = [folder / name for name in (TRAINER_STATE_FILE, FILE_NAME, *RESULT_FILES)]
     states += [child / TRAINER_STATE_FILE for child in checkpoints_in(folder)]
     marks = []
     for path in states:

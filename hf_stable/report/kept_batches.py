@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
+from hf_stable._file_names import BATCH_FILE, BATCH_FOLDER, BATCH_KEY
 from hf_stable._json import from_json
 from hf_stable.report.events import KeptFiles
 from hf_stable.report.run_records import RunRecords
@@ -30,8 +29,6 @@ PICTURE_SIDE = 64
 
 NUM_IDS = 48
 """Token ids that stand for a text that nobody has decoded."""
-
-_NAME = re.compile(r"step-\d{1,15}-attempt-\d{1,9}-rank-\d{1,9}-micro-\d{1,9}\.safetensors")
 
 
 class ShownSample(NamedTuple):
@@ -113,7 +110,7 @@ def _samples_in(folder: Path, name: str) -> Iterator[_Found]:
         Exception: if it cannot be read.
     """
     path = folder / name
-    if not _NAME.fullmatch(name) or path.is_symlink():
+    if not BATCH_FILE.fullmatch(name) or path.is_symlink():
         raise ValueError("no file of a monitor")
     with _opened(path) as file:
         about = from_json((file.metadata() or {})[BATCH_KEY])

@@ -121,7 +121,9 @@ class GrowingLog:
             if status.st_ino != self._inode or status.st_size < self._end:
                 self.found, self._end, self._inode = LoggedRun(), 0, status.st_ino
             file.seek(self._end)
-            while (line := file.readline(LONGEST_LINE)).endswith(b"\n"):
+            while (line := file.readline(LONGEST_LINE)).endswith(b"\n") or (
+                len(line) == LONGEST_LINE  # a piece of what is no line of a probe
+            ):
                 if line.strip():
                     _take(self.found, line, self._end, None)
                 self._end += len(line)

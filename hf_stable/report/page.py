@@ -66,26 +66,31 @@ def build_page(
         ModuleNotFoundError: if plotly or jinja2 is not installed.
     """
     template = _environment().get_template("page.html")
-    # Not escaped is what is our own: scripts, the style, and JSON without "<".
-    content = {
+    content = _same_on_every_page() | {
         "runs": [
             {"record": run, "summary": summary, "cells": table_cells(summary)}
             for run, summary in zip(runs, summaries, strict=True)
         ],
-        "columns": TABLE_COLUMNS,
-        "states": STATES,
         "sections": sections,
         "batches": [shown for run in runs for shown in worst_samples(run)],
         "payload": chart_payload(runs, sections),
-        "plotly_js": require_page_packages().replace("</script", "<\\/script"),
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
         "version": version,
         "preface": preface,
         "refresh": refresh,
     }
     room = PAGE_BYTES - len(_render(template, content, [[] for _ in runs]).encode())
     return _render(template, content, choose_maps(runs, room))
+
+
+def _same_on_every_page() -> dict[str, Any]:
+    # Not escaped is what is our own: scripts, the style, and JSON without "<".
+    return {
+        "columns": TABLE_COLUMNS,
+        "states": STATES,
+        "plotly_js": require_page_packages().replace("</script", "<\\/script"),
+        "style": _asset("page.css"),
+        "script": _asset("page.js"),
+    }
 
 
 def _asset(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from hf_stable.report.states import checkpoints_in, damage_note, read_object
 from hf_stable.report.values import to_number, to_step, to_text
 
-__all__ = ["loss_of_guessing", "results_beside"]
+__all__ = ["RESULT_FILES", "loss_of_guessing", "results_beside"]
 
 RESULT_FILES = (
     "eval_results.json",
@@ -21,6 +21,8 @@ RESULT_FILES = (
     "predict_results.json",
     "all_results.json",
 )
+"""What those scripts call them."""
+
 PREFIXES = ("eval_", "test_", "predict_")
 
 CLASSIFIERS = (

@@ -23,7 +23,7 @@ from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.steps import check_gammas, rate_is_zero, refresh
 from hf_stable.methods.sigma_reparam.triples import settle
-from hf_stable.trainer.changes import make, wrapping
+from hf_stable.trainer.changes import is_in_place, listed, make, wrapping
 from hf_stable.trainer.deepspeed_partitions import given_groups, held_of, partition_optimizer
 from hf_stable.trainer.deepspeed_settings import read_settings, refuse_unfit_settings
 
@@ -47,7 +47,8 @@ def _make_when_there() -> None:
     # In the middle of its own import the class is not there yet.
     if engine is None or not hasattr(engine, "DeepSpeedEngine"):
         return
-    if not hasattr(engine.DeepSpeedEngine.step, "__wrapped__"):
+    # Asked at every step of an optimizer, so that `make` does not look at it all again.
+    if not all(is_in_place(wrap) for wrap in listed() if wrap.made_by == ON_DEEPSPEED):
         make(ON_DEEPSPEED)
 
 
@@ -80,7 +81,7 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
     own = [layer for _, layer in layers]
     if layers:
         _refuse_other_engines(engine)
-        check_gammas(own, _given_groups(optimizer, given.get("model_parameters"), settings))
+        check_gammas(own, _groups_to_come(optimizer, given.get("model_parameters"), settings))
         _round_gammas(own)
     given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
@@ -163,7 +164,7 @@ def _master_weights(engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def _given_groups(optimizer: Any, parameters: Any, settings: Any) -> Sequence[dict[str, Any]]:
+def _groups_to_come(optimizer: Any, parameters: Any, settings: Any) -> Sequence[dict[str, Any]]:
     """Return the groups that an engine's optimizer will have, before they are flattened."""
     if isinstance(optimizer, Optimizer):
         return optimizer.param_groups

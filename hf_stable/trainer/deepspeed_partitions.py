@@ -39,12 +39,11 @@ class Place(NamedTuple):
 def given_groups(optimizer: AdamW2, model: nn.Module) -> Given:
     """Return what the groups of an optimizer hold that DeepSpeed will flatten."""
     names = {id(param): state_dict_name(name) for name, param in model.named_parameters()}
-    groups = [
+    return [
         [(names.get(id(p), "unnamed"), p) for p in group["params"] if p.requires_grad]
         for group in optimizer.param_groups
         if group["params"]  # DeepSpeed takes the others out
     ]
-    return groups
 
 
 def partition_optimizer(engine: Any, given: Given) -> None:

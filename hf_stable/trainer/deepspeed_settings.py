@@ -44,7 +44,11 @@ def refuse_unfit_settings(settings: Settings, *, is_patched: bool, uses_adamw2: 
     if not is_patched and not uses_adamw2:
         return
     who = "a model patched with sigma_reparam" if is_patched else "AdamW2"
-    for setting, reason in _unfit(settings, uses_adamw2):
+    zero = settings.get("zero_optimization") or {}
+    unfit = [*_unfit_ways(settings), *_unfit_partitions(zero)]
+    if uses_adamw2:
+        unfit += _unfit_for_adamw2(settings, zero)
+    for setting, reason in unfit:
         raise ValueError(f"{who} does not train under DeepSpeed with {setting}: {reason}")
 
 
@@ -75,9 +79,8 @@ def _refuse_own_optimizer(settings: Settings) -> None:
         )
 
 
-def _unfit(settings: Settings, uses_adamw2: bool) -> Iterator[tuple[str, str]]:
-    """Yield what does not fit, and why."""
-    zero = settings.get("zero_optimization") or {}
+def _unfit_ways(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield what does not fit among the ways to train, and why."""
     for precision in ("fp16", "bf16"):
         name = f"{precision}_master_weights_and_grads"
         if (settings.get(precision) or {}).get(name):
@@ -86,6 +89,18 @@ def _unfit(settings: Settings, uses_adamw2: bool) -> Iterator[tuple[str, str]]:
                 "without float32 master weights gamma and the weights take no small steps. Leave "
                 "it out",
             )
+    if _type_of(settings.get("optimizer")).lower() in ONE_BIT:
+        yield (
+            f"the optimizer {_type_of(settings['optimizer'])!r}",
+            "1-bit optimizers move weights by compressed updates of their own, outside ZeRO. "
+            "Remove it from the config",
+        )
+    if (settings.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        yield "tensor_parallel", "it replaces layers by cut ones. Leave it out, ZeRO shards as well"
+
+
+def _unfit_partitions(zero: Settings) -> Iterator[tuple[str, str]]:
+    """Yield what does not fit in the section `zero_optimization`, and why."""
     for name in ("offload_optimizer", "offload_param"):
         if (zero.get(name) or {}).get("device") == "nvme":
             yield (
@@ -93,16 +108,8 @@ def _unfit(settings: Settings, uses_adamw2: bool) -> Iterator[tuple[str, str]]:
                 "a power iteration would read every weight back from the disk at each step. "
                 'Offload to "cpu"',
             )
-    if _type_of(settings.get("optimizer")).lower() in ONE_BIT:
-        yield (
-            f"the optimizer {_type_of(settings['optimizer'])!r}",
-            "1-bit optimizers move weights by compressed updates of their own, outside ZeRO. "
-            "Remove it from the config",
-        )
     if zero.get("zenflow"):
         yield "zenflow", "it moves parts of the weights at other times than the step. Leave it out"
-    if (settings.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
-        yield "tensor_parallel", "it replaces layers by cut ones. Leave it out, ZeRO shards as well"
     for name, least in (("zero_hpz_partition_size", 1), ("mics_shard_size", 0)):
         if (zero.get(name) or 0) > least:
             yield name, "shards of shards are not followed. Leave it out"
@@ -111,17 +118,21 @@ def _unfit(settings: Settings, uses_adamw2: bool) -> Iterator[tuple[str, str]]:
             "zero_quantized_weights",
             "the forward computes with other weights than those that sigma is of. Leave it out",
         )
+
+
+def _unfit_for_adamw2(settings: Settings, zero: Settings) -> Iterator[tuple[str, str]]:
+    """Yield what does not fit AdamW2, which steps the partitions itself, and why."""
     accumulated = (settings.get("data_types") or {}).get("grad_accum_dtype")
-    if uses_adamw2 and zero.get("stage") == 1 and accumulated in ("fp32", "float32"):
+    if zero.get("stage") == 1 and accumulated in ("fp32", "float32"):
         yield (
             'stage 1 and "grad_accum_dtype": "fp32"',
             "DeepSpeed has another optimizer for that, whose partitions are not followed. Use "
             "stage 2",
         )
-    if uses_adamw2 and zero.get("round_robin_gradients"):
+    if zero.get("round_robin_gradients"):
         yield "round_robin_gradients", "its partitions are in another order. Leave it out"
     offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
-    if uses_adamw2 and offload and settings.get("zero_force_ds_cpu_optimizer", True):
+    if offload and settings.get("zero_force_ds_cpu_optimizer", True):
         yield (
             "offload_optimizer",
             "DeepSpeed wants its own CPU Adam there. AdamW2 runs on the CPU as well: set "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import mean
@@ -27,6 +27,7 @@ from recipes.evidence.claim import (
 )
 from recipes.evidence.from_the_papers import CONTROLS, NO_NORMS, NO_NORMS_SIGMA
 from recipes.evidence.runs import ADAMW2, GPT2, SIGMA, STD_VIT, SWIN, VIT, Variant
+from recipes.evidence.windows import Window, is_wider, window_text
 from recipes.settings import Settings
 
 SHORT = 150
@@ -90,13 +91,6 @@ def _robustness_variants() -> tuple[Variant, ...]:
     )
 
 
-Window = tuple[float, float] | None
-"""Lowest and highest rate; None where no rate counts."""
-
-WIDER = 1.1
-"""Width in decades beyond which, times another, a window counts as wider than that."""
-
-
 def _windows(results: Results, method: str, change: str) -> list[Window]:
     """Return the window of a method for each of `LIMITS`.
 
@@ -112,37 +106,6 @@ def _windows(results: Results, method: str, change: str) -> list[Window]:
     return [window(by_rate, limit) for limit in limits]
 
 
-def _decades(found: Window) -> float:
-    return 0.0 if found is None else math.log10(found[1] / found[0])
-
-
-def _cut_off(found: Window) -> list[str]:
-    """Return the sides on which a window goes on beyond the rates that were tried."""
-    if found is None:
-        return []
-    return ["below"] * (found[0] == RATES[0]) + ["above"] * (found[1] == RATES[-1])
-
-
-def is_wider(first: Window, second: Window) -> bool:
-    """Return whether one window is surely wider than another, by more than 10 % in decades.
-
-    What is seen of a window that was cut off is the least that it may have: such a one can be wider
-    than others by what is seen, and no other can be called wider than it, even if that was cut off
-    as well. A window is wider than none.
-    """
-    if second is None:
-        return first is not None
-    return not _cut_off(second) and _decades(first) > WIDER * _decades(second)
-
-
-def _window_text(found: Window) -> str:
-    if found is None:
-        return "none"
-    low, high = found
-    cut = _cut_off(found)
-    return f"{high / low:.2g} x" + (f" (cut off {' and '.join(cut)})" if cut else "")
-
-
 def _compared(results: Results, method: str, base: str) -> tuple[int, int]:
     """Return under how many changes a method's windows are wider than another's, or narrower.
 
@@ -153,8 +116,8 @@ def _compared(results: Results, method: str, base: str) -> tuple[int, int]:
         pairs = list(
             zip(_windows(results, method, change), _windows(results, base, change), strict=True)
         )
-        wider += sum(is_wider(own, other) for own, other in pairs) > len(LIMITS) / 2
-        narrower += sum(is_wider(other, own) for own, other in pairs) > len(LIMITS) / 2
+        wider += sum(is_wider(own, other, RATES) for own, other in pairs) > len(LIMITS) / 2
+        narrower += sum(is_wider(other, own, RATES) for own, other in pairs) > len(LIMITS) / 2
     return wider, narrower
 
 
@@ -170,7 +133,8 @@ def _judge_robustness(results: Results) -> Verdict:
         f"stretch of rates whose loss is {', or '.join(LIMITS)}: three limits, three windows.",
     ]
     for method in SWEEP:
-        widths = ", ".join(map(_window_text, _windows(results, method, first)))
+        found = _windows(results, method, first)
+        widths = ", ".join(window_text(each, RATES) for each in found)
         findings.append(f"{method}: the windows have a width of {widths} ({first}).")
     for base, name in BASES.items():
         each = "; ".join(
@@ -204,7 +168,9 @@ def _robustness_tables(results: Results) -> list[str]:
     for change in CHANGED:
         cells = (
             "<br>".join(
-                f"{found[0]:.2g} to {found[1]:.2g}: {_window_text(found)}" if found else "none"
+                f"{found[0]:.2g} to {found[1]:.2g}: {window_text(found, RATES)}"
+                if found
+                else "none"
                 for found in _windows(results, method, change)
             )
             for method in SWEEP
@@ -463,18 +429,28 @@ RIVAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BEST = "over all rates"
 
 
-def _judge_rivals(results: Results) -> Verdict:
+def judge_rivals(
+    results: Results, *, rivals: Sequence[str], ours: Sequence[str], rates: Sequence[float]
+) -> Verdict:
+    """Judge at each rate, and over all of them, whether one of ours is best by more than 5 %.
+
+    Args:
+        results: of variants `METHOD at RATE`.
+        rivals: all methods, ours too.
+        ours: of them.
+        rates: that each was tried at.
+    """
     by_rate = {
-        f"at {rate:g}": {m: mean(losses(results, f"{m} at {rate:g}")) for m in RIVALS}
-        for rate in RIVAL_RATES
+        f"at {rate:g}": {m: mean(losses(results, f"{m} at {rate:g}")) for m in rivals}
+        for rate in rates
     }
-    tables = by_rate | {BEST: {m: min(row[m] for row in by_rate.values()) for m in RIVALS}}
+    tables = by_rate | {BEST: {m: min(row[m] for row in by_rate.values()) for m in rivals}}
     findings, outcomes = [], {}
     for where, by_method in tables.items():
         order = sorted(by_method, key=lambda method: by_method[method])
-        ours = min(by_method[method] for method in OURS)
-        theirs = min(loss for method, loss in by_method.items() if method not in OURS)
-        outcome = "win" if WORSE * ours < theirs else "lose" if WORSE * theirs < ours else "tie"
+        own = min(by_method[method] for method in ours)
+        theirs = min(loss for method, loss in by_method.items() if method not in ours)
+        outcome = "win" if WORSE * own < theirs else "lose" if WORSE * theirs < own else "tie"
         outcomes[where] = outcome
         row = ", ".join(f"{method} {short(by_method[method])}" for method in order)
         findings.append(f"{where[0].upper()}{where[1:]} we {outcome}. Test loss: {row}.")
@@ -589,7 +565,7 @@ CLAIMS = (
                 for method, changes in RIVALS.items()
             }
         ),
-        _judge_rivals,
+        partial(judge_rivals, rivals=tuple(RIVALS), ours=OURS, rates=RIVAL_RATES),
     ),
     Claim(
         "12", "With what runs have already",

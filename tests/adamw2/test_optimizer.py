@@ -272,9 +272,12 @@ def test_the_bound_holds_as_far_as_the_card_says(shape):
     """sigma1 of these is between 7 and 34 times their size: 1e-18 to 1e18 and a little beyond."""
     usual = relative_changes(shape, 1.0)
     assert max(usual) < 0.012
+    # Either weight is stored rounded, by up to eps / 2 of itself, and the change is tau of it.
+    rounding = torch.finfo(torch.float32).eps / 0.01
     for size in (1e-19, 1e17):
-        assert relative_changes(shape, size) == pytest.approx(usual, rel=1e-4)
-    assert relative_changes(shape, 1e21) != pytest.approx(usual, rel=0.1)  # the card's limit
+        assert relative_changes(shape, size) == pytest.approx(usual, rel=rounding)
+    # Beyond the card's limit nothing bounds it: a step is larger than the weight itself.
+    assert max(relative_changes(shape, 1e21)) > 1
 
 
 # ---- what the paper leaves open ----

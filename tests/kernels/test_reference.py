@@ -9,8 +9,9 @@ from torch.linalg import matrix_norm
 
 from hf_stable.kernels import choosing, reference
 
-MANY = dict(power_iterations=400)
-"""Iterations after which sigma is the largest singular value."""
+MANY = dict(power_iterations=1000)
+"""Iterations after which sigma is the largest singular value: of the cases, the second is at
+most 0.991 of it, and 0.991 ** 4000 is the rounding of float64."""
 
 
 def norm(matrix):
@@ -36,11 +37,15 @@ def test_a_step_is_algorithm_1_with_exact_norms(name, tau):
     ):
         rates.append(min(group["lr"], tau * (norm(own) / norm(theirs)).item()))
         expected = own * (1 - rates[-1] * group["weight_decay"]) + rates[-1] * theirs
-        torch.testing.assert_close(now, expected, rtol=1e-9, atol=1e-12)
-    assert weight.state["effective_lr"].tolist() == pytest.approx(rates, rel=1e-9)
+        # Rates are right to the rounding of sums of a hundred products; where the terms of an
+        # entry cancel, what is left is right to their own rounding (they are below one).
+        torch.testing.assert_close(now, expected, rtol=1e-13, atol=1e-15)
+    assert weight.state["effective_lr"].tolist() == pytest.approx(rates, rel=1e-13)
     assert (min(rates) < group["lr"]) == (tau < 1)  # one case is clipped, the other is not
     state = adam.state[plain]
-    torch.testing.assert_close(weight.state["exp_avg_sq"], state["exp_avg_sq"])
+    torch.testing.assert_close(
+        weight.state["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-15, atol=0
+    )  # the same products in another order
 
 
 RELAID = {
@@ -63,7 +68,9 @@ def test_a_layout_that_no_kernel_takes_goes_to_the_reference(relay, monkeypatch)
         weight.state[key] = relay(weight.state[key])
     assert choosing.step_by_kernels([weight, usual], {}) == []
     usual.param = usual.param.to(weight.param.dtype)
-    tolerance = 1e-2 if weight.param.dtype == torch.float16 else 1e-5
+    # Weight, gradient and moments are rounded once each, the second moment twice: four half units
+    # in the last place. The kernel sums in another order, over rows of 36 entries.
+    tolerance = 2e-3 if weight.param.dtype == torch.float16 else 1e-5
     assert max(errors(weight, usual).values()) < tolerance
     before = copy_weight(weight)
     monkeypatch.setenv(choosing.SWITCH, "torch")

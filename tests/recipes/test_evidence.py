@@ -22,13 +22,16 @@ from recipes.evidence import (  # noqa: E402
     figures,
     from_the_papers,
     power_iterations,
-    records,  # noqa: E402
+    records,
+    sequences,
+    todays,
 )
 from recipes.evidence import run as evidence  # noqa: E402
 from recipes.evidence.claim import VERDICTS, Figure, Panel, crash_step, window  # noqa: E402
 from recipes.evidence.claims import CLAIMS  # noqa: E402
 from recipes.evidence.page import page  # noqa: E402
 from recipes.evidence.runs import VIT, Variant, changes, do_runs, forget, key_of  # noqa: E402
+from recipes.evidence.windows import is_wider  # noqa: E402
 from recipes.settings import Settings  # noqa: E402
 
 NOTHING = 2.303
@@ -269,14 +272,20 @@ def test_claim_7_compares_the_windows_with_that_of_adamw():
 
 def test_windows_that_the_sweep_cut_off_are_bounds():
     inside, low, high = (1e-3, 1e-2), (1e-4, 1e-2), (1e-3, 1e-1)
-    assert comparisons.is_wider(low, inside) and comparisons.is_wider(high, inside)
-    assert not comparisons.is_wider(inside, (1e-4, 2e-4))  # which may go on for decades below
-    assert not comparisons.is_wider(high, (1e-2, 1e-1)) and not comparisons.is_wider(low, high)
+
+    def wider(first, second):
+        return is_wider(first, second, comparisons.RATES)
+
+    assert wider(low, inside) and wider(high, inside)
+    assert not wider(inside, (1e-4, 2e-4))  # which may go on for decades below
+    assert not wider(high, (1e-2, 1e-1)) and not wider(low, high)
     # Ten per cent in decades.
-    assert not comparisons.is_wider((1e-3, 1.2e-2), inside)
-    assert comparisons.is_wider((1e-3, 1.3e-2), inside)
-    assert comparisons.is_wider(inside, None) and not comparisons.is_wider(None, inside)
-    assert not comparisons.is_wider(None, None)
+    assert not wider((1e-3, 1.2e-2), inside)
+    assert wider((1e-3, 1.3e-2), inside)
+    assert wider(inside, None) and not wider(None, inside)
+    assert not wider(None, None)
+    # Where the sweep was shorter, its own ends are where it cut off.
+    assert not is_wider(high, inside, (1e-3, 1e-2))
 
 
 def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():
@@ -370,6 +379,132 @@ def test_claim_12_sets_half_precision_beside_full():
 
     said = judged("12", added_is_better)[1]
     assert "improve AdamW2 at 2 of 2 rates; bfloat16 changes the loss by more than 5 % in 0" in said
+
+
+def test_claim_13_asks_for_methods_that_train_what_plain_post_norm_does_not():
+    chance = 5.67
+
+    def figures_of(plain, deeper=None, **ours):
+        def by_name(name):
+            depth, _, kind = name.partition(" layers a side, ")
+            loss = ours.get(kind, plain)
+            if deeper is not None and kind in ours and depth == "12":
+                loss = deeper
+            return run_with(loss, model="marian", reference=chance, chrf=5.0, copied_chrf=11.1)
+
+        return by_name
+
+    both = figures_of(chance, sigmaReparam=4.0, AdamW2=4.0)
+    word, said = judged("13", both)
+    assert word == "reproduced" == judged("13-deep", both)[0]
+    assert "fails without warmup at 2 of 2 depths; sigmaReparam trains at 2 and AdamW2 " in said
+    assert "6 layers a side, test loss: plain, no warmup 5.67 (chrF 5, 1 of 1 fail)" in said
+    word, said = judged("13", figures_of(chance, sigmaReparam=4.0, deeper=chance))
+    assert word == "partly" and "sigmaReparam trains at 1 and AdamW2 trains at 0." in said
+    # What the plain model does as well shows nothing; nor does a twentieth less than nothing.
+    for plain, ours in ((4.0, 3.0), (chance, 5.45)):
+        found = judged("13", figures_of(plain, sigmaReparam=ours, AdamW2=ours))
+        assert found[0] == "not at this scale"
+    assert judged("13", figures_of(4.0, sigmaReparam=chance, AdamW2=chance))[0] == "refuted"
+
+
+def test_claim_14_asks_for_a_match_without_norms_and_for_sgd():
+    def heard(baseline, ours, sgd, plain_sgd=2.5):
+        losses = {
+            sequences.BASELINE: baseline, sequences.OURS: ours,
+            sequences.MOMENTUM + sequences.OURS: sgd,
+            sequences.MOMENTUM + sequences.UNWARMED: plain_sgd,
+        }  # fmt: skip
+        return judged(
+            "14",
+            lambda name: run_with(
+                losses.get(name, 2.5), model="wav2vec2", character_error_rate=0.5
+            ),
+        )
+
+    word, said = heard(1.0, 1.04, 1.2)
+    assert word == "reproduced" and "matches the pre-norm baseline; with SGD it mostly tr" in said
+    assert "pre-norm, warmup 10 %: test loss 1 (character error rate 0.5)." in said
+    word, said = heard(1.0, 1.2, 1.2)
+    assert word == "partly" and "does not match the pre-norm" in said
+    assert heard(1.0, 1.0, 2.5)[0] == "partly"
+    # Who matches what does not train has matched nothing.
+    assert heard(2.5, 2.5, 2.5)[0] == heard(2.5, 1.0, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5, plain_sgd=1.0)[0] == "refuted"
+
+
+def decoder_runs(reach):
+    """Losses of claim 15, 4.0 so many half decades around 1e-2 and at chance beyond.
+
+    `reach` has them by model and method, or by method for both models.
+    """
+
+    def figures_of(name):
+        model, method, rate = re.fullmatch(r"(.*): (.*), lr (.*)", name).groups()
+        place = todays.DECODER_RATES.index(float(rate)) - 1
+        inside = abs(place) <= reach.get((model, method), reach.get(method, 0))
+        return run_with(4.0 if inside else 6.0, model="llama", reference=6.0)
+
+    return figures_of
+
+
+def test_claim_15_compares_windows_with_and_without_qk_norm():
+    narrow, wide = dict.fromkeys(todays.SWEEP, 0), dict.fromkeys(todays.SWEEP, 1)
+    assert judged("15", decoder_runs(wide | {"AdamW": 0}))[0] == "reproduced"
+    assert judged("15", decoder_runs(narrow | {"AdamW": 1}))[0] == "refuted"
+    verdict, said = judged("15", decoder_runs(narrow | {"AdamW, warmup": 1}))
+    assert verdict == "not at this scale"
+    assert "Against AdamW, warmup, by two of the three limits: AdamW2 is narrower on Llama;" in said
+    one = narrow | {("Llama with QK-norm", "both"): 1, ("Llama with QK-norm", "AdamW"): 0}
+    verdict, said = judged("15", decoder_runs(one))
+    assert verdict == "partly" and "in 1 of 6 pairs" in said
+    assert "both is wider on Llama with QK-norm" in said and "both is no wider and no" in said
+    normed = narrow | {("Llama with QK-norm", "AdamW"): 1}
+    assert (
+        "QK-norm with nothing else: the window of AdamW is wider"
+        in judged("15", decoder_runs(normed))[1]
+    )
+    # A method that fails at its best rate has no window.
+    failing = decoder_runs(wide)
+    said = judged(
+        "15",
+        lambda n: run_with(5.9, model="llama", reference=6.0) if ": both," in n else failing(n),
+    )[1]
+    assert (
+        "Llama, both: the lowest test loss is 5.9, at 0.003; the windows have a width of none"
+        in said
+    )
+
+
+def test_claim_17_says_where_we_lose_what_rates_teach_and_whether_qk_clip_did_anything():
+    def with_losses(ours, theirs, clip=None, high=None):
+        def figures_of(name):
+            method, _, rate = name.rpartition(" at ")
+            loss = ours if method in todays.OURS else theirs
+            if method == "MuonClip" and clip:
+                loss = clip
+            return run_with(high if high and rate == "0.1" else loss, model="gpt2", reference=6.0)
+
+        return judged("17-llama", figures_of)
+
+    assert with_losses(4.0, 5.0)[0] == "we win"
+    verdict, said = with_losses(5.0, 4.0, high=5.8)
+    assert verdict == "we lose" and said.startswith("On Llama one of ours is best at 0 of 4 rates;")
+    assert "At 0.003 we lose. Test loss: AdamW, warmup, clipped 4, Muon 4," in said
+    assert "Muon: 0.003, 0.01, 0.03;" in said and "AdamW2: 0.003, 0.01, 0.03;" in said
+    assert "In 4 of 4 runs MuonClip ends as Muon does" in said
+    assert "In 0 of 4 runs MuonClip ends as Muon does" in with_losses(5.0, 4.0, clip=4.1)[1]
+    assert "AdamW2: none;" in with_losses(5.5, 4.0)[1]
+    assert judged("17-gpt2", lambda _: run_with(5.0, model="gpt2", reference=6.0))[0] == "we lose"
+    verdict, said = judged("17", lambda n: run_with(0.2 if n.startswith("AdamW2") else 0.3))
+    assert verdict == "we win" and "the lowest loss is that of AdamW2" in said
+    # Each method is tried at the same rates.
+    for key in ("17", "17-gpt2", "17-llama"):
+        names = [variant.name for variant in CLAIMS[key].variants]
+        pairs = {tuple(name.rsplit(" at ", 1)) for name in names}
+        rates = {rate for _, rate in pairs}
+        assert len(rates) == 4 and pairs == {(m, r) for m in todays.PICKS for r in rates}
 
 
 def causal(*, sharp, control, saved, held=0.9, entropy=0.1):

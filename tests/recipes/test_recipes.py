@@ -26,7 +26,7 @@ from recipes.settings import Settings, read_yaml  # noqa: E402
 
 SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
 SLOW_DATA = {"django", "espeak"}
-"""What takes seconds to read or to speak."""
+"""What takes seconds to read or to speak, once in a process: so the same one has it twice."""
 
 
 def short(tmp_path, recipe="vit_digits", **changes):
@@ -252,7 +252,9 @@ def test_normed_queries_are_for_vit_alone():
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] if read_yaml(path)["data"] in SLOW_DATA else [],
+            marks=[pytest.mark.slow, pytest.mark.xdist_group(read_yaml(path)["data"])]
+            if read_yaml(path)["data"] in SLOW_DATA
+            else [],
         )
         for path in SMALL
     ],

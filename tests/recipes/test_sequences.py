@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import wave
@@ -16,9 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes import data, speech, translation  # noqa: E402
+from recipes import data, speech, translation, utterances  # noqa: E402
+from recipes.run import run  # noqa: E402
 from recipes.sequences import collate  # noqa: E402
-from recipes.settings import read_yaml  # noqa: E402
+from recipes.settings import Settings, read_yaml  # noqa: E402
 
 
 def test_sequences_are_filled_up_and_what_is_filler_is_masked():
@@ -104,25 +104,24 @@ def test_a_path_of_ctc_is_collapsed():
 @pytest.mark.slow
 def test_numbers_are_spoken_by_voices_of_which_some_are_for_the_test():
     code = (
-        "import hashlib; from recipes import speech; "
-        "print(hashlib.sha256(b''.join(u.samples for u in speech.spoken_numbers(30))).hexdigest())"
+        "import hashlib; from recipes.utterances import spoken_numbers; "
+        "print(hashlib.sha256(b''.join(u.samples for u in spoken_numbers(30))).hexdigest())"
     )
     said = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         for _ in range(2)
     ]
     assert said[0].stdout == said[1].stdout != ""
-    first = speech.spoken_numbers(30)
+    first = utterances.spoken_numbers(30)
     assert {each.is_test for each in first} == {True, False}
-    assert {word for each in first for word in each.text.split()} == set(speech.UNITS)
+    assert {word for each in first for word in each.text.split()} == set(utterances.UNITS)
     for each in first:
-        assert 0.1 < len(each.samples) / speech.RATE < 2 and abs(each.samples).max() > 0.05
-    one, other = (
-        speech._synthesiser().say("one", voice, rate=170, pitch=50) for voice in ("en+m1", "en+f2")
-    )
+        assert 0.1 < len(each.samples) / utterances.RATE < 2 and abs(each.samples).max() > 0.05
+    say = utterances._synthesiser().say
+    one, other = (say("one", voice, rate=170, pitch=50) for voice in ("en+m1", "en+f2"))
     assert not numpy.array_equal(one, other)
     with pytest.raises(RuntimeError, match="no voice 'nobody'"):
-        speech._synthesiser().say("one", "nobody", rate=170, pitch=50)
+        say("one", "nobody", rate=170, pitch=50)
 
 
 def write_recordings(folder, rate=8000):
@@ -142,25 +141,25 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
     write_recordings(ljspeech / "wavs")
     lines = [f"{number}|Number {number}|number {'a' * (number % 3 + 1)}" for number in range(20)]
     (ljspeech / "metadata.csv").write_text("\n".join(lines) + "\n")
-    found = speech.recordings(ljspeech)
+    found = utterances.recordings(ljspeech)
     assert len(found) == 20 and found[1].text == "number aa"
-    assert len(found[0].samples) == speech.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
+    assert len(found[0].samples) == utterances.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
     write_recordings(audio)
     rows = [f'{number}.wav,"Yes, {number}",reader{number // 2}' for number in range(20)]
     (audio / "metadata.csv").write_text("\n".join(["file_name,text,speaker", *rows]) + "\n")
-    found = speech.recordings(audio)
+    found = utterances.recordings(audio)
     assert found[3].text == "yes, 3"
     assert all(a.is_test == b.is_test for a, b in zip(found[::2], found[1::2], strict=True))
     assert data.is_folder_of_recordings(str(audio)) and not data.is_folder_of_recordings("espeak")
     (audio / "metadata.csv").write_text("file_name,words\n0.wav,one\n")
     with pytest.raises(ValueError, match="columns file_name, words; name the one"):
-        speech.recordings(audio)
+        utterances.recordings(audio)
     (audio / "metadata.csv").write_text("0.wav\n")
     with pytest.raises(ValueError, match="neither a header with file_name nor lines"):
-        speech.recordings(audio)
+        utterances.recordings(audio)
     (ljspeech / "metadata.csv").write_text(lines[0] + "\n")
     with pytest.raises(ValueError, match="has 1 recordings, and one speaker in 10"):
-        speech.recordings(ljspeech)
+        utterances.recordings(ljspeech)
     with pytest.raises(ValueError, match="wav2vec2 and whisper, not for 'vit'"):
         data.load("espeak", model="vit")
 
@@ -172,15 +171,13 @@ def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path
     (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
     for recipe in ("wav2vec2_espeak", "whisper_espeak"):
         path = ROOT / "recipes" / "small" / f"{recipe}.yaml"
-        assert read_yaml(path)["data"] == "espeak"
-        command = [
-            sys.executable, str(ROOT / "recipes" / "run.py"), str(path), "--data", str(tmp_path),
-            "--batch_size", "4", "--save_steps", "2", "--output", str(tmp_path / recipe), "--steps",
-        ]  # fmt: skip
-        result = {}
-        for launch in range(2):  # the second run has nothing left to train
-            done = subprocess.run([*command, "2"], capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr[-3000:]
-            result[launch] = json.loads((tmp_path / recipe / "results.json").read_text())
-        assert 0 <= result[0]["character_error_rate"] and result[0]["word_error_rate"] > 0
-        assert result[0] | {"seconds": 0} == result[1] | {"seconds": 0}
+        settings = Settings(
+            **read_yaml(path)
+            | dict(data=str(tmp_path), batch_size=4, steps=2, save_steps=2)
+            | dict(output=str(tmp_path / recipe))
+        )
+        first = run(settings)
+        speech.spoken.cache_clear()  # as another process would read the folder again
+        again = run(settings)  # it has nothing left to train
+        assert 0 <= first["character_error_rate"] and first["word_error_rate"] > 0
+        assert len(first["losses"]) == 2 and first | {"seconds": 0} == again | {"seconds": 0}

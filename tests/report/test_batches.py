@@ -27,13 +27,18 @@ BAD = 21
 def train(folder, model, *, spoil=None, trainer_class=Trainer, processing_class=None):
     """A run that stops at a batch with the sample BAD, and keeps it."""
     monitor = StabilityCallback(every=50, on_collapse="stop", keep_batches="auto")
-    trainer = make_trainer(model, folder, callbacks=[monitor], save_strategy="no")
+    trainer = make_trainer(
+        model, folder, callbacks=[monitor], save_strategy="no", trainer_class=trainer_class
+    )
     if spoil is not None:
         spoil(trainer.train_dataset[BAD])
     trainer.processing_class = trainer.callback_handler.processing_class = processing_class
-    trainer.__class__ = trainer_class
     trainer.train()
     return trainer
+
+
+def spoil(sample):
+    sample["pixel_values"][0, 2, 2] = math.inf
 
 
 def page_of(*runs):
@@ -43,9 +48,6 @@ def page_of(*runs):
 
 
 def test_the_sample_that_did_it_comes_first_with_its_picture(tmp_path):
-    def spoil(sample):
-        sample["pixel_values"][0, 2, 2] = math.inf
-
     train(tmp_path, tiny_model("vit"), spoil=spoil)
     (shown,) = worst_samples(read_run(tmp_path))
     first, *others = shown.samples
@@ -138,15 +140,13 @@ def test_many_events_are_bounded_and_what_is_left_out_is_said(tmp_path):
 
     few, many = size(60), size(3000)
     assert few[1] == many[1] == 60
-    assert many[0] - few[0] < 5_000
+    # A sentence more, and two more digits of each step where the table and the marks have it.
+    assert many[0] - few[0] < 300 + 60 * 2 * 4
     assert "has 3000 events: the first and the last are listed, 2940 between" in many[2]
     assert "between them are left out" not in few[2]
 
 
 def test_a_model_of_bfloat16_inputs_is_shown_without_pictures(tmp_path):
-    def spoil(sample):
-        sample["pixel_values"][0, 2, 2] = math.inf
-
     trainer_samples = []
 
     class InHalves(Trainer):

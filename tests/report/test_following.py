@@ -19,9 +19,10 @@ from hf_stable.commands.conventions import BAD_INPUT, INTERRUPTED, NO, SUCCESS
 from hf_stable.commands.main import main
 from hf_stable.monitor.folder_lock import FolderLock
 from hf_stable.monitor.log_file import StabilityLog
+from hf_stable.report import log_lines
 from hf_stable.report.following import FollowedRuns, follow_report
 from hf_stable.report.glance import glance_at, sparkline
-from hf_stable.report.log_lines import GrowingLog
+from hf_stable.report.log_lines import GrowingLog, read_log_lines
 from hf_stable.report.reading import read_run
 
 
@@ -37,8 +38,6 @@ def test_a_log_that_grows_is_read_line_by_line_once(tmp_path, monkeypatch):
     log, growing = StabilityLog(tmp_path), GrowingLog(tmp_path / "stability.jsonl")
     assert growing.read().probes == []
     taken = []
-    from hf_stable.report import log_lines
-
     take = log_lines._take
     monkeypatch.setattr(log_lines, "_take", lambda *args: (taken.append(args[2]), take(*args)))
     for step in (1, 2):
@@ -59,6 +58,18 @@ def test_a_log_that_grows_is_read_line_by_line_once(tmp_path, monkeypatch):
     assert [p.step for p in growing.read().probes] == [1]
     log.path.unlink()
     assert growing.read().probes == []
+
+
+def test_a_line_that_is_too_long_does_not_hold_a_growing_log_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_lines, "LONGEST_LINE", 4096)
+    log, growing = StabilityLog(tmp_path), GrowingLog(tmp_path / "stability.jsonl")
+    probe(log, 1)
+    with log.path.open("a") as file:
+        file.write("x" * 10_000 + "\n")
+    probe(log, 2)
+    found = growing.read()
+    assert [p.step for p in found.probes] == [1, 2] and found.damaged_lines == 3
+    assert found == read_log_lines(log.path, None)
 
 
 def test_the_page_is_written_whenever_the_run_has_gone_on(tmp_path):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from architecture_inputs import padded
-from attention_references import attention_maps, reference_sigma_qk
+from attention_references import ENTROPY, attention_maps, reference_sigma_qk
 from contract_checks import ITERATIONS
-from contract_models import SAME, fresh, output, patch
+from contract_models import OTHER, SAME, fresh, output, patch
 from exported_cases import auto_class_of, flatten, run_script
 from power_bounds import ROUNDING, converged_at_least
 from tiny_architectures import batch, outputs_of
@@ -38,7 +38,7 @@ def probed(name: str, folder: Path) -> str:
     attentions = [each for block in find_blocks(model) for each, _ in block.attentions()]
     assert set(records.sigma_qk) == set(attentions) == set(maps)
     for layer, exact in reference_sigma_qk(model, maps).items():
-        torch.testing.assert_close(records.sigma_qk[layer], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(records.sigma_qk[layer], exact, rtol=ROUNDING, atol=0)
     assert not records.missing
     if not records.entropy:
         return "spectra only"
@@ -77,7 +77,7 @@ def _compare_entropies(records: Any, maps: dict[str, list[Tensor]]) -> None:
     }
     assert set(records.entropy) == set(calls)
     for layer, found in records.entropy.items():
-        torch.testing.assert_close(found, entropy_of(calls[layer]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, entropy_of(calls[layer]), **ENTROPY)
     for layer, bound in records.entropy_bound.items():
         assert (bound <= records.entropy[layer] + 1e-4).all(), layer
 
@@ -143,7 +143,7 @@ def without_norms(name: str, folder: Path) -> str:
         model = patch(fresh(name), method)
         answer = output(model, name)
         assert answer.isfinite().all()
-        assert not torch.allclose(answer, expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(answer, expected, **OTHER)
         assert hf_stable.describe(model).removed_norms
         hf_stable.restore_layernorms(model)
         assert torch.equal(output(model, name), expected)

@@ -18,6 +18,10 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
 
 GLOBAL_BATCH = 8
 STEPS = 6
+
+ROUNDING = 2e-6
+"""float32 rounds by 6e-8. Ranks and micro-batches sum in another order, and six steps add up."""
+
 HEADS = DEFAULT_HEADS | {"bert": "BertForSequenceClassification"}
 
 UNDER_ADAMW2 = dict(optim="adamw2", optim_args="tau=0.004")

@@ -5,6 +5,8 @@ All runs on ranks share two processes, whose imports would cost more than the tr
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shutil
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed_runs import (
+    ROUNDING,
     STEPS,
     UNDER_ADAMW2,
     adamw2_of,
@@ -36,6 +39,8 @@ from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.monitor.log_file import read_log
+from hf_stable.trainer.changes import is_in_place, listed
+from hf_stable.trainer.deepspeed_engine import ON_DEEPSPEED, follow_deepspeed
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deepspeed")]
@@ -258,7 +263,7 @@ def test_losses_are_those_of_one_process(case, ran, alone):
     assert found["same"]
     assert list(found["losses"]) == list(expected) == list(range(1, STEPS + 1))
     for step, loss in expected.items():
-        assert found["losses"][step] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+        assert found["losses"][step] == pytest.approx(loss, rel=ROUNDING)
     assert max(expected.values()) - min(expected.values()) > 1e-3
 
 
@@ -267,10 +272,11 @@ def test_adamw2_steps_as_in_one_process(case, ran, alone_under_adamw2):
     found = ran[0]["adamw2"][case]
     losses, rates = alone_under_adamw2[case.partition("-")[0]]
     for step, loss in losses.items():
-        assert found["losses"][step] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+        assert found["losses"][step] == pytest.approx(loss, rel=ROUNDING)
     assert found["rates"].keys() == rates.keys()
     for name, rate in rates.items():
-        assert found["rates"][name] == pytest.approx(rate, rel=1e-3), name
+        # A ratio of two spectral norms, one of an update that small second moments divide.
+        assert found["rates"][name] == pytest.approx(rate, rel=10 * ROUNDING), name
     # The rule binds: what is exempt has the rate of the schedule, and matrices have less.
     every = [
         each for rate in rates.values() for each in (rate if isinstance(rate, list) else [rate])
@@ -287,8 +293,9 @@ def test_checkpoints_are_plain_folders(case, ran):
     patched = hf_stable.load(model_class, folder).eval()
     batch = {k: v for k, v in tiny_batch(plain).items() if k != "labels"}
     with torch.no_grad():
+        # Folding rounds each weight once.
         torch.testing.assert_close(
-            plain(**batch).logits, patched(**batch).logits, rtol=1e-4, atol=1e-5
+            plain(**batch).logits, patched(**batch).logits, rtol=ROUNDING, atol=ROUNDING
         )
     start = make_model(name).eval()
     with torch.no_grad():
@@ -307,7 +314,7 @@ def test_bfloat16_with_float32_masters_resumes_exactly(stage, ran):
     assert found["same"] and found["state"]
     half = {step: loss for step, loss in found["whole"].items() if step > STEPS // 2}
     assert {s: found["again"][s] for s in half} == half and len(half) == STEPS // 2
-    assert found["error"] < 1e-5  # of the weights that the next forward uses
+    assert found["error"] < ROUNDING  # of the weights that the next forward uses
     raw = read_state(folder).tensors
     assert {
         tensor.dtype for name, tensor in raw.items() if name.endswith((".weight", ".gamma"))
@@ -334,7 +341,7 @@ def test_what_zero_to_fp32_writes_is_folded(case, safe, ran, tmp_path):
     assert main(["fold", str(raw), str(plain)]) == 0
     folded, saved = (model_class.from_pretrained(each).state_dict() for each in (plain, checkpoint))
     for key, tensor in saved.items():
-        torch.testing.assert_close(folded[key], tensor, rtol=1e-5, atol=1e-7)
+        assert torch.equal(folded[key], tensor)  # the same float32 numbers in the same order
 
 
 @pytest.mark.parametrize(
@@ -364,9 +371,26 @@ def test_the_monitor_records_what_it_records_in_one_process(case, ran, alone, tm
         assert ("gamma" in one["quantities"]) == bool(gammas)
         for quantity in ("entropy", "sigma_qk", "sec", *gammas):
             for layer, value in other["quantities"][quantity].items():
+                # Spectra of products of small weights lose a digit.
                 assert one["quantities"][quantity][layer] == pytest.approx(
-                    value, rel=1e-3, abs=1e-6
+                    value, rel=10 * ROUNDING, abs=ROUNDING / 2
                 )
+
+
+def test_the_changes_are_made_to_a_step_that_something_else_has_wrapped(monkeypatch):
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    bare = inspect.unwrap(DeepSpeedEngine.step)
+
+    @functools.wraps(bare)
+    def timed(*args, **kwargs):
+        return bare(*args, **kwargs)
+
+    monkeypatch.setattr(DeepSpeedEngine, "step", timed)
+    changes = [wrap for wrap in listed() if wrap.made_by == ON_DEEPSPEED]
+    assert not all(map(is_in_place, changes))
+    follow_deepspeed()
+    assert all(map(is_in_place, changes))
 
 
 def test_a_step_that_is_skipped_moves_nothing(ran):

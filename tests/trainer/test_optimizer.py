@@ -441,7 +441,8 @@ def test_tau_auto_counts_the_steps_at_the_full_rate(schedule, share, tmp_path):
     optimizer = built(tiny_model("gpt2"), tmp_path, **options)
     bound = [group for group in optimizer.param_groups if not math.isinf(group["tau"])]
     for group in bound:
-        assert math.isclose(group["total_steps"], share * 100, rel_tol=0.02)
+        # The share is an integral: a sum over steps, each at its beginning, is off by half a step.
+        assert abs(group["total_steps"] - share * 100) < 0.5 + 1e-9
         assert group["tau"] == plan_tau(group["total_steps"])
     assert bound
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
+from hf_stable._file_names import BATCH_FILE, BATCH_FOLDER, BATCH_KEY
 from hf_stable._json import to_json
 from hf_stable._whole_files import unfinished
 from hf_stable.monitor.batches.ring import MicroBatch, copied_to_cpu
@@ -50,7 +49,7 @@ class BatchFolder:
             self.path.rename(old)
 
     def name_of(self, batch: MicroBatch, attempt: int) -> str:
-        """Return the name of a micro-batch's file.
+        """Return the name of a micro-batch's file, one of `BATCH_FILE`.
 
         Args:
             batch: what it holds.
@@ -97,10 +96,10 @@ class BatchFolder:
         return num_bytes
 
     def _own_files(self) -> list[Path]:
-        pattern = re.compile(rf"step-\d+-attempt-\d+-rank-{self.rank}-micro-\d+\.safetensors")
         if not self.path.is_dir():
             return []
-        return [path for path in self.path.iterdir() if pattern.fullmatch(path.name)]
+        named = [(path, BATCH_FILE.fullmatch(path.name)) for path in self.path.iterdir()]
+        return [path for path, found in named if found and int(found["rank"]) == self.rank]
 
 
 def previews_of(inputs: Mapping[str, Any], processing_class: Any) -> list[str] | None:

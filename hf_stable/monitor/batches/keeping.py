@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,9 +124,8 @@ class Keeping:
         """
         if not self or not steps:
             return
-        alarm, found = alarms[0], _Written()
-        self._write_own(alarm, steps, attempt, model, found)
-        every = values_of_all_ranks(found)
+        alarm = alarms[0]
+        every = values_of_all_ranks(self._write_own(alarm, steps, attempt, model))
         files = [name for each in every for name in each.files]
         num_bytes = sum(each.num_bytes for each in every)
         left_out = sum(each.left_out for each in every)
@@ -157,13 +157,9 @@ class Keeping:
         self._loss_of = self._processing = self._untold = None
 
     def _write_own(
-        self,
-        alarm: Alarm,
-        steps: Sequence[int],
-        attempt: int,
-        model: nn.Module,
-        found: _Written,
-    ) -> None:
+        self, alarm: Alarm, steps: Sequence[int], attempt: int, model: nn.Module
+    ) -> _Written:
+        found = _Written()
         chosen = [b for b in self.ring.held() if self.ring.keep != "auto" or b.step in steps]
         # The worst first, as far as samples are measured and there is room.
         chosen.sort(key=lambda batch: (batch.step in steps, _badness(batch)), reverse=True)
@@ -180,6 +176,7 @@ class Keeping:
             if num_bytes is not None:
                 found.files.append(name)
                 found.num_bytes += num_bytes
+        return found
 
     def _about(
         self, batch: MicroBatch, alarm: Alarm, steps: Sequence[int], attempt: int
@@ -217,13 +214,13 @@ class Keeping:
         return {"sample_losses": losses, "no_sample_losses": reason, "previews": previews}
 
 
+@dataclass
 class _Written:
     """What a process has written at an alarm."""
 
-    def __init__(self) -> None:
-        self.files: list[str] = []
-        self.num_bytes = 0
-        self.left_out = 0
+    files: list[str] = field(default_factory=list)
+    num_bytes: int = 0
+    left_out: int = 0
 
 
 def _badness(batch: MicroBatch) -> float:

@@ -60,9 +60,9 @@ class BatchRing:
         self._held.append(batch)
 
     def note_loss(self, loss: Tensor) -> None:
-        """Take the loss of the last one."""
+        """Take the loss of the last one, without its graph."""
         if self._held:
-            self._held[-1].loss = loss
+            self._held[-1].loss = loss.detach()
 
     def held(self) -> list[MicroBatch]:
         """Return them, the oldest first."""
