@@ -84,8 +84,9 @@ def is_stack(target: Any) -> bool:
     if isinstance(target, nn.Parameter):
         return len(whole_shape(target)) == 3
     weight = getattr(target, "weight", None)
-    is_layer = isinstance(weight, Tensor) and not isinstance(target, nn.Conv1d)
-    return is_layer and len(whole_shape(weight)) == 3
+    if not isinstance(weight, Tensor) or isinstance(target, nn.Conv1d):
+        return False
+    return len(whole_shape(weight)) == 3
 
 
 def join(prefix: str, path: str) -> str:
