@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import wave
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -164,11 +168,16 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
         data.load("espeak", model="vit")
 
 
+def record(folder):
+    """Recordings of twenty tones."""
+    write_recordings(folder / "wavs")
+    lines = [f"{number}|{'ab' * (number % 3 + 1)}" for number in range(20)]
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.slow
 def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path):
-    write_recordings(tmp_path / "wavs")
-    lines = [f"{number}|{'ab' * (number % 3 + 1)}" for number in range(20)]
-    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    record(tmp_path)
     for recipe in ("wav2vec2_espeak", "whisper_espeak"):
         path = ROOT / "recipes" / "small" / f"{recipe}.yaml"
         settings = Settings(
@@ -181,3 +190,68 @@ def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path
         again = run(settings)  # it has nothing left to train
         assert 0 <= first["character_error_rate"] and first["word_error_rate"] > 0
         assert len(first["losses"]) == 2 and first | {"seconds": 0} == again | {"seconds": 0}
+
+
+TINY = {
+    "marian_django": dict(model_config=dict(d_model=16, encoder_layers=1, decoder_layers=1)),
+    "t5_django": dict(model_config=dict(d_model=16, num_layers=1, num_decoder_layers=1)),
+    "llama_stdlib": dict(model_config=dict(num_hidden_layers=1)),
+    "wav2vec2_espeak": dict(model_config=dict(num_hidden_layers=1)),
+    "whisper_espeak": dict(model_config=dict(encoder_layers=1, decoder_layers=1)),
+}
+RECORDED = {"wav2vec2_espeak", "whisper_espeak"}
+"""Those that hear recordings here, which eSpeak NG would take seconds to say."""
+
+
+def tiny(recipe, folder):
+    """A small recipe with a tiny model, six steps and a checkpoint after three."""
+    settings = Settings(**read_yaml(ROOT / "recipes" / "small" / f"{recipe}.yaml"))
+    short = dict(steps=6, batch_size=4, save_steps=3, monitor_every=3, warmup=0.0)
+    source = dict(data=str(folder / "recordings")) if recipe in RECORDED else {}
+    return replace(settings, output=str(folder / recipe), **short, **source, **TINY[recipe])
+
+
+class InterruptsAt4(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise InterruptedError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["marian_django", "wav2vec2_espeak", "whisper_espeak"])
+def test_translation_and_speech_that_were_interrupted_go_on_as_if_they_were_not(recipe, tmp_path):
+    record(tmp_path / "recordings")
+    settings = tiny(recipe, tmp_path)
+    whole = run(replace(settings, output=str(tmp_path / "whole")))
+    assert len(set(whole["losses"])) == 6 and whole["probes"]
+    with pytest.raises(InterruptedError):
+        run(settings, callbacks=[InterruptsAt4()])
+    assert not (Path(settings.output) / "results.json").exists()
+    resumed = run(settings)
+    for made in (whole, resumed):
+        del made["settings"], made["seconds"]
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_translation_speech_and_llama_train_on_two_processes(tmp_path):
+    """Both end with one model, of which each has seen examples of its own."""
+    record(tmp_path / "recordings")
+    given = {
+        recipe: asdict(replace(tiny(recipe, tmp_path), steps=3, save_steps=0)) for recipe in TINY
+    }
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    script = ROOT / "tests" / "support" / "scripts" / "train_recipes.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script), str(tmp_path / "given.json"), str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for recipe in TINY:
+        result = json.loads((tmp_path / recipe / "results.json").read_text())
+        assert len(result["losses"]) == 3 and all(result["losses"]) and result["test_loss"] > 0
+        first, second = (rank[recipe] for rank in ranks)
+        assert first["weights"] == second["weights"] and first["examples"] != second["examples"]

@@ -13,7 +13,6 @@ from hf_stable.adamw2.optimizer import AdamW2
 
 __all__ = ["GrowthCheck"]
 
-
 ENOUGH_GROWTH = 10.0
 """Times its size that a weight of a fresh layer, drawn from N(0, 0.02), often grows to."""
 

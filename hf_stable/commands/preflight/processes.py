@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from hf_stable._json import to_json
-from hf_stable.commands.preflight.legs import Leg, Settings, read_ending
+from hf_stable.commands.preflight.legs import Leg, Settings, begin_leg, read_ending
 
 __all__ = ["LegFailed", "can_fork", "run_process"]
 
@@ -72,8 +72,7 @@ def run_process(
     start = _fork if (can_fork(settings) if forks is None else forks) else _start
 
     def run(leg: Leg, folder: Path, stopped: threading.Event) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stability.jsonl").unlink(missing_ok=True)  # of a leg that was cut short
+        begin_leg(folder)
         order = {
             "remedy": leg.remedy.name,
             "factor": leg.factor,

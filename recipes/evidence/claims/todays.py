@@ -18,7 +18,7 @@ from recipes.evidence.claim import (
     text_of,
     window,
 )
-from recipes.evidence.comparisons import RIVAL_RATES, RIVALS, judge_rivals
+from recipes.evidence.claims.rivals import RIVAL_RATES, RIVALS, judge_rivals
 from recipes.evidence.runs import ADAMW2, GPT2, SIGMA, VIT, Variant
 from recipes.evidence.windows import Window, is_wider, window_text
 from recipes.settings import Fields, Settings

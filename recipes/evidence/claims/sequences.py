@@ -18,8 +18,7 @@ from recipes.evidence.claim import (
     of,
     short,
 )
-from recipes.evidence.from_the_papers import NO_NORMS, NO_NORMS_SIGMA, SGD
-from recipes.evidence.runs import SIGMA
+from recipes.evidence.runs import NO_NORMS, NO_NORMS_SIGMA, SGD, SIGMA
 from recipes.settings import Fields, Settings
 
 __all__ = ["CLAIMS"]
@@ -36,7 +35,7 @@ WIDTH, HEADS = 32, 2
 PLAIN, WARMUP = "plain, no warmup", "plain, warmup 20 %"
 METHODS: dict[str, dict[str, Any]] = {
     "sigmaReparam": SIGMA,
-    "AdamW2": dict(optim="adamw2", optim_args="tau=0.01"),
+    "AdamW2": dict(optim="adamw2", optim_args="tau=0.001"),
 }
 KINDS: dict[str, dict[str, Any]] = {PLAIN: {}, WARMUP: dict(warmup=0.2), **METHODS}
 
@@ -131,14 +130,13 @@ def _listener(**changes: Any) -> Settings:
 
 
 _ADAM = _listener(learning_rate=3e-3)
-_SGD = _listener(learning_rate=1e-2, **SGD)
+_SGD = _listener(learning_rate=3e-2, **SGD)
 LISTENERS = {
     BASELINE: replace(_ADAM, warmup=0.1),
     UNWARMED: _ADAM,
     NORMLESS: replace(_ADAM, patch=NO_NORMS),
     OURS: replace(_ADAM, patch=NO_NORMS_SIGMA),
     MOMENTUM + UNWARMED: _SGD,
-    MOMENTUM + NORMLESS: replace(_SGD, patch=NO_NORMS),
     MOMENTUM + OURS: replace(_SGD, patch=NO_NORMS_SIGMA),
 }
 
