@@ -79,7 +79,8 @@ def _compare_entropies(records: Any, maps: dict[str, list[Tensor]]) -> None:
     for layer, found in records.entropy.items():
         torch.testing.assert_close(found, entropy_of(calls[layer]), **ENTROPY)
     for layer, bound in records.entropy_bound.items():
-        assert (bound <= records.entropy[layer] + 1e-4).all(), layer
+        entropy = records.entropy[layer]  # equal weights reach the bound
+        assert (bound <= entropy * (1 + ENTROPY["rtol"]) + ENTROPY["atol"]).all(), layer
 
 
 def bounded(name: str, folder: Path) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._ranks import local_tensor, whole_tensor
+from hf_stable._ranks import gathered, is_partitioned, local_tensor, whole_shape, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
@@ -167,7 +167,7 @@ def prepare(
             "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
         )
     triples = []
-    for matrix in local_matrices(whole_tensor(weight.detach()), parts):
+    for matrix in local_matrices(whole_tensor(weight).detach(), parts):
         try:
             triples.append(leading_triple(matrix))
         except ValueError as error:
@@ -176,8 +176,8 @@ def prepare(
     u, v = as_rows([triple.u for triple in triples]), as_rows([triple.v for triple in triples])
     if not (sigma > 0).all():
         raise ValueError(
-            f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
-            "all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+            f"cannot reparametrise {name or 'a layer'}: its {tuple(whole_shape(weight))} weight "
+            "has an all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
         )
     gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
     return SigmaState(gamma, sigma, u, v, parts, name, parameter=parameter)
@@ -205,7 +205,8 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
         layer = module
         layer.plain_class = plain_class
     gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
-    if not isinstance(layer.weight, DTensor) and layer.weight.data_ptr() % _ALIGNMENT:
+    elsewhere = isinstance(layer.weight, DTensor) or is_partitioned(layer.weight)
+    if not elsewhere and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
@@ -225,7 +226,6 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     return layer
 
 
-@torch.no_grad()
 def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
     """Turn a sigma layer into the plain layer that computes the same, in place.
 
@@ -243,14 +243,7 @@ def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
         UnsupportedModelError: if the weight is offloaded.
     """
     settle(layer)
-    weight = local_tensor(layer.weight)
-    folded = _local_effective_weight(layer)
-    if undo is None:
-        undo = []
-    else:
-        raw = weight.to("cpu", copy=True)
-        undo += [keep_attributes(layer), partial(follow, layer), partial(_write, weight, raw)]
-    weight.copy_(folded)
+    undo = _fold_weight(layer, undo)
     if isinstance(layer, SigmaStack):
         undo.append(keep_attributes(layer.holder))
         plain = take_stack_out(layer, undo)
@@ -265,8 +258,25 @@ def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
 
 
 @torch.no_grad()
+def _fold_weight(layer: SigmaLayer, undo: Undo | None) -> Undo:
+    """Fold the weight alone, and return what undoes it besides what was to be undone."""
+    with gathered(layer.weight, written=True):
+        weight = local_tensor(layer.weight)
+        folded = _local_effective_weight(layer)
+        if undo is None:
+            undo = []
+        else:
+            raw = weight.to("cpu", copy=True)
+            undo += [keep_attributes(layer), partial(follow, layer)]
+            undo.append(partial(_write, layer.weight, raw))
+        weight.copy_(folded)
+    return undo
+
+
+@torch.no_grad()
 def _write(weight: Tensor, values: Tensor) -> None:
-    weight.copy_(values)
+    with gathered(weight, written=True):
+        local_tensor(weight).copy_(values)
 
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_stable._ranks import whole_tensor
+from hf_stable._ranks import is_partitioned, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.kernels.weights import TrackedWeight
 from hf_stable.measures.leading import leading_triple
@@ -80,12 +80,6 @@ def check_present(layer: LayerWithTriple) -> None:
             "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
             "which brings all of them back, or load the model without offloading"
         )
-    if layer.weight.numel() == 0:
-        raise UnsupportedModelError(
-            f"the weight of {layer.layer_name!r} is partitioned (DeepSpeed ZeRO-3), so that no "
-            "process has all of it. Call this inside of deepspeed.zero.GatheredParameters("
-            "list(model.parameters())), or work on a saved folder"
-        )
 
 
 def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
@@ -104,7 +98,7 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity != id(weight) or weight.numel() == 0:  # DeepSpeed ZeRO-3 has it elsewhere
+    if identity != id(weight) or is_partitioned(weight):
         return
     if version != _version(weight) or (look and _has_moved_unseen(layer)):
         settle(layer)
@@ -159,7 +153,7 @@ def settle(layer: LayerWithTriple) -> None:
             else:  # the vectors stay, as in `steps`
                 layer.sigma[part] = now[part]
     mark_settled(layer)
-    if not isinstance(weight, DTensor):
+    if not isinstance(weight, DTensor) and not is_partitioned(weight):
         layer.seen_entries = _some_entries(weight, layer.parts).clone()
 
 

@@ -18,8 +18,7 @@ from recipes.evidence.claim import (
     of,
     short,
 )
-from recipes.evidence.from_the_papers import NO_NORMS, NO_NORMS_SIGMA, SGD
-from recipes.evidence.runs import SIGMA
+from recipes.evidence.runs import NO_NORMS, NO_NORMS_SIGMA, SGD, SIGMA
 from recipes.settings import Fields, Settings
 
 __all__ = ["CLAIMS"]
