@@ -240,8 +240,10 @@ def test_bad_input_of_following_is_one_line(tmp_path, monkeypatch, capsys):
     cases = [
         (["watch", str(tmp_path / "nowhere")], BAD_INPUT, "does not exist"),
         (["watch", str(tmp_path / "empty"), "--once"], BAD_INPUT, "holds no log and no state"),
-        (["watch", folder, "--every", "0"], BAD_INPUT, "seconds above zero, got 0"),
-        (["report", "--follow", folder, "--every", "-1"], BAD_INPUT, "above zero, got -1"),
+        (["watch", folder, "--every", "0"], BAD_INPUT, "seconds above zero, 86400 at most, got 0"),
+        (["report", "--follow", folder, "--every", "-1"], BAD_INPUT, "most, got -1"),
+        (["watch", folder, "--every", "inf"], BAD_INPUT, "86400 at most, got inf"),
+        (["report", "--follow", folder, "--every", "inf"], BAD_INPUT, "at most, got inf"),
         (["report", "--follow", folder, "--format", "png"], BAD_INPUT, "leave out --format png"),
         (["report", "--follow", str(tmp_path / "nowhere")], BAD_INPUT, "does not exist"),
     ]
