@@ -100,7 +100,7 @@ def _view(seen: Glance) -> RenderableType:
         parts += [f"heads at step {seen.probe_step}", table]
     parts.append(f"alarms: {seen.num_alarms}")
     told = [f"step {each.step}, {each.kind}: {describe_event(each)}" for each in seen.alarms]
-    return Group(*parts, *indented(told))
+    return Group(*parts, *indented(told), *seen.notes)
 
 
 def _as_data(seen: Glance) -> dict[str, object]:
@@ -113,4 +113,5 @@ def _as_data(seen: Glance) -> dict[str, object]:
         "loss": seen.losses[-1][1] if seen.losses else None,
         "heads": [head._asdict() for head in seen.heads],
         "alarms": seen.num_alarms,
+        "notes": list(seen.notes),
     }
