@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_stable._late_changes import ask_for_late_changes
-from hf_stable._ranks import is_partitioned, values_of_all_ranks
+from hf_stable._ranks import is_partitioned
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.measures.flat_ranges import FlatRange
+from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.steps import check_gammas, rate_is_zero, refresh
@@ -77,7 +78,7 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
     refuse_unfit_settings(
         settings, is_patched=bool(layers), uses_adamw2=isinstance(optimizer, AdamW2)
     )
-    _refuse_different_patches(layers)
+    refuse_different_patches(layers)
     own = [layer for _, layer in layers]
     if layers:
         _refuse_other_engines(engine)
@@ -182,20 +183,3 @@ def _refuse_other_engines(engine: Any) -> None:
             "pipeline and engines that generate move weights at other times. Use the plain engine "
             "(deepspeed.initialize with a module, hybrid_engine off)"
         )
-
-
-def _refuse_different_patches(layers: Sequence[tuple[str, SigmaLayer]]) -> None:
-    """Raise ValueError on every rank if ranks have patched differently: one would wait for ever."""
-    mine = [
-        f"{name}: {layer.parts}, power_iterations={layer.power_iterations}, "
-        f"trained={layer.weight.requires_grad}"
-        for name, layer in layers
-    ]
-    for rank, theirs in enumerate(values_of_all_ranks(mine)):
-        if theirs != mine:
-            odd = sorted(set(theirs) ^ set(mine))[0]
-            raise ValueError(
-                f"the ranks have patched the model differently: {odd!r} is on one of this rank, "
-                f"with {len(mine)} reparametrised layers, and rank {rank}, with {len(theirs)}. "
-                "Call hf_stable.patch with the same arguments on every rank"
-            )
