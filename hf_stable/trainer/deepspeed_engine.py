@@ -7,6 +7,7 @@ it is the engine's own step that a refresh has to follow.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._late_changes import ask_for_late_changes
 from hf_stable._ranks import is_partitioned
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.architectures.paths import state_dict_name
+from hf_stable.checkpoints.saved_state import SavedState
+from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -119,6 +124,33 @@ def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         partitioned = engine.zero_optimization_partition_weights()
         refresh(layers, weights=_partitions(layers) if partitioned else None)
     return result
+
+
+@wrapping(
+    f"{_ENGINE}.load_checkpoint", "load_dir",
+    reason="sigma is that of the weights that were loaded: universal checkpoints bring no buffers",
+    made_by=ON_DEEPSPEED,
+)  # fmt: skip
+def _load_checkpoint(original: Any, engine: Any, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+    result = original(engine, load_dir, *args, **kwargs)
+    layers = sigma_layers(engine.module)
+    if layers and engine.load_universal_checkpoint():
+        if os.path.isfile(os.path.join(load_dir, SIDECAR_FILE)):
+            _take_triples(layers, read_state(load_dir))
+        for _, layer in layers:
+            settle(layer)  # a triple that fits stays, bit for bit
+    return result
+
+
+@torch.no_grad()
+def _take_triples(layers: Sequence[tuple[str, SigmaLayer]], saved: SavedState) -> None:
+    """Give layers sigma, u and v of the sidecar beside a checkpoint."""
+    known = set(saved.layers)
+    for name, layer in layers:
+        if (key := state_dict_name(name)) in known:
+            tensors = saved.layer(key)
+            for part in ("sigma", "sigma_u", "sigma_v"):
+                getattr(layer, part).copy_(tensors[part])
 
 
 @torch.no_grad()
