@@ -27,6 +27,7 @@ from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.stacks import SigmaStack
 from hf_stable.methods.sigma_reparam.steps import check_gammas, rate_is_zero, refresh
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.trainer.changes import is_in_place, listed, make, wrapping
@@ -89,6 +90,7 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
         _refuse_other_engines(engine)
         check_gammas(own, _groups_to_come(optimizer, given.get("model_parameters"), settings))
         _round_gammas(own)
+        _gather_with_holders(own)
     given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
     setattr(engine, _MARK, True)
@@ -151,6 +153,18 @@ def _take_triples(layers: Sequence[tuple[str, SigmaLayer]], saved: SavedState) -
             tensors = saved.layer(key)
             for part in ("sigma", "sigma_u", "sigma_v"):
                 getattr(layer, part).copy_(tensors[part])
+
+
+def _gather_with_holders(layers: Sequence[SigmaLayer]) -> None:
+    """Have ZeRO-3 gather stacks of experts when the module runs that uses them.
+
+    It gathers the parameters of a module that is called, and a stack is not: its holder is.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        if isinstance(layer, SigmaStack):
+            set_z3_leaf_module(layer.holder, True)
 
 
 @torch.no_grad()
