@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from hf_stable.kernels.layouts import Layout, lay_out
 from hf_stable.measures.parts import Parts
 
-__all__ = ["RuledWeight", "TrackedWeight", "Triples", "is_plain", "known_layout", "triples_of"]
+__all__ = [
+    "PLAIN",
+    "RuledWeight",
+    "TrackedWeight",
+    "Triples",
+    "is_plain",
+    "known_layout",
+    "triples_of",
+]
 
 PLAIN = frozenset((Tensor, nn.Parameter))
+"""Types of tensors that are nothing but a place in memory."""
 
 
 class RuledWeight(Protocol):
