@@ -111,7 +111,7 @@ class SigmaLayer(nn.Module):
             return None
         settle_if_moved(self, look=True)
         # Attributes of a module are found on a long way, which counts in a small layer.
-        triple = self._buffers
+        triple: dict[str, Any] = self._buffers
         sigma, u, v = triple["sigma"], triple["sigma_u"], triple["sigma_v"]
         return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.parts)
 
