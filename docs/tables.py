@@ -80,7 +80,8 @@ def parity() -> list[str]:
 
 ENGINES = (
     "DDP", "ZeroRedundancyOptimizer", "DeepSpeed ZeRO 0", "DeepSpeed ZeRO 1", "DeepSpeed ZeRO 2",
-    "DeepSpeed ZeRO 3", "FSDP2", "HSDP", "tensor parallel", "FSDP2 x TP",
+    "DeepSpeed ZeRO 3", "DeepSpeed ZeRO 3, partitioned at loading", "FSDP2", "HSDP",
+    "tensor parallel", "FSDP2 x TP",
 )  # fmt: skip
 """In the order of the table; others follow by name."""
 

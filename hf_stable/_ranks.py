@@ -5,6 +5,7 @@ With one process everything here returns what it is given.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,23 +14,62 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "gathered",
     "inner_optimizer",
+    "is_partitioned",
     "local_tensor",
     "mean_over_ranks",
     "num_ranks",
     "placed_like",
     "value_of_first_rank",
     "values_of_all_ranks",
+    "whole_shape",
     "whole_tensor",
 ]
 
 
 def whole_tensor(value: Any) -> Any:
-    """Return a sharded tensor gathered whole, and anything else as it is.
+    """Return a sharded or partitioned tensor gathered whole, and anything else as it is.
 
     Every rank of a sharded tensor has to call it.
     """
+    if is_partitioned(value):
+        with gathered(value):
+            return value.detach().clone()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def is_partitioned(value: Any) -> bool:
+    """Say whether DeepSpeed ZeRO-3 has taken the entries of a parameter elsewhere.
+
+    It does so to models that are made after `TrainingArguments` with such a config. The parameter
+    is empty then; a model may have empty ones of its own (DINOv3 without register tokens).
+    """
+    return hasattr(value, "ds_id") and value.numel() == 0
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of a tensor, of a partitioned one that of all its entries."""
+    return torch.Size(tensor.ds_shape) if is_partitioned(tensor) else tensor.shape  # type: ignore[attr-defined]  # DeepSpeed's
+
+
+def gathered(param: Tensor, *, written: bool = False) -> AbstractContextManager[Any]:
+    """Have a partitioned parameter whole inside this context, and any other as it is.
+
+    Every rank has to enter and leave it.
+
+    Args:
+        param: of a module.
+        written: whether the context writes to it. What the first rank has written counts.
+    """
+    if not is_partitioned(param):
+        return nullcontext()
+    import deepspeed
+
+    rank = 0 if written else None
+    gathering: AbstractContextManager[Any]
+    gathering = deepspeed.zero.GatheredParameters([param], modifier_rank=rank)
+    return gathering
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

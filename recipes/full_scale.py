@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_stable.commands.bench.machines import MACHINES
-from recipes import full_sequences, speech
+from recipes import full_sequences, utterances
 from recipes.data import EMBEDDED, Task
+from recipes.full_sequences import DRY_EXAMPLES
 from recipes.settings import Settings
 from recipes.streaming import Stream, Streamed, one_of_each, share
 
-DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_CONTEXT, DRY_EXAMPLES, DRY_TEST_ONE_IN = 2, 2, 2, 128, 4, 4
+DRY_STEPS, DRY_BATCH, DRY_BLOCKS, DRY_CONTEXT, DRY_TEST_ONE_IN = 2, 2, 2, 128, 4
 TEST_ONE_IN, TEST_WINDOWS = 256, 256
 """Of texts, the share that is kept for the test, and how many windows of these are used."""
 
@@ -122,7 +123,7 @@ def _inputs_of_one(config: Any, settings: Settings) -> dict[str, Any]:
         size = config.image_size
         return {"pixel_values": torch.empty(1, 3, size, size, device="meta")}
     if settings.model == "wav2vec2":
-        samples = full_sequences.MEAN_SECONDS * speech.RATE
+        samples = full_sequences.MEAN_SECONDS * utterances.RATE
         return {"input_values": torch.empty(1, samples, device="meta")}
     if settings.model == "whisper":
         frames = 2 * config.max_source_positions

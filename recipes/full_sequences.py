@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes import speech, translation
+from recipes import speech, translation, utterances
 from recipes.data import Task
 from recipes.sequences import collate
 from recipes.settings import Settings
@@ -24,7 +24,7 @@ from recipes.streaming import Stream, Streamed, one_of_each, share
 TEST_EXAMPLES = 256
 """Of the test, how many are translated or transcribed."""
 
-DRY_EXAMPLES = 8
+DRY_EXAMPLES = 4
 SECONDS = 30
 """Of Whisper's window."""
 
@@ -102,11 +102,11 @@ def transcripts(settings: Settings, stream: Stream, *, dry_run: bool) -> Task:
     columns = speech.columns_for(settings.model, seconds=SECONDS, mel_bins=MEL_BINS)
     audio, text = str(settings.audio_column), str(settings.text_column)
 
-    def utterance(example: Any) -> speech.Utterance:
+    def utterance(example: Any) -> utterances.Utterance:
         stored = example[audio]
         file = io.BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]
         said = "".join(letter for letter in example[text].lower() if letter in LETTERS)
-        return speech.Utterance(speech.read_audio(file), said, False)
+        return utterances.Utterance(utterances.read_audio(file), said, False)
 
     def prepare(example: Any) -> dict[str, Tensor]:
         return columns(utterance(example), LETTERS)
@@ -146,12 +146,12 @@ def local_speech(settings: Settings) -> Stream:
 
     folder = Path(tempfile.mkdtemp(prefix="dry-run-"))
     rows = []
-    for number, each in enumerate(speech.spoken_numbers(DRY_EXAMPLES)):
+    for number, each in enumerate(utterances.spoken_numbers(DRY_EXAMPLES)):
         path = folder / f"{number}.wav"
         with wave.open(str(path), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
-            file.setframerate(speech.RATE)
+            file.setframerate(utterances.RATE)
             file.writeframes((each.samples * (2**15 - 1)).astype("<i2").tobytes())
         stored = {"path": str(path), "bytes": None}
         rows.append({settings.audio_column: stored, settings.text_column: each.text})

@@ -16,9 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -28,31 +26,22 @@ from typing import Any, NamedTuple, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run from must not matter
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_stable
 from hf_stable.measures.loss_curves import lost_step
 from recipes import data, models, streaming
+from recipes.arguments import check, other_optimizer, training_arguments
+from recipes.progress import SaysHowFarItIs
+from recipes.results import finite, first_step, generalisation, watched
+from recipes.resuming import Done, EndsWhatIsDone, goes_on_from
 from recipes.settings import Settings, read_yaml
 
 __all__ = ["run"]
 
-OTHER = ("pytorch_optimizer:", "torch:")
-"""In front of the name of an optimizer that this package has; its options are JSON then."""
-
-FREE_TO_CHANGE = ("output", "threads", "save_total_limit")
-"""Settings that do not make another run of one that goes on."""
-
-FEWEST_KEPT = 2
-"""Checkpoints that are kept: the last, and one in case that it was not saved to its end."""
-
 SCORES = ("bleu", "chrf", "copied_bleu", "copied_chrf", "word_error_rate", "character_error_rate")
 """Of translations and transcripts, where a task has them."""
-
-PAUSE = 300.0
-"""Seconds between lines that say how far a run is, where there is no terminal for a bar."""
 
 
 def run(
@@ -94,12 +83,12 @@ def _prepare(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     settings = _shrunk(settings) if dry_run else settings
-    _check(settings)
+    check(settings)
     task = _task(settings, dry_run=dry_run)
     output = Path(settings.output)
-    goes_on = _goes_on(settings, output)
+    goes_on = goes_on_from(settings, output)
     model = models.build(settings, task)
-    watching: list[TrainerCallback] = [_EndsWhatIsDone(), _SaysHowFarItIs()]
+    watching: list[TrainerCallback] = [EndsWhatIsDone(), SaysHowFarItIs()]
     if settings.monitor_every:
         monitor = hf_stable.StabilityCallback(
             every=settings.monitor_every,
@@ -124,7 +113,7 @@ def _prepare(
         compute_metrics=task.metrics
         or functools.partial(data.accuracy, next_token=settings.model in models.DECODERS),
         preprocess_logits_for_metrics=data.answers,
-        optimizer_cls_and_kwargs=_other_optimizer(settings),
+        **other_optimizer(settings, model),
     )
     trainer.remove_callback(PrinterCallback)
     return _Prepared(settings, task, trainer, goes_on)
@@ -134,7 +123,7 @@ def _train(prepared: _Prepared) -> dict[str, Any]:
     settings, task, trainer, goes_on = prepared
     output = Path(settings.output)
     started = time.perf_counter()
-    with contextlib.suppress(_Done):
+    with contextlib.suppress(Done):
         # True is for the last checkpoint that was saved to the end.
         trainer.train(resume_from_checkpoint=goes_on or None)
     seconds = time.perf_counter() - started
@@ -145,125 +134,21 @@ def _train(prepared: _Prepared) -> dict[str, Any]:
     losses, steps = ([record[key] for record in records] for key in ("loss", "step"))
     result = {
         "settings": dataclasses.asdict(settings),
-        "test_loss": _finite(metrics["eval_loss"]),
+        "test_loss": finite(metrics["eval_loss"]),
         "accuracy": metrics["eval_accuracy"],
         "reference": round(task.reference, 4),
-        "lost_step": _first_step(steps, lost_step(losses)),
+        "lost_step": first_step(steps, lost_step(losses)),
         "seconds": round(seconds, 1),
-        "losses": [_finite(loss) for loss in losses],
+        "losses": [finite(loss) for loss in losses],
         # Each is a mean of the steps since the one before it.
         **({"loss_steps": steps} if settings.logging_steps > 1 else {}),
-        **_watched(output if settings.monitor_every else None),
+        **watched(output if settings.monitor_every else None),
         **(generalisation(trainer.model, task) if task.image_size and task.is_small else {}),
         **(task.score(trainer.model) if task.score else {}),
     }
     if trainer.is_world_process_zero():
         (output / "results.json").write_text(json.dumps(result) + "\n")
     return result
-
-
-def _first_step(steps: Sequence[int], record: int | None) -> int | None:
-    """Return the first step of a record, counted from 1; `steps` has the last step of each."""
-    return record and (steps[record - 2] if record > 1 else 0) + 1
-
-
-def _goes_on(settings: Settings, output: Path) -> bool:
-    """Return whether a folder has a checkpoint; where it has none, note whose folder it is now.
-
-    Raises:
-        ValueError: if the checkpoint is that of another run.
-    """
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    note = output / "settings.json"
-    new = dataclasses.asdict(settings)
-    if last is None:
-        if int(os.environ.get("RANK", 0)) == 0:
-            output.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(new, indent=1) + "\n")
-        return False
-    if not note.is_file():
-        raise ValueError(
-            f"{last} is a checkpoint without {note.name} beside it, so it may be of any run; give "
-            "another --output, or remove the folder"
-        )
-    # Settings that came later have their defaults in files from before.
-    old = dataclasses.asdict(Settings(**json.loads(note.read_text())))
-    changed = [key for key in new if new[key] != old[key] and key not in FREE_TO_CHANGE]
-    if changed:
-        values = ", ".join(f"{key} {old[key]!r} and not {new[key]!r}" for key in changed)
-        raise ValueError(
-            f"{output} has a checkpoint of a run with {values}; give another --output, or remove "
-            "the folder"
-        )
-    return True
-
-
-class _Done(Exception):
-    """There is nothing left to train."""
-
-
-class _EndsWhatIsDone(TrainerCallback):
-    """Ends a training whose checkpoint is that of its last step, with the checkpoint loaded.
-
-    The Trainer would take one step more.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the step that the checkpoint was written at."""
-        if state.global_step >= state.max_steps:
-            raise _Done
-
-
-class _SaysHowFarItIs(TrainerCallback):
-    """Prints a line now and then where no bar shows how far a run is: off a terminal."""
-
-    def __init__(self) -> None:
-        self.then, self.step = time.perf_counter(), 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the time."""
-        self.then, self.step = time.perf_counter(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how far it is, if it is long enough since the last time."""
-        loss, steps = (kwargs.get("logs") or {}).get("loss"), state.global_step - self.step
-        seconds = time.perf_counter() - self.then
-        shows_bar = not args.disable_tqdm
-        if shows_bar or not state.is_world_process_zero or loss is None or steps < 1:
-            return
-        if seconds >= PAUSE:
-            print(
-                f"step {state.global_step} of {state.max_steps}, loss {loss:.4g}, "
-                f"{seconds / steps:.3g} s a step",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.then, self.step = time.perf_counter(), state.global_step
-
-
-@torch.no_grad()
-def generalisation(model: Any, task: data.Task) -> dict[str, Any]:
-    """Return the calibration error of a classifier, and its accuracy on noisy test images.
-
-    The error is that of Guo et al. 2017, with 15 bins; the noise has one standard deviation of the
-    images, whose own is one.
-    """
-    model.eval()
-    images, labels = (task.test.columns[name] for name in ("pixel_values", "labels"))
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    right, confidence = [], []
-    for inputs in (images, images + noise):
-        parts = inputs.to(model.device).split(64)
-        logits = torch.cat([model(pixel_values=part).logits for part in parts]).cpu()
-        values, answers = logits.softmax(-1).max(-1)
-        right.append((answers == labels).float())
-        confidence.append(values)
-    bins = (confidence[0] * 15).long().clamp(max=14)
-    gaps = [
-        (right[0][bins == each] - confidence[0][bins == each]).sum().abs() for each in range(15)
-    ]
-    error = float(sum(gaps)) / len(labels)
-    return {"calibration_error": _finite(error), "noisy_accuracy": float(right[1].mean())}
 
 
 def _shrunk(settings: Settings) -> Settings:
@@ -285,155 +170,6 @@ def _task(settings: Settings, *, dry_run: bool) -> data.Task:
     from recipes import full_scale
 
     return full_scale.load(settings, dry_run=dry_run)
-
-
-def _check(settings: Settings) -> None:
-    """Refuse what can be known to be wrong before any data are loaded.
-
-    Raises:
-        ValueError: if the batches of all processes do not make the global batch, one process would
-            use several GPUs, or there will be no checkpoint to go back to.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 1
-    if gpus > 1 and int(os.environ.get("LOCAL_RANK", -1)) < 0:
-        raise ValueError(
-            f"there are {gpus} GPUs and one process, which would take a batch of "
-            f"{settings.batch_size} on each; start a process for each GPU, torchrun "
-            f"--nproc-per-node {gpus} recipes/run.py ..., or show this one a single GPU, "
-            "CUDA_VISIBLE_DEVICES=0 python recipes/run.py ..."
-        )
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    batch = settings.batch_size * settings.gradient_accumulation_steps * processes
-    if settings.global_batch and batch != settings.global_batch:
-        raise ValueError(
-            f"{processes} processes with {settings.gradient_accumulation_steps} batches of "
-            f"{settings.batch_size} make {batch} examples a step, but the recipe is for "
-            f"{settings.global_batch}; set --gradient_accumulation_steps or --batch_size, or start "
-            "as many processes as make it"
-        )
-    if settings.on_collapse == "rollback" and settings.monitor_every and not settings.save_steps:
-        raise ValueError(
-            "on_collapse 'rollback' goes back to a checkpoint, and save_steps 0 writes none; set "
-            "--save_steps"
-        )
-
-
-def training_arguments(
-    settings: Settings, output: Path, *, smooths: bool = True, **options: Any
-) -> TrainingArguments:
-    """Return the Trainer's arguments for these settings.
-
-    Raises:
-        ValueError: for what `_check` refuses.
-    """
-    _check(settings)
-    other = settings.optim.startswith(OTHER)
-    return TrainingArguments(
-        str(output),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=64,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type,
-        lr_scheduler_kwargs=settings.lr_scheduler_kwargs,
-        warmup_steps=round(settings.warmup * settings.steps),
-        weight_decay=settings.weight_decay,
-        optim="adamw_torch" if other else settings.optim,
-        optim_args=None if other else settings.optim_args,
-        adam_beta2=settings.adam_beta2,
-        max_grad_norm=settings.max_grad_norm,
-        # A task with a loss of its own has smoothed its labels.
-        label_smoothing_factor=settings.label_smoothing if smooths else 0.0,
-        dataloader_num_workers=settings.workers,
-        remove_unused_columns=False,  # tasks hold what is needed, for the model or to collate
-        bf16=settings.bf16,
-        logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=_most_kept(settings),
-        seed=settings.seed,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
-        **options,
-    )
-
-
-def _most_kept(settings: Settings) -> int | None:
-    if settings.save_total_limit is not None:
-        return settings.save_total_limit or None
-    # Which checkpoint is gone back to is not known before: one from before the trouble began.
-    return None if settings.on_collapse == "rollback" else FEWEST_KEPT
-
-
-def _other_optimizer(settings: Settings) -> tuple[Any, dict[str, Any]] | None:
-    if not settings.optim.startswith(OTHER):
-        return None
-    package, _, name = settings.optim.partition(":")
-    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    if package == "torch":
-        kind: Any = getattr(torch.optim, name)
-    else:
-        import pytorch_optimizer
-
-        kind = pytorch_optimizer.load_optimizer(name)
-        options["betas"] = (0.9, settings.adam_beta2)
-    return kind, options | json.loads(settings.optim_args or "{}")
-
-
-def _watched(folder: Path | None) -> dict[str, Any]:
-    """Read the monitor's own file: probes with the worst head of each layer, and alarms."""
-    if folder is None:
-        return {"probes": [], "alarms": []}
-    lines = [json.loads(line) for line in (folder / "stability.jsonl").read_text().splitlines()]
-    probes = []
-    for line in lines:
-        if line["event"] != "probe" or not line["quantities"].get("entropy_normalised"):
-            continue
-        found = line["quantities"]
-        probe: dict[str, Any] = {"step": line["step"]}
-        for name, worst in (("entropy_normalised", min), ("sec", max), ("sigma_qk", max)):
-            layers = found.get(name, {}).values()
-            probe[name] = [
-                _rounded(worst((v for v in heads if v is not None), default=None))
-                for heads in layers
-            ]
-        modes = [mode for heads in found.get("mode", {}).values() for mode in heads]
-        probe["modes"] = {mode: modes.count(mode) for mode in sorted(set(modes))}
-        if "effective_lr" in line:
-            probe["rates"] = _rates(line["effective_lr"])
-        for name in ("sharpness", "sharpness_threshold"):
-            if name in line:
-                probe[name] = _rounded(line[name])
-        probes.append(probe)
-    keys = ("kind", "step", "layer", "head", "quantity", "value")
-    alarms = [{k: line[k] for k in keys} for line in lines if line["event"] == "alarm"]
-    return {"probes": probes, "alarms": alarms}
-
-
-def _rates(rates: dict[str, Any]) -> dict[str, float]:
-    """Return the mean effective rate of the matrices of each block and of each kind of matrix."""
-    groups: dict[str, list[float]] = {}
-    for name, rate in rates.items():
-        # Gains are vectors with rates of their own, many times those of matrices.
-        if not name.endswith("weight") or "norm" in name.lower() or ".ln_" in name:
-            continue
-        values = rate if isinstance(rate, list) else [rate]
-        numbers = [part for part in name.split(".") if part.isdigit()]
-        if numbers:
-            groups.setdefault("block " + ".".join(numbers), []).extend(values)
-            groups.setdefault(name.split(numbers[-1] + ".", 1)[1], []).extend(values)
-    return {key: _rounded(statistics.mean(values)) for key, values in groups.items()}
-
-
-def _finite(value: float) -> float | None:
-    return _rounded(value) if math.isfinite(value) else None
-
-
-def _rounded(value: Any) -> Any:
-    return None if value is None else float(f"{value:.4g}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

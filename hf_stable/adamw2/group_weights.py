@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stable._ranks import placed_like
+from hf_stable._ranks import is_partitioned, placed_like
 from hf_stable.adamw2.options import refuse_flattened
 from hf_stable.adamw2.weights import Weight
 from hf_stable.measures.parts import Parts
@@ -44,7 +44,7 @@ def weights_of(
         if grad.is_sparse:
             raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
         same = len(params) == len(shapes) and param.shape == shapes[index]
-        refuse_flattened(param, replaced=not same)
+        refuse_flattened(param, replaced=not same or is_partitioned(param))
         weights.append(Weight(param, placed_like(grad, param), states[param], group, parts))
     return weights
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_stable._ranks import whole_shape
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
 from hf_stable.adamw2.options import parts_options
 from hf_stable.architectures.finding import find_layers, find_regions
@@ -35,7 +36,8 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 1e-2) -> list[di
     rest: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         if param.requires_grad:
-            (decayed if param.ndim > 1 and not _is_bias(name) else rest).append(param)
+            is_matrix = len(whole_shape(param)) > 1
+            (decayed if is_matrix and not _is_bias(name) else rest).append(param)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": rest, "weight_decay": 0.0},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable._late_changes import make_late_changes
 from hf_stable.adamw2.group_weights import given_shapes, note_lr, rates_of_group, weights_of
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import pair_factors, update_adapters
@@ -123,6 +124,7 @@ class AdamW2(Optimizer):
             fused=fused,
         )
         check_options(defaults)
+        make_late_changes()  # an engine of DeepSpeed that is built from here on is followed
         self._workspaces: Workspaces = {}
         self._partitioned: PartitionedGroups | None = None
         super().__init__(params, defaults)

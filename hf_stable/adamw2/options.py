@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_stable._ranks import whole_shape
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 from hf_stable.adamw2.planning import AUTO
@@ -232,16 +233,16 @@ def _check_param(param: Tensor, options: dict[str, Any]) -> None:
             "give real floating-point parameters"
         )
     refuse_flattened(param)
-    parts = Parts.of(options["parts"])
+    parts, shape = Parts.of(options["parts"]), whole_shape(param)
     if parts.is_whole:
         return
     try:
-        if param.ndim != 2 + parts.stacked:
+        if len(shape) != 2 + parts.stacked:
             raise ValueError("it has other dimensions")
-        parts.check(param.shape)
+        parts.check(shape)
     except ValueError as error:
         raise ValueError(
-            f"{parts} does not fit a parameter of shape {tuple(param.shape)}: {error}. Give such "
+            f"{parts} does not fit a parameter of shape {tuple(shape)}: {error}. Give such "
             "weights a group of their own"
         ) from error
 
@@ -253,13 +254,12 @@ def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
         param: to be stepped.
         replaced: whether the optimizer was built with a parameter of another shape in its place.
     """
-    if replaced or hasattr(param, "ds_id") or getattr(param, "_fsdp_flattened", False):
+    if replaced or getattr(param, "_fsdp_flattened", False):
         raise ValueError(
             "AdamW2 needs to know the weight matrices, and these parameters were flattened or "
-            "replaced. FSDP1 does that: use FSDP2's fully_shard, DDP or DeepSpeed. DeepSpeed "
-            "ZeRO-3 does it to a model that is made after TrainingArguments with its config, or in "
-            "deepspeed.zero.Init: make it before, and import deepspeed before the optimizer is "
-            "built"
+            "replaced. FSDP1 does that: use FSDP2's fully_shard, DDP or DeepSpeed. DeepSpeed ZeRO "
+            "says where the matrices are when its engine is built: import deepspeed before the "
+            "optimizer is built, and give the engine the optimizer"
         )
 
 

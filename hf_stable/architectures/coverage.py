@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hf_stable._ranks import whole_shape
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import join, named_modules
 from hf_stable.architectures.regions import Region, find_regions
@@ -52,7 +53,8 @@ def find_uncovered(model: nn.Module, layers: list[FoundLayer] | None = None) -> 
             whole = join(name, attribute)
             own = name if attribute == "weight" else whole
             reason = next((w for place, w in reasons.items() if _starts_with(whole, place)), None)
-            found.append(Uncovered(own, tuple(parameter.shape), reason or _outside(name, regions)))
+            shape = tuple(whole_shape(parameter))
+            found.append(Uncovered(own, shape, reason or _outside(name, regions)))
     return found
 
 
@@ -87,9 +89,9 @@ def _starts_with(name: str, place: str) -> bool:
 
 
 def _is_matrix(attribute: str, parameter: Tensor) -> bool:
-    if not parameter.is_floating_point() or parameter.ndim < 2:
+    if not parameter.is_floating_point() or len(whole_shape(parameter)) < 2:
         return False
     if attribute == "weight":
         return True
-    long_sides = sum(size > 1 for size in parameter.shape)
+    long_sides = sum(size > 1 for size in whole_shape(parameter))
     return long_sides >= 2 and not any(part in attribute for part in _NO_MATRICES)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_stable._ranks import whole_shape
+
 __all__ = ["class_names", "has_path", "is_stack", "join", "modules_of_class", "named_modules",
            "owner_of", "plain_name", "state_dict_name", "weight_holder"]  # fmt: skip
 
@@ -80,9 +82,11 @@ def has_path(module: nn.Module, path: str) -> bool:
 def is_stack(target: Any) -> bool:
     """Say whether what is at a path is experts in one: (n, out, in), or a layer that holds them."""
     if isinstance(target, nn.Parameter):
-        return target.ndim == 3
+        return len(whole_shape(target)) == 3
     weight = getattr(target, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 3 and not isinstance(target, nn.Conv1d)
+    if not isinstance(weight, Tensor) or isinstance(target, nn.Conv1d):
+        return False
+    return len(whole_shape(weight)) == 3
 
 
 def join(prefix: str, path: str) -> str:

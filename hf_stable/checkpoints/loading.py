@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable._ranks import gathered, whole_shape
 from hf_stable.architectures.paths import owner_of
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.continuing import naming_damaged_weights
@@ -114,20 +115,21 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         module: Any
         name, module, parameter = _find_place(model, key, parts) or ("", None, "")
         weight: Any = getattr(module, parameter, None)
-        if weight is None or (may_differ and weight.shape != tensors["weight"].shape):
+        if weight is None or (may_differ and whole_shape(weight) != tensors["weight"].shape):
             placing.left_out.append(key)
             continue
         check_plain(module, name, parameter)
-        saved.check_folds_to(weight, key)
-        # Copies, for what safetensors hands out lies unaligned in the memory of the file.
-        own = {part: tensor.to(weight.device, copy=True) for part, tensor in tensors.items()}
+        with gathered(weight, written=True):
+            saved.check_folds_to(weight, key)
+            # Copies, for what safetensors hands out lies unaligned in the memory of the file.
+            own = {part: tensor.to(weight.device, copy=True) for part, tensor in tensors.items()}
+            weight.copy_(own["weight"])
         gamma, sigma, u, v = (own[part] for part in SIGMA_TENSORS)
         if not parts.stacked:
             parts = replace(parts, dim=1 if isinstance(module, Conv1D) else 0)
         iterations = _power_iterations(saved, key)
         state = SigmaState(gamma, sigma, u, v, parts, name, iterations, parameter)
         placing.states.append((module, state))
-        weight.copy_(own["weight"])
     if saved.layers and not placing.states:
         raise UnsupportedModelError(
             f"{saved.path} holds {saved.layers[0]!r}, which is no plain layer of this "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.paths import plain_name
+from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 from hf_stable.methods.sigma_reparam.part_arithmetic import scale_parts
@@ -44,7 +45,8 @@ def fold_state_dict(
     Raises:
         ValueError: if a layer's weight is there but not its gamma, or the names are those of a
             wrapper around the model.
-        UnsupportedModelError: if accelerate offloads the weights, so that the state dict has none.
+        UnsupportedModelError: if accelerate offloads the weights or DeepSpeed has partitioned them,
+            so that the state dict has none.
     """
     plain = {plain_name(key): whole_tensor(value) for key, value in state_dict.items()}
     raw: dict[str, Tensor] = {}
@@ -90,6 +92,12 @@ def _completed(
         )
     if weight.is_meta:
         check_present(layer)
+    if weight.numel() == 0:
+        raise UnsupportedModelError(
+            f"the state dict has no entries of {name!r}: DeepSpeed ZeRO-3 has partitioned the "
+            "weights. Save with the Trainer, or gather the state dict on every process and pass "
+            "it: save_pretrained(folder, state_dict=accelerator.get_state_dict(engine))"
+        )
     # Only what is missing is gathered: FSDP gives the whole state dict to the rank that saves, and
     # that one alone would wait for the others.
     complete = {

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, --json and --debug, how errors and examples look."""
+"""What commands share: exit codes, options, how errors and examples look."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ __all__ = [
     "SUCCESS",
     "Debug",
     "Json",
+    "Module",
     "Register",
+    "Script",
     "Wide",
     "complain",
     "examples",
@@ -37,6 +39,14 @@ Register = Annotated[
 Wide = Annotated[
     bool, typer.Option("--wide", help="Print tables whole, however wide the terminal is.")
 ]
+Script = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="SCRIPT ARGS",
+        help="Script, folder or zip file, or after -m a module; then its own arguments.",
+    ),
+]
+Module = Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")]
 
 
 def examples(*lines: str) -> str:

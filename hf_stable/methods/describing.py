@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_stable._ranks import whole_shape
 from hf_stable.architectures.coverage import Uncovered, find_uncovered
 from hf_stable.architectures.finding import find_layers, find_norms
 from hf_stable.architectures.paths import join, modules_of_class, named_modules
@@ -124,7 +125,7 @@ def describe(model: nn.Module) -> PatchReport:
     for layer in layers:
         module: Any = layer.module
         weight = layer.weight  # None: a head may be replaced by anything
-        shape = () if weight is None else tuple(weight.shape)
+        shape = () if weight is None else tuple(whole_shape(weight))
         if isinstance(module, SigmaLayer):
             kind = type(module).__name__
             sigma, gamma = tuple(module.sigma.tolist()), tuple(module.gamma.tolist())

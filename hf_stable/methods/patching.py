@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -266,14 +267,6 @@ def _refuse_absent_weights(model: nn.Module) -> None:
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
             )
-        # A model may have empty parameters of its own: DINOv3 without register tokens.
-        if parameter.numel() == 0 and hasattr(parameter, "ds_id"):
-            raise UnsupportedModelError(
-                f"DeepSpeed ZeRO-3 has partitioned {name} already, as it does to what is loaded "
-                "after TrainingArguments with such a config, or in deepspeed.zero.Init. A gamma "
-                "that joins later has not been compared with one process: make or load it before "
-                "TrainingArguments, patch it, and let the training partition it"
-            )
 
 
 def _wrapper_of(model: nn.Module) -> str | None:
@@ -283,12 +276,14 @@ def _wrapper_of(model: nn.Module) -> str | None:
     if isinstance(model, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
         return type(model).__name__
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+        wrappers = (DistributedDataParallel, engine or DistributedDataParallel)
         for candidate in gc.get_objects():
             # By type, not isinstance: proxies may answer __class__ with an error.
-            if issubclass(type(candidate), DistributedDataParallel) and any(
+            if issubclass(type(candidate), wrappers) and any(
                 module is model for module in candidate.modules()
             ):
-                return "DistributedDataParallel"
+                return type(candidate).__name__
     return None
 
 

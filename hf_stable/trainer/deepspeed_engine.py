@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_stable._late_changes import ask_for_late_changes
-from hf_stable._ranks import values_of_all_ranks
+from hf_stable._ranks import is_partitioned, values_of_all_ranks
 from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -82,6 +82,7 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
     if layers:
         _refuse_other_engines(engine)
         check_gammas(own, _groups_to_come(optimizer, given.get("model_parameters"), settings))
+        _round_gammas(own)
     given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
     setattr(engine, _MARK, True)
@@ -117,6 +118,18 @@ def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         partitioned = engine.zero_optimization_partition_weights()
         refresh(layers, weights=_partitions(layers) if partitioned else None)
     return result
+
+
+@torch.no_grad()
+def _round_gammas(layers: Sequence[SigmaLayer]) -> None:
+    """Give gamma the dtype of a weight that is partitioned already, as the engine does to others.
+
+    It casts the parameters of a model that comes whole, and takes one that comes partitioned to be
+    cast. Parameters that it flattens together have to be of one dtype.
+    """
+    for layer in layers:
+        if is_partitioned(layer.weight) and not is_partitioned(layer.gamma):
+            layer.gamma.data = layer.gamma.data.to(layer.weight.dtype)
 
 
 def _partitions(layers: Sequence[SigmaLayer]) -> list[FlatRange]:

@@ -19,7 +19,6 @@ for those the share of the run that was still to come at the alarm is what the a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -33,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 
 from hf_stable.measures.loss_curves import lost_step
 from hf_stable.monitor.alarms import AlarmRules, Thresholds
+from recipes.evidence.checking import do_as_asked, seconds_of
 from recipes.evidence.claim import ROWS_SPARSE, failures, of
-from recipes.evidence.runs import ADAMW2, GPT2, SWIN, VIT, do_runs
+from recipes.evidence.runs import ADAMW2, GPT2, SWIN, VIT
 
 RESULTS = Path(__file__).resolve().parent / "alarms.json"
 
@@ -160,18 +160,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs, replay the rule on them, print the rates and write all of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("evidence-output/alarms"))
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-
-    def show(name: str, done: int, total: int) -> None:
-        print(f"{done} of {total} runs, last {name}", file=sys.stderr, flush=True)
-
-    seeds = FIXED_ON + REPORTED_ON
-    found = do_runs(SETUPS, seeds, args.work, workers=args.workers, on_done=show)
+    found = do_as_asked(__doc__, "alarms", SETUPS, FIXED_ON + REPORTED_ON)
     runs = [
         {"run": name, **replay(Path(result["settings"]["output"]))}
         for name, results in found.items()
@@ -179,7 +168,7 @@ def main() -> None:
     ]
     content = {
         "command": "python recipes/evidence/alarms.py",
-        "seconds_of_runs": round(sum(r["seconds"] for results in found.values() for r in results)),
+        "seconds_of_runs": seconds_of(found),
         "thresholds": asdict(Thresholds()),
         "seeds": {"fixed_on": FIXED_ON, "reported_on": REPORTED_ON},
         **summary(runs),

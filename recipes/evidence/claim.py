@@ -37,9 +37,9 @@ VERDICTS = {
     "not at this scale": "it shows in none of the set-ups, and neither does its opposite",
     "refuted": "its opposite shows in every set-up that tests it",
     "measured": "there is no claim, only numbers",
-    "we win": "AdamW2 or sigmaReparam is best, by more than 5 %, at every rate and over the rates",
-    "mixed": "AdamW2 or sigmaReparam is best somewhere; the findings say where we lose",
-    "we lose": "neither of the two is best at any rate",
+    "we win": "one of ours is best, by more than 5 %, at every rate and over the rates",
+    "mixed": "one of ours is best somewhere; the findings say where we lose",
+    "we lose": "none of ours is best at any rate",
 }
 """The words of verdicts and what they mean."""
 
@@ -52,6 +52,9 @@ WORSE = 1.05
 FAILED_SHARE, BARELY = 0.7, 0.97
 """A run failed if it kept more than this share of the loss of someone who knows only how frequent
 the labels are; next tokens of text are worth little more in so few steps, so there it is 0.97."""
+
+TRANSLATORS = ("marian", "t5")
+"""Their target is text as well, of which they say the next token."""
 
 ROWS_SPARSE = 0.5
 """Share of its largest value below which entropy counts as fallen."""
@@ -128,7 +131,7 @@ def losses(results: Results, name: str) -> list[float]:
 
 def failed_share(model: str) -> float:
     """Return the share of the loss of knowing nothing above which a run of a model failed."""
-    return BARELY if model in DECODERS else FAILED_SHARE
+    return BARELY if model in (*DECODERS, *TRANSLATORS) else FAILED_SHARE
 
 
 def failures(results: Results, name: str) -> int:
@@ -223,6 +226,12 @@ def text_of(values: Sequence[float], digits: int = 3) -> str:
 def short(value: float) -> str:
     """Return three digits of a mean loss; NaN where a run ended in it."""
     return f"{value:.3g}" if math.isfinite(value) else "NaN"
+
+
+def loss_text(results: Results, name: str) -> str:
+    """Return the mean loss of a variant, and how many of its runs failed, if any did."""
+    failed = failures(results, name)
+    return short(mean(losses(results, name))) + (f" ({failed} fail)" if failed else "")
 
 
 def of(settings: Mapping[str, Settings]) -> tuple[Variant, ...]:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 import hf_stable
 from hf_stable.spectral import Parts, as_matrix, qk_singular_values
+from recipes.evidence import logits
 
 __all__ = ["KINDS", "Intervening", "Projections"]
 
@@ -28,6 +29,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "cap_logits": ("limit",),
     "clamp_sigma": ("limit",),
     "freeze_queries_keys": ("at",),
+    "qk_clip": ("limit",),
 }
 """Kinds, and the fields that each has to have; `layers` and `heads`, lists of numbers, choose.
 
@@ -39,6 +41,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 - `cap_logits`: queries and keys shortened where a logit could be beyond `limit` in size.
 - `clamp_sigma`: after each step Wq and Wk of a head made smaller until sigma1(Wq^T Wk) is `limit`.
 - `freeze_queries_keys`: Wq and Wk stay as they were before step `at`.
+- `qk_clip`: after each step Wq and Wk of a head made smaller by the factor that its largest logit
+  of that step was beyond `limit`, half on either side: what MuonClip does (Kimi K2, 2025).
 """
 
 HEADS_CHOSEN = ("layers", "heads")
@@ -149,6 +153,8 @@ class Intervening(TrainerCallback):
         self.is_on = False
         if self.kind == "cap_logits":
             self._hook(_shortened(self.limit))
+        elif self.kind == "qk_clip":
+            logits.watch(model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Act before the step that is meant; a run that goes on after it is as it was left."""
@@ -173,7 +179,7 @@ class Intervening(TrainerCallback):
         for own, kept in self.kept:
             for head in self.chosen:
                 own[head].copy_(kept[head])
-        if self.kind == "clamp_sigma":
+        if self.kind in ("clamp_sigma", "qk_clip"):
             for each in self.attentions:
                 self._clamp(each)
 
@@ -185,9 +191,13 @@ class Intervening(TrainerCallback):
                         own[head].mul_(self.factor)
 
     def _clamp(self, projections: Projections) -> None:
-        query, key = (projections.heads(role)[0].flatten(0, 1) for role in _INPUTS[:2])
-        sigmas = qk_singular_values(query, key, projections.num_heads)[:, 0]
-        factors = (self.limit / sigmas).clamp(max=1.0).sqrt()
+        if self.kind == "qk_clip":
+            sizes = logits.take(projections.attention)
+        else:
+            query, key = (projections.heads(role)[0].flatten(0, 1) for role in _INPUTS[:2])
+            sizes = qk_singular_values(query, key, projections.num_heads)[:, 0]
+        # Below zero a largest logit is beyond no limit.
+        factors = (self.limit / sizes.clamp(min=self.limit)).sqrt()
         for own in projections.heads("query") + projections.heads("key"):
             for head in self.chosen:
                 own[head].mul_(factors[head])

@@ -18,7 +18,6 @@ runs on text were shorter at first, learnt nothing at any rate, and were made lo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -32,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 from hf_stable.commands.preflight.beginnings import judge_beginnings
 from hf_stable.report.reading import read_run
 from recipes.evidence.alarms import BERT, SHORT_GPT2, SHORT_VIT
+from recipes.evidence.checking import do_as_asked, seconds_of, write_rows
 from recipes.evidence.claim import failures, of, stands_at_chance
-from recipes.evidence.runs import ADAMW2, SIGMA, SWIN, Variant, do_runs
+from recipes.evidence.runs import ADAMW2, SIGMA, SWIN, Variant
 from recipes.settings import Settings
 
 RESULTS = Path(__file__).resolve().parent / "preflights.json"
@@ -171,17 +171,7 @@ def said(summary: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Do the runs, judge their beginnings, print the rates and write all of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("evidence-output/preflights"))
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-
-    def show(name: str, done: int, total: int) -> None:
-        print(f"{done} of {total} runs, last {name}", file=sys.stderr, flush=True)
-
-    found = do_runs(variants(), SEEDS, args.work, workers=args.workers, on_done=show)
+    found = do_as_asked(__doc__, "preflights", variants(), SEEDS)
     rows = [
         row
         for name in PLANNED
@@ -190,13 +180,11 @@ def main() -> None:
     ]
     content = {
         "command": "python recipes/evidence/preflights.py",
-        "seconds_of_runs": round(sum(r["seconds"] for each in found.values() for r in each)),
+        "seconds_of_runs": seconds_of(found),
         "seeds": SEEDS,
         **summary(rows),
     }
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    text = json.dumps(content, indent=1).removesuffix("\n}")
-    RESULTS.write_text(f'{text},\n "rows": [\n  {lines}\n ]\n}}\n')
+    write_rows(RESULTS, content, {"rows": rows})
     print(json.dumps(content, indent=1))
 
 

@@ -25,6 +25,12 @@ ONE_LINE = 400
 ADAM_THRESHOLD = 38.0
 """Sharpness times rate at which Adam turns unstable, for beta1 = 0.9 (Cohen et al. 2022)."""
 
+SCORES = (
+    "calibration_error", "noisy_accuracy", "chrf", "copied_chrf", "word_error_rate",
+    "character_error_rate",
+)  # fmt: skip
+"""Of images, translations and transcripts."""
+
 MLP = (("mlp.fc1.weight", "mlp.fc2.weight"), ("mlp.c_fc.weight", "mlp.c_proj.weight"))
 """Names of W1 and W2."""
 
@@ -96,11 +102,11 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `settings` (model and seed), `test_loss`, `accuracy`, `reference`, `seconds`,
-        `lowest_entropy`; `calibration_error` and `noisy_accuracy` of classifiers of images; and of
-        a run that was watched `fall_step` (of the first probe with a head below half of its largest
-        entropy), `crash_step`, `sigma_growth` (the largest sigma1(Wq^T Wk) over that of the first
-        probe), `highest_sec` (of any head) and `modes` (head maps seen, by mode). Of AdamW2's rates
-        and of sharpness, and of an intervention, what `rate_shares`, `above_threshold` and
+        `lowest_entropy`; what of `SCORES` there is; and of a run that was watched `fall_step` (of
+        the first probe with a head below half of its largest entropy), `crash_step`,
+        `sigma_growth` (the largest sigma1(Wq^T Wk) over that of the first probe), `highest_sec` (of
+        any head) and `modes` (head maps seen, by mode). Of AdamW2's rates and of sharpness, and of
+        an intervention, what `rate_shares`, `above_threshold` and
         `around_intervention` return.
     """
     settings, probes = run["settings"], run["probes"]
@@ -111,7 +117,7 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
         "lowest_entropy": min((value for _, value in lowest), default=None),
         **{key: run[key] for key in ("test_loss", "accuracy", "reference", "seconds")},
     }
-    found |= {key: run[key] for key in ("calibration_error", "noisy_accuracy") if key in run}
+    found |= {key: run[key] for key in SCORES if key in run}
     if not probes:
         return found
     sigmas = [max(values) for p in probes if (values := _finite(p["sigma_qk"]))]

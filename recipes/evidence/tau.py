@@ -16,7 +16,6 @@ head and trains all weights. Schedules are linear.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -40,12 +39,12 @@ from torch import Tensor
 import hf_stable
 from recipes import data
 from recipes.data import Examples, Task
+from recipes.evidence.checking import parser_of, write_rows
 
 RESULTS = Path(__file__).resolve().parent / "tau.json"
 
 WIDTH, BATCH, TOKENS = 48, 8, 32
 PRETRAINING = dict(steps=500, rate=1e-3)
-WARMUP_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -369,11 +368,7 @@ def table(entries: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Do the runs, and write what they came to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("evidence-output/tau.jsonl"))
-    args = parser.parse_args()
+    args = parser_of(__doc__, "tau.jsonl").parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -385,11 +380,7 @@ def main() -> None:
         "seconds_of_runs": round(sum(row["seconds"] for each in rows.values() for row in each)),
         "verdict": verdict(entries["reported"]),
     }
-    text = json.dumps(content, indent=1).removesuffix("\n}")
-    for half, each in entries.items():
-        lines = ",\n  ".join(map(json.dumps, each))
-        text += f',\n "{half}": [\n  {lines}\n ]'
-    RESULTS.write_text(text + "\n}\n")
+    write_rows(RESULTS, content, entries)
     print("\n".join(table(entries["reported"])))
 
 

@@ -17,7 +17,6 @@ means over ten steps; with what the monitor saw, and without.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,8 +31,9 @@ from hf_stable.report.reading import read_run
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.verdict import judge
 from recipes.evidence.alarms import BERT, SETUPS, SHORT_GPT2, SHORT_VIT
+from recipes.evidence.checking import do_as_asked, seconds_of, write_rows
 from recipes.evidence.claim import of, stands_at_chance
-from recipes.evidence.runs import SWIN, Variant, do_runs
+from recipes.evidence.runs import SWIN, Variant
 
 RESULTS = Path(__file__).resolve().parent / "verdicts.json"
 
@@ -174,18 +174,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Do the runs, judge them, print the rates and write all of it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, default=Path("evidence-output/verdicts"))
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-
-    def show(name: str, done: int, total: int) -> None:
-        print(f"{done} of {total} runs, last {name}", file=sys.stderr, flush=True)
-
-    seeds = FIXED_ON + REPORTED_ON
-    found = do_runs(variants(), seeds, args.work, workers=args.workers, on_done=show)
+    found = do_as_asked(__doc__, "verdicts", variants(), FIXED_ON + REPORTED_ON)
     rows = [
         row
         for name, results in found.items()
@@ -194,13 +183,11 @@ def main() -> None:
     ]
     content = {
         "command": "python recipes/evidence/verdicts.py",
-        "seconds_of_runs": round(sum(r["seconds"] for each in found.values() for r in each)),
+        "seconds_of_runs": seconds_of(found),
         "seeds": {"fixed_on": FIXED_ON, "reported_on": REPORTED_ON},
         **summary(rows),
     }
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    text = json.dumps(content, indent=1).removesuffix("\n}")
-    RESULTS.write_text(f'{text},\n "rows": [\n  {lines}\n ]\n}}\n')
+    write_rows(RESULTS, content, {"rows": rows})
     print(json.dumps(content, indent=1))
 
 

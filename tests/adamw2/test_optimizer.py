@@ -747,9 +747,11 @@ def test_refuses_flattened_parameters():
             optimizer.step()
         assert torch.equal(flat, alone[0].flatten())
     partitioned = nn.Parameter(torch.zeros(0))
-    partitioned.ds_id = 0  # what ZeRO 3 marks its parameters with
+    partitioned.ds_id, partitioned.ds_shape = 0, (4, 6)  # what ZeRO 3 marks its parameters with
+    optimizer = AdamW2([partitioned])  # an engine replaces them, and says by what
+    partitioned.grad = torch.zeros(0)
     with pytest.raises(ValueError, match="DeepSpeed ZeRO"):
-        AdamW2([partitioned])
+        optimizer.step()
 
 
 def test_a_parameter_replaced_by_one_of_its_shape_is_stepped():

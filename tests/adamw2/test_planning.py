@@ -81,7 +81,7 @@ def test_groups_derive_their_own_and_a_copy_steps_alike():
     train(optimizer, first, 2)
     train(copied, copied.param_groups[0]["params"][0], 2)
     assert torch.equal(first, copied.param_groups[0]["params"][0])
-    assert "total_steps: 100" in repr(optimizer)
+    assert "total_steps: 100" in repr(optimizer) and f"tau: {plan_tau(100)}" in repr(optimizer)
 
 
 @pytest.mark.parametrize(

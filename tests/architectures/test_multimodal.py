@@ -7,7 +7,8 @@ import warnings
 import pytest
 import torch
 import transformers
-from attention_references import attention_maps
+from attention_references import ENTROPY, attention_maps
+from contract_models import OTHER, SAME
 
 import hf_stable
 
@@ -107,13 +108,13 @@ def test_the_whole_is_patched_trained_saved_and_loaded(made, tmp_path):
         optimizer.step()
     with torch.no_grad():
         answer = output(model.eval(), made)
-    assert not torch.allclose(answer, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(answer, expected, **OTHER)
     model.save_pretrained(tmp_path)
     stock, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     again = hf_stable.load(type(model), tmp_path)
     with torch.no_grad():
-        torch.testing.assert_close(output(stock.eval(), made), answer, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(output(stock.eval(), made), answer, **SAME)
         assert torch.equal(output(again.eval(), made), answer)
 
 
@@ -130,4 +131,4 @@ def test_every_attention_of_the_parts_is_measured(made):
     assert described == set(maps)
     for layer, (own,) in maps.items():
         exact = torch.special.entr(own).sum(-1).mean((0, 2))
-        torch.testing.assert_close(records.entropy[layer], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(records.entropy[layer], exact, **ENTROPY)

@@ -16,7 +16,8 @@ import torch
 import transformers
 from report_runs import calm, collapsing, write_run
 from safetensors.torch import save_file
-from tiny_models import sgd_steps, tiny_model
+from tiny_models import tiny_model
+from trained_models import trained
 from transformers import trainer_optimizer
 from typer.main import get_command
 
@@ -56,9 +57,7 @@ def hf_stable_command(*arguments, **options):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
-    sgd_steps(model)
-    model.save_pretrained(folder)
+    trained("gpt2").save_pretrained(folder)
     return folder
 
 

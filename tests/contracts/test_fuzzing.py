@@ -18,7 +18,8 @@ import torch
 from report_runs import FALLING, alarm, calm, small_maps, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import sgd_steps, tiny_model
+from tiny_models import tiny_model
+from trained_models import trained
 from transformers import GPT2LMHeadModel
 
 import hf_stable
@@ -156,9 +157,7 @@ def test_mutated_states_and_results(run, tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "checkpoint"
-    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
-    sgd_steps(model)
-    model.save_pretrained(folder)
+    trained("gpt2").save_pretrained(folder)
     return folder
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes import data  # noqa: E402
 from recipes.models import build  # noqa: E402
-from recipes.run import generalisation  # noqa: E402
+from recipes.results import generalisation  # noqa: E402
 from recipes.settings import Settings  # noqa: E402
 
 pytestmark = [

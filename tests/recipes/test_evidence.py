@@ -16,19 +16,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes.evidence import (  # noqa: E402
-    causes,
-    comparisons,
-    figures,
-    from_the_papers,
-    power_iterations,
-    records,  # noqa: E402
-)
+from recipes.evidence import figures, power_iterations, records  # noqa: E402
 from recipes.evidence import run as evidence  # noqa: E402
 from recipes.evidence.claim import VERDICTS, Figure, Panel, crash_step, window  # noqa: E402
-from recipes.evidence.claims import CLAIMS  # noqa: E402
+from recipes.evidence.claims import (  # noqa: E402
+    CLAIMS,
+    causes,
+    collapse,
+    combinations,
+    modes,
+    rate_windows,
+    rivals,
+    sequences,
+    sharpness,
+    sigma,
+    tau_range,
+    todays,
+    warmup,
+)
 from recipes.evidence.page import page  # noqa: E402
 from recipes.evidence.runs import VIT, Variant, changes, do_runs, forget, key_of  # noqa: E402
+from recipes.evidence.windows import is_wider  # noqa: E402
 from recipes.settings import Settings  # noqa: E402
 
 NOTHING = 2.303
@@ -56,8 +64,8 @@ def judged(key, figures_of):
 def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
     def figures_of(plain, warm, ours, lower=0.6):
         losses = {
-            from_the_papers.PLAIN: plain, from_the_papers.WARMUP: warm,
-            from_the_papers.OURS: ours, from_the_papers.CONTROL: lower,
+            warmup.PLAIN: plain, warmup.WARMUP: warm,
+            warmup.OURS: ours, warmup.CONTROL: lower,
         }  # fmt: skip
         return lambda name: run_with(losses[name.split(", ", 1)[1]])
 
@@ -84,7 +92,7 @@ def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
 
 def test_claim_2_asks_for_an_optimum_inside_that_is_broad():
     def by(*losses, swin=None):
-        values = from_the_papers.TAU_VALUES
+        values = tau_range.TAU_VALUES
 
         def figures_of(name):
             chosen = swin if swin and name.startswith("Swin") else losses
@@ -127,13 +135,13 @@ def test_claim_3_asks_that_rates_rise_and_says_what_is_refuted():
     assert with_rates(0.5, 0.2, 1.2, 1.2)[0] == "refuted"
 
 
-def collapse(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, good_growth=1.1,
+def collapsing(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, good_growth=1.1,
              good_sec=0.5):  # fmt: skip
     """Runs that fail with these steps, beside ones that train."""
 
     def figures_of(name):
         model = "gpt2" if "GPT" in name else "vit"
-        if name in [good for _, good in from_the_papers.COLLAPSE_PAIRS]:
+        if name in [good for _, good in collapse.COLLAPSE_PAIRS]:
             calm = dict(fall_step=good_fall, crash_step=None, sigma_growth=good_growth)
             return run_with(good, model=model, lowest_entropy=good_entropy, highest_sec=good_sec,
                             **calm)  # fmt: skip
@@ -144,17 +152,17 @@ def collapse(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, goo
 
 
 def test_claim_4_asks_that_the_fall_is_not_later_than_the_crash_and_absent_where_runs_train():
-    assert judged("4", collapse())[0] == "reproduced"
-    assert judged("4", collapse(fall=240, crash=2))[0] == "not at this scale"
-    assert judged("4", collapse(fall=None, crash=2))[0] == "not at this scale"
+    assert judged("4", collapsing())[0] == "reproduced"
+    assert judged("4", collapsing(fall=240, crash=2))[0] == "not at this scale"
+    assert judged("4", collapsing(fall=None, crash=2))[0] == "not at this scale"
     # What trains collapses further.
-    worse = collapse(good_entropy=0.01, good_growth=99.0, good_sec=1.0)
+    worse = collapsing(good_entropy=0.01, good_growth=99.0, good_sec=1.0)
     assert judged("4", worse)[0] == "not at this scale"  # by 1 % of SEC
     assert judged("4", lambda name: worse(name) | dict(highest_sec=0.9))[0] == "not at this scale"
-    opposite = collapse(good_entropy=0.01, good_growth=99.0, good_sec=1.1)
+    opposite = collapsing(good_entropy=0.01, good_growth=99.0, good_sec=1.1)
     assert judged("4", opposite)[0] == "refuted"
-    assert judged("4", collapse(fall=8, crash=3))[0] == "reproduced"  # along with it: 5 of 250
-    both, late = collapse(), collapse(fall=9, crash=3)
+    assert judged("4", collapsing(fall=8, crash=3))[0] == "reproduced"  # along with it: 5 of 250
+    both, late = collapsing(), collapsing(fall=9, crash=3)
     mixed = judged("4", lambda n: late(n) if "3e-2" in n else both(n))
     assert mixed[0] == "partly" and "along with it, in 0 of 1." in mixed[1]
     assert mixed[1].startswith("2 of 3 pairs of ")
@@ -168,12 +176,12 @@ def test_claim_4_counts_no_pair_whose_remedy_is_none():
         dict(good_growth=10.0),
     ):
         verdict, sentence = judged(
-            "4", lambda n, c=changed: collapse(**(c if "ViT" in n else {}))(n)
+            "4", lambda n, c=changed: collapsing(**(c if "ViT" in n else {}))(n)
         )
         assert verdict == "partly" and sentence.startswith("1 of 3 pairs"), changed
-    assert judged("4", collapse(good_fall=100))[0] == "reproduced"
+    assert judged("4", collapsing(good_fall=100))[0] == "reproduced"
     # SEC that is as high where runs train takes away from it, and shows nothing by itself.
-    verdict, sentence = judged("4", collapse(good_sec=0.99))
+    verdict, sentence = judged("4", collapsing(good_sec=0.99))
     assert verdict == "partly" and sentence.startswith("3 of 3 pairs of ")
     assert "SEC tells the two apart in 0." in sentence
 
@@ -187,9 +195,9 @@ def test_claim_5_asks_for_both_modes_in_runs_that_ended_as_they_say():
 
     malignant, benign = dict(malignant=3, normal=7), dict(benign=3, normal=7)
     verdict, sentence = with_modes(malignant | dict(undefined=5), benign)
-    maps = 10 * len(from_the_papers.LOOKED_AT)
+    maps = 10 * len(modes.LOOKED_AT)
     assert verdict == "reproduced" and f"Of {maps} head maps" in sentence
-    lost = sum("plain" in variant.name for variant in from_the_papers.LOOKED_AT)
+    lost = sum("plain" in variant.name for variant in modes.LOOKED_AT)
     assert f"{3 * lost} of the malignant maps and 0 of the benign ones are from runs " in sentence
     assert f"Another {5 * lost} " in sentence
     assert with_modes(malignant, dict(normal=10))[0] == "partly"
@@ -210,7 +218,7 @@ def test_claim_6_asks_for_runs_that_train_and_for_entropy():
     assert verdict == "reproduced"
     # A run that trains with attention that collapses is half of it.
     verdict, sentence = with_pair(collapsed, run_with(1.0, lowest_entropy=0.1))
-    setups = len(from_the_papers.SIGMA_SETUPS)
+    setups = len(sigma.SIGMA_SETUPS)
     assert verdict == "partly" and f"keeps entropy in 0 of the {setups}" in sentence
     assert f"mostly trains in {setups} of the {setups}" in sentence
     # A better loss that is a failure still is not training, and NaN is beaten by anything.
@@ -224,11 +232,11 @@ def test_claim_6_asks_for_runs_that_train_and_for_entropy():
 
 
 def test_claim_6_counts_each_plain_model_once():
-    setups = from_the_papers.SIGMA_SETUPS.values()
-    plain = [setup[from_the_papers.PLAIN_MODEL] for setup in setups]
+    setups = sigma.SIGMA_SETUPS.values()
+    plain = [setup[sigma.PLAIN_MODEL] for setup in setups]
     assert all(one != other for i, one in enumerate(plain) for other in plain[:i])
-    spectral = [setup for setup in setups if from_the_papers.SPECTRAL in setup]
-    assert {setup[from_the_papers.SPECTRAL].patch_init for setup in spectral} == {"spectral"}
+    spectral = [setup for setup in setups if sigma.SPECTRAL in setup]
+    assert {setup[sigma.SPECTRAL].patch_init for setup in spectral} == {"spectral"}
     sentence = judged("6", lambda n: run_with(0.3 if n.endswith("spectral") else 2.3))[1]
     assert "mostly trains in 0 of" in sentence
     assert sentence.count("With init spectral 0.3, 0.90 and 0 failed.") == len(spectral) == 2
@@ -239,19 +247,19 @@ def sweep(reach):
 
     def figures_of(name):
         method, rate = re.fullmatch(r".*: (.*), lr (.*)", name).groups()
-        place = comparisons.RATES.index(float(rate)) - comparisons.RATES.index(3e-3)
+        place = rate_windows.RATES.index(float(rate)) - rate_windows.RATES.index(3e-3)
         return run_with(0.3 if abs(place) <= 2 * reach[method] else 2.3)
 
     return figures_of
 
 
 def test_claim_7_compares_the_windows_with_that_of_adamw():
-    narrow, wide = dict.fromkeys(comparisons.SWEEP, 0), dict.fromkeys(comparisons.SWEEP, 1)
+    narrow, wide = dict.fromkeys(rate_windows.SWEEP, 0), dict.fromkeys(rate_windows.SWEEP, 1)
     assert judged("7", sweep(wide | {"AdamW": 0}))[0] == "reproduced"
     assert judged("7", sweep(narrow | {"AdamW": 1}))[0] == "refuted"
     assert judged("7", sweep(narrow))[0] == "not at this scale"
     verdict, sentence = judged("7", sweep(narrow | {"AdamW2": 1, "AdamW, warmup": 3}))
-    total = len(comparisons.CHANGED)
+    total = len(rate_windows.CHANGED)
     assert verdict == "partly"
     won, lost = (f"AdamW2 wider in {n} and narrower in {total - n} of {total}" for n in (total, 0))
     assert f"Against AdamW without warmup, over initialisations and batch sizes: {won}" in sentence
@@ -264,26 +272,32 @@ def test_claim_7_compares_the_windows_with_that_of_adamw():
     flat = sweep(wide)
     assert judged("7", lambda n: run_with(2.3) if ": AdamW2," in n else flat(n))[1].count(
         f"AdamW2 wider in 0 and narrower in {total} of {total}"
-    ) == len(comparisons.BASES)
+    ) == len(rate_windows.BASES)
 
 
 def test_windows_that_the_sweep_cut_off_are_bounds():
     inside, low, high = (1e-3, 1e-2), (1e-4, 1e-2), (1e-3, 1e-1)
-    assert comparisons.is_wider(low, inside) and comparisons.is_wider(high, inside)
-    assert not comparisons.is_wider(inside, (1e-4, 2e-4))  # which may go on for decades below
-    assert not comparisons.is_wider(high, (1e-2, 1e-1)) and not comparisons.is_wider(low, high)
+
+    def wider(first, second):
+        return is_wider(first, second, rate_windows.RATES)
+
+    assert wider(low, inside) and wider(high, inside)
+    assert not wider(inside, (1e-4, 2e-4))  # which may go on for decades below
+    assert not wider(high, (1e-2, 1e-1)) and not wider(low, high)
     # Ten per cent in decades.
-    assert not comparisons.is_wider((1e-3, 1.2e-2), inside)
-    assert comparisons.is_wider((1e-3, 1.3e-2), inside)
-    assert comparisons.is_wider(inside, None) and not comparisons.is_wider(None, inside)
-    assert not comparisons.is_wider(None, None)
+    assert not wider((1e-3, 1.2e-2), inside)
+    assert wider((1e-3, 1.3e-2), inside)
+    assert wider(inside, None) and not wider(None, inside)
+    assert not wider(None, None)
+    # Where the sweep was shorter, its own ends are where it cut off.
+    assert not is_wider(high, inside, (1e-3, 1e-2))
 
 
 def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():
     claim = CLAIMS["7"]
-    figures_of = sweep(dict.fromkeys(comparisons.SWEEP, 1))
+    figures_of = sweep(dict.fromkeys(rate_windows.SWEEP, 1))
     lines = claim.rows({v.name: [figures_of(v.name)] * 2 for v in claim.variants})
-    rates = {change: comparisons.rates_of(change) for change in comparisons.CHANGED}
+    rates = {change: rate_windows.rates_of(change) for change in rate_windows.CHANGED}
     fine, coarse = rates["default init"], rates["batch 8"]
     assert set(fine) > set(coarse) > set(rates["batch 128"])
     rows = [line for line in lines if line.startswith("| 0.")]
@@ -291,7 +305,7 @@ def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():
     assert "| 0.003 | " + " | ".join(["0.300 ± 0.000"] * 5) + " |" in rows
     assert "| 0.1 | " + " | ".join(["2.300 ± 0.000, 2 fail"] * 5) + " |" in rows
     windows = [line for line in lines if line.startswith("| batch 8 |")]
-    assert len(windows) == 1 and windows[0].count("<br>") == 2 * len(comparisons.SWEEP)
+    assert len(windows) == 1 and windows[0].count("<br>") == 2 * len(rate_windows.SWEEP)
 
 
 def test_windows_do_not_jump_with_the_spacing_of_rates():
@@ -325,7 +339,7 @@ def test_claims_8_and_9_say_what_was_measured_and_what_failed():
 def test_claim_10_compares_what_is_above_both_thresholds():
     def with_shares(unstable, stable, scheduled=None):
         def figures_of(name):
-            is_unstable = name in dict(comparisons.SHARPNESS_PAIRS)
+            is_unstable = name in dict(sharpness.SHARPNESS_PAIRS)
             share = unstable if is_unstable else stable
             other = share if scheduled is None else scheduled[not is_unstable]
             return run_with(0.3, above=share, above_scheduled=other, first_above=2)
@@ -345,7 +359,7 @@ def test_claim_10_compares_what_is_above_both_thresholds():
 def test_claim_11_says_where_we_lose():
     def with_losses(ours, theirs, at=None, there=None):
         def figures_of(name):
-            if name.split(" at ")[0] not in comparisons.OURS:
+            if name.split(" at ")[0] not in rivals.OURS:
                 return run_with(theirs)
             return run_with(there if at and name.endswith(at) else ours)
 
@@ -366,10 +380,136 @@ def test_claim_12_sets_half_precision_beside_full():
     assert "changes the loss by more than 5 % in 8 of 8 set-ups" in sentence
 
     def added_is_better(name):
-        return run_with(0.2 if name.rpartition(" at ")[0] in comparisons.ADDED else 0.3)
+        return run_with(0.2 if name.rpartition(" at ")[0] in combinations.ADDED else 0.3)
 
     said = judged("12", added_is_better)[1]
     assert "improve AdamW2 at 2 of 2 rates; bfloat16 changes the loss by more than 5 % in 0" in said
+
+
+def test_claim_13_asks_for_methods_that_train_what_plain_post_norm_does_not():
+    chance = 5.67
+
+    def figures_of(plain, deeper=None, **ours):
+        def by_name(name):
+            depth, _, kind = name.partition(" layers a side, ")
+            loss = ours.get(kind, plain)
+            if deeper is not None and kind in ours and depth == "12":
+                loss = deeper
+            return run_with(loss, model="marian", reference=chance, chrf=5.0, copied_chrf=11.1)
+
+        return by_name
+
+    both = figures_of(chance, sigmaReparam=4.0, AdamW2=4.0)
+    word, said = judged("13", both)
+    assert word == "reproduced" == judged("13-deep", both)[0]
+    assert "fails without warmup at 2 of 2 depths; sigmaReparam trains at 2 and AdamW2 " in said
+    assert "6 layers a side, test loss: plain, no warmup 5.67 (chrF 5, 1 of 1 fail)" in said
+    word, said = judged("13", figures_of(chance, sigmaReparam=4.0, deeper=chance))
+    assert word == "partly" and "sigmaReparam trains at 1 and AdamW2 trains at 0." in said
+    # What the plain model does as well shows nothing; nor does a twentieth less than nothing.
+    for plain, ours in ((4.0, 3.0), (chance, 5.45)):
+        found = judged("13", figures_of(plain, sigmaReparam=ours, AdamW2=ours))
+        assert found[0] == "not at this scale"
+    assert judged("13", figures_of(4.0, sigmaReparam=chance, AdamW2=chance))[0] == "refuted"
+
+
+def test_claim_14_asks_for_a_match_without_norms_and_for_sgd():
+    def heard(baseline, ours, sgd, plain_sgd=2.5):
+        losses = {
+            sequences.BASELINE: baseline, sequences.OURS: ours,
+            sequences.MOMENTUM + sequences.OURS: sgd,
+            sequences.MOMENTUM + sequences.UNWARMED: plain_sgd,
+        }  # fmt: skip
+        return judged(
+            "14",
+            lambda name: run_with(
+                losses.get(name, 2.5), model="wav2vec2", character_error_rate=0.5
+            ),
+        )
+
+    word, said = heard(1.0, 1.04, 1.2)
+    assert word == "reproduced" and "matches the pre-norm baseline; with SGD it mostly tr" in said
+    assert "pre-norm, warmup 10 %: test loss 1 (character error rate 0.5)." in said
+    word, said = heard(1.0, 1.2, 1.2)
+    assert word == "partly" and "does not match the pre-norm" in said
+    assert heard(1.0, 1.0, 2.5)[0] == "partly"
+    # Who matches what does not train has matched nothing.
+    assert heard(2.5, 2.5, 2.5)[0] == heard(2.5, 1.0, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5)[0] == "not at this scale"
+    assert heard(1.0, 1.2, 2.5, plain_sgd=1.0)[0] == "refuted"
+
+
+def decoder_runs(reach):
+    """Losses of claim 15, 4.0 so many half decades around 1e-2 and at chance beyond.
+
+    `reach` has them by model and method, or by method for both models.
+    """
+
+    def figures_of(name):
+        model, method, rate = re.fullmatch(r"(.*): (.*), lr (.*)", name).groups()
+        place = todays.DECODER_RATES.index(float(rate)) - 1
+        inside = abs(place) <= reach.get((model, method), reach.get(method, 0))
+        return run_with(4.0 if inside else 6.0, model="llama", reference=6.0)
+
+    return figures_of
+
+
+def test_claim_15_compares_windows_with_and_without_qk_norm():
+    narrow, wide = dict.fromkeys(todays.SWEEP, 0), dict.fromkeys(todays.SWEEP, 1)
+    assert judged("15", decoder_runs(wide | {"AdamW": 0}))[0] == "reproduced"
+    assert judged("15", decoder_runs(narrow | {"AdamW": 1}))[0] == "refuted"
+    verdict, said = judged("15", decoder_runs(narrow | {"AdamW, warmup": 1}))
+    assert verdict == "not at this scale"
+    assert "Against AdamW, warmup, by two of the three limits: AdamW2 is narrower on Llama;" in said
+    one = narrow | {("Llama with QK-norm", "both"): 1, ("Llama with QK-norm", "AdamW"): 0}
+    verdict, said = judged("15", decoder_runs(one))
+    assert verdict == "partly" and "in 1 of 6 pairs" in said
+    assert "both is wider on Llama with QK-norm" in said and "both is no wider and no" in said
+    normed = narrow | {("Llama with QK-norm", "AdamW"): 1}
+    assert (
+        "QK-norm with nothing else: the window of AdamW is wider"
+        in judged("15", decoder_runs(normed))[1]
+    )
+    # A method that fails at its best rate has no window.
+    failing = decoder_runs(wide)
+    said = judged(
+        "15",
+        lambda n: run_with(5.9, model="llama", reference=6.0) if ": both," in n else failing(n),
+    )[1]
+    assert (
+        "Llama, both: the lowest test loss is 5.9, at 0.003; the windows have a width of none"
+        in said
+    )
+
+
+def test_claim_17_says_where_we_lose_what_rates_teach_and_whether_qk_clip_did_anything():
+    def with_losses(ours, theirs, clip=None, high=None):
+        def figures_of(name):
+            method, _, rate = name.rpartition(" at ")
+            loss = ours if method in todays.OURS else theirs
+            if method == "MuonClip" and clip:
+                loss = clip
+            return run_with(high if high and rate == "0.1" else loss, model="gpt2", reference=6.0)
+
+        return judged("17-llama", figures_of)
+
+    assert with_losses(4.0, 5.0)[0] == "we win"
+    verdict, said = with_losses(5.0, 4.0, high=5.8)
+    assert verdict == "we lose" and said.startswith("On Llama one of ours is best at 0 of 4 rates;")
+    assert "At 0.003 we lose. Test loss: AdamW, warmup, clipped 4, Muon 4," in said
+    assert "Muon: 0.003, 0.01, 0.03;" in said and "AdamW2: 0.003, 0.01, 0.03;" in said
+    assert "In 4 of 4 runs MuonClip ends as Muon does" in said
+    assert "In 0 of 4 runs MuonClip ends as Muon does" in with_losses(5.0, 4.0, clip=4.1)[1]
+    assert "AdamW2: none;" in with_losses(5.5, 4.0)[1]
+    assert judged("17-gpt2", lambda _: run_with(5.0, model="gpt2", reference=6.0))[0] == "we lose"
+    verdict, said = judged("17", lambda n: run_with(0.2 if n.startswith("AdamW2") else 0.3))
+    assert verdict == "we win" and "the lowest loss is that of AdamW2" in said
+    # Each method is tried at the same rates.
+    for key in ("17", "17-gpt2", "17-llama"):
+        names = [variant.name for variant in CLAIMS[key].variants]
+        pairs = {tuple(name.rsplit(" at ", 1)) for name in names}
+        rates = {rate for _, rate in pairs}
+        assert len(rates) == 4 and pairs == {(m, r) for m in todays.PICKS for r in rates}
 
 
 def causal(*, sharp, control, saved, held=0.9, entropy=0.1):

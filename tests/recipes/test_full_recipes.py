@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes import augmentation, full_scale  # noqa: E402
+from recipes.arguments import training_arguments  # noqa: E402
 from recipes.full_scale import gpu_hours  # noqa: E402
 from recipes.models import build_empty  # noqa: E402
-from recipes.run import main, run, training_arguments  # noqa: E402
+from recipes.run import main, run  # noqa: E402
 from recipes.settings import Settings, read_yaml  # noqa: E402
 from recipes.streaming import Place, PlaceError, StreamingTrainer  # noqa: E402
 

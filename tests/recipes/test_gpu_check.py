@@ -6,11 +6,29 @@ import json
 
 import pytest
 
+from hf_stable.commands.main import main
+from hf_stable.kernels.choosing import SWITCH
 from recipes import gpu_check
+
+IN_PROCESSES = ("tests", "adamw2")
+"""Parts that are started as the check starts them. A process imports torch and transformers, which
+is most of what a part of small models takes, so the others are called in this one."""
 
 
 @pytest.mark.slow
-def test_every_part_runs_and_leaves_its_figures(tmp_path):
+def test_every_part_runs_and_leaves_its_figures(tmp_path, monkeypatch):
+    start = gpu_check.run
+
+    def run(part, seconds, output):
+        if part.name in IN_PROCESSES:
+            return start(part, seconds, output)
+        module, command = part.arguments[:2], part.arguments[2:]
+        assert module == ("-m", "hf_stable.commands.main")
+        with monkeypatch.context() as patch:
+            patch.setenv(SWITCH, part.kernels)
+            return {"part": part.name, "code": main(command), "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_check, "run", run)
     options = ["--output", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "30"]
     code = gpu_check.main(options)
     summary = {

@@ -105,6 +105,30 @@ def test_no_logit_is_beyond_its_cap(model):
     assert max(logits(call).abs().max() for call in seen(own, batch)[0]) <= 0.2 + 1e-5
 
 
+@pytest.mark.parametrize("model", LAYERS)
+def test_a_head_whose_logits_were_too_large_is_clipped_to_the_limit(model):
+    limit = 0.6
+    own, batch = tiny(model)
+    acting = Intervening(own, dict(kind="qk_clip", limit=limit))
+    own.train()  # evaluation is not watched
+    (first, *_), loss = seen(own, batch)
+    mask = torch.ones(logits(first).shape[-2:]).tril() if model != "vit" else torch.ones(1)
+    before = logits(first).where(mask.bool(), -torch.inf).amax((0, 2, 3))
+    assert before.max() > limit, "choose a limit that a head is beyond"
+    acting.on_step_end(None, None, None)
+    (first, *_), changed = seen(own, batch)
+    after = logits(first).where(mask.bool(), -torch.inf).amax((0, 2, 3))
+    torch.testing.assert_close(after, before.clamp(max=limit))
+    assert changed != loss
+    own, _ = tiny(model)
+    acting = Intervening(own, dict(kind="qk_clip", limit=100.0))
+    kept = {name: each.clone() for name, each in own.state_dict().items()}
+    own.train()
+    assert seen(own, batch)[1] == loss
+    acting.on_step_end(None, None, None)
+    assert all(torch.equal(each, kept[name]) for name, each in own.state_dict().items())
+
+
 class Watching(TrainerCallback):
     """Keeps Wq of the first layer, and the largest sigma1(Wq^T Wk), after each step."""
 

@@ -20,13 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from recipes import data  # noqa: E402
+from recipes.arguments import training_arguments  # noqa: E402
 from recipes.models import build  # noqa: E402
-from recipes.run import _first_step, main, parse, run, training_arguments  # noqa: E402
+from recipes.results import first_step  # noqa: E402
+from recipes.run import main, parse, run  # noqa: E402
 from recipes.settings import Settings, read_yaml  # noqa: E402
 
 SMALL = sorted((ROOT / "recipes" / "small").glob("*.yaml"))
 SLOW_DATA = {"django", "espeak"}
-"""What takes seconds to read or to speak."""
+"""What takes seconds to read or to speak, once in a process: so the same one has it twice."""
 
 
 def short(tmp_path, recipe="vit_digits", **changes):
@@ -182,7 +184,7 @@ def test_settings_that_cannot_be_end_in_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_logged_now_and_then_is_told_by_its_steps(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("recipes.run.PAUSE", 0.0)
+    monkeypatch.setattr("recipes.progress.PAUSE", 0.0)
     each = run(short(tmp_path, output=str(tmp_path / "each")))
     said = capsys.readouterr().err.splitlines()
     lines = [line for line in said if line.startswith("step ")]
@@ -195,8 +197,8 @@ def test_what_is_logged_now_and_then_is_told_by_its_steps(tmp_path, monkeypatch,
     parts = (each["losses"][:3], each["losses"][3:5], each["losses"][5:])
     assert some["losses"] == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-3)
     # The third record covers the steps after the second's.
-    assert [_first_step([50, 100, 150], record) for record in (None, 1, 2, 3)] == [None, 1, 51, 101]
-    monkeypatch.setattr("recipes.run.PAUSE", 300.0)
+    assert [first_step([50, 100, 150], record) for record in (None, 1, 2, 3)] == [None, 1, 51, 101]
+    monkeypatch.setattr("recipes.progress.PAUSE", 300.0)
     capsys.readouterr()
     run(short(tmp_path, output=str(tmp_path / "quick")))
     assert "step 6 of 6" not in capsys.readouterr().err
@@ -252,7 +254,9 @@ def test_normed_queries_are_for_vit_alone():
         pytest.param(
             path,
             id=path.stem,
-            marks=[pytest.mark.slow] if read_yaml(path)["data"] in SLOW_DATA else [],
+            marks=[pytest.mark.slow, pytest.mark.xdist_group(read_yaml(path)["data"])]
+            if read_yaml(path)["data"] in SLOW_DATA
+            else [],
         )
         for path in SMALL
     ],

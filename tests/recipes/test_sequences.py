@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import wave
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from transformers import TrainerCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes import data, speech, translation  # noqa: E402
+from recipes import data, speech, translation, utterances  # noqa: E402
+from recipes.run import run  # noqa: E402
 from recipes.sequences import collate  # noqa: E402
-from recipes.settings import read_yaml  # noqa: E402
+from recipes.settings import Settings, read_yaml  # noqa: E402
 
 
 def test_sequences_are_filled_up_and_what_is_filler_is_masked():
@@ -104,25 +108,24 @@ def test_a_path_of_ctc_is_collapsed():
 @pytest.mark.slow
 def test_numbers_are_spoken_by_voices_of_which_some_are_for_the_test():
     code = (
-        "import hashlib; from recipes import speech; "
-        "print(hashlib.sha256(b''.join(u.samples for u in speech.spoken_numbers(30))).hexdigest())"
+        "import hashlib; from recipes.utterances import spoken_numbers; "
+        "print(hashlib.sha256(b''.join(u.samples for u in spoken_numbers(30))).hexdigest())"
     )
     said = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         for _ in range(2)
     ]
     assert said[0].stdout == said[1].stdout != ""
-    first = speech.spoken_numbers(30)
+    first = utterances.spoken_numbers(30)
     assert {each.is_test for each in first} == {True, False}
-    assert {word for each in first for word in each.text.split()} == set(speech.UNITS)
+    assert {word for each in first for word in each.text.split()} == set(utterances.UNITS)
     for each in first:
-        assert 0.1 < len(each.samples) / speech.RATE < 2 and abs(each.samples).max() > 0.05
-    one, other = (
-        speech._synthesiser().say("one", voice, rate=170, pitch=50) for voice in ("en+m1", "en+f2")
-    )
+        assert 0.1 < len(each.samples) / utterances.RATE < 2 and abs(each.samples).max() > 0.05
+    say = utterances._synthesiser().say
+    one, other = (say("one", voice, rate=170, pitch=50) for voice in ("en+m1", "en+f2"))
     assert not numpy.array_equal(one, other)
     with pytest.raises(RuntimeError, match="no voice 'nobody'"):
-        speech._synthesiser().say("one", "nobody", rate=170, pitch=50)
+        say("one", "nobody", rate=170, pitch=50)
 
 
 def write_recordings(folder, rate=8000):
@@ -142,45 +145,112 @@ def test_recordings_are_read_in_both_forms_and_speakers_are_kept_apart(tmp_path)
     write_recordings(ljspeech / "wavs")
     lines = [f"{number}|Number {number}|number {'a' * (number % 3 + 1)}" for number in range(20)]
     (ljspeech / "metadata.csv").write_text("\n".join(lines) + "\n")
-    found = speech.recordings(ljspeech)
+    found = utterances.recordings(ljspeech)
     assert len(found) == 20 and found[1].text == "number aa"
-    assert len(found[0].samples) == speech.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
+    assert len(found[0].samples) == utterances.RATE // 4 and 0 < sum(e.is_test for e in found) < 20
     write_recordings(audio)
     rows = [f'{number}.wav,"Yes, {number}",reader{number // 2}' for number in range(20)]
     (audio / "metadata.csv").write_text("\n".join(["file_name,text,speaker", *rows]) + "\n")
-    found = speech.recordings(audio)
+    found = utterances.recordings(audio)
     assert found[3].text == "yes, 3"
     assert all(a.is_test == b.is_test for a, b in zip(found[::2], found[1::2], strict=True))
     assert data.is_folder_of_recordings(str(audio)) and not data.is_folder_of_recordings("espeak")
     (audio / "metadata.csv").write_text("file_name,words\n0.wav,one\n")
     with pytest.raises(ValueError, match="columns file_name, words; name the one"):
-        speech.recordings(audio)
+        utterances.recordings(audio)
     (audio / "metadata.csv").write_text("0.wav\n")
     with pytest.raises(ValueError, match="neither a header with file_name nor lines"):
-        speech.recordings(audio)
+        utterances.recordings(audio)
     (ljspeech / "metadata.csv").write_text(lines[0] + "\n")
     with pytest.raises(ValueError, match="has 1 recordings, and one speaker in 10"):
-        speech.recordings(ljspeech)
+        utterances.recordings(ljspeech)
     with pytest.raises(ValueError, match="wav2vec2 and whisper, not for 'vit'"):
         data.load("espeak", model="vit")
 
 
+def record(folder):
+    """Recordings of twenty tones."""
+    write_recordings(folder / "wavs")
+    lines = [f"{number}|{'ab' * (number % 3 + 1)}" for number in range(20)]
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.slow
 def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path):
-    write_recordings(tmp_path / "wavs")
-    lines = [f"{number}|{'ab' * (number % 3 + 1)}" for number in range(20)]
-    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    record(tmp_path)
     for recipe in ("wav2vec2_espeak", "whisper_espeak"):
         path = ROOT / "recipes" / "small" / f"{recipe}.yaml"
-        assert read_yaml(path)["data"] == "espeak"
-        command = [
-            sys.executable, str(ROOT / "recipes" / "run.py"), str(path), "--data", str(tmp_path),
-            "--batch_size", "4", "--save_steps", "2", "--output", str(tmp_path / recipe), "--steps",
-        ]  # fmt: skip
-        result = {}
-        for launch in range(2):  # the second run has nothing left to train
-            done = subprocess.run([*command, "2"], capture_output=True, text=True, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr[-3000:]
-            result[launch] = json.loads((tmp_path / recipe / "results.json").read_text())
-        assert 0 <= result[0]["character_error_rate"] and result[0]["word_error_rate"] > 0
-        assert result[0] | {"seconds": 0} == result[1] | {"seconds": 0}
+        settings = Settings(
+            **read_yaml(path)
+            | dict(data=str(tmp_path), batch_size=4, steps=2, save_steps=2)
+            | dict(output=str(tmp_path / recipe))
+        )
+        first = run(settings)
+        speech.spoken.cache_clear()  # as another process would read the folder again
+        again = run(settings)  # it has nothing left to train
+        assert 0 <= first["character_error_rate"] and first["word_error_rate"] > 0
+        assert len(first["losses"]) == 2 and first | {"seconds": 0} == again | {"seconds": 0}
+
+
+TINY = {
+    "marian_django": dict(model_config=dict(d_model=16, encoder_layers=1, decoder_layers=1)),
+    "llama_stdlib": dict(model_config=dict(num_hidden_layers=1)),
+    "wav2vec2_espeak": dict(model_config=dict(num_hidden_layers=1)),
+    "whisper_espeak": dict(model_config=dict(encoder_layers=1, decoder_layers=1)),
+}
+RECORDED = {"wav2vec2_espeak", "whisper_espeak"}
+"""Those that hear recordings here, which eSpeak NG would take seconds to say."""
+
+
+def tiny(recipe, folder):
+    """A small recipe with a tiny model, six steps and a checkpoint after three."""
+    settings = Settings(**read_yaml(ROOT / "recipes" / "small" / f"{recipe}.yaml"))
+    short = dict(steps=6, batch_size=4, save_steps=3, monitor_every=3, warmup=0.0)
+    source = dict(data=str(folder / "recordings")) if recipe in RECORDED else {}
+    return replace(settings, output=str(folder / recipe), **short, **source, **TINY[recipe])
+
+
+class InterruptsAt4(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise InterruptedError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["marian_django", "wav2vec2_espeak", "whisper_espeak"])
+def test_translation_and_speech_that_were_interrupted_go_on_as_if_they_were_not(recipe, tmp_path):
+    record(tmp_path / "recordings")
+    settings = tiny(recipe, tmp_path)
+    whole = run(replace(settings, output=str(tmp_path / "whole")))
+    assert len(set(whole["losses"])) == 6 and whole["probes"]
+    with pytest.raises(InterruptedError):
+        run(settings, callbacks=[InterruptsAt4()])
+    assert not (Path(settings.output) / "results.json").exists()
+    resumed = run(settings)
+    for made in (whole, resumed):
+        del made["settings"], made["seconds"]
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_translation_speech_and_llama_train_on_two_processes(tmp_path):
+    """Both end with one model, of which each has seen examples of its own."""
+    record(tmp_path / "recordings")
+    given = {
+        recipe: asdict(replace(tiny(recipe, tmp_path), steps=3, save_steps=0)) for recipe in TINY
+    }
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    script = ROOT / "tests" / "support" / "scripts" / "train_recipes.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script), str(tmp_path / "given.json"), str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for recipe in TINY:
+        result = json.loads((tmp_path / recipe / "results.json").read_text())
+        assert len(result["losses"]) == 3 and all(result["losses"]) and result["test_loss"] > 0
+        first, second = (rank[recipe] for rank in ranks)
+        assert first["weights"] == second["weights"] and first["examples"] != second["examples"]

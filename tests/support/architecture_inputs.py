@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+
 import numpy as np
 import torch
 from tiny_architectures import MODELS, batch, main_output
@@ -87,9 +90,20 @@ class SaveAt(TrainerCallback):
 
 
 def trainer_for(name: str, model, folder, save_at: int | None = None, **options) -> Trainer:
-    """A Trainer for three steps, with eight examples in batches of four."""
-    settings = dict(per_device_train_batch_size=4, max_steps=3, save_strategy="no")
+    """A Trainer for two steps, with eight examples in batches of four."""
+    settings = dict(per_device_train_batch_size=4, max_steps=2, save_strategy="no")
     return make_trainer(
         model, folder, trainer_class=LossTrainer, rows=Rows(labelled(name, 8)),
         callbacks=[SaveAt(save_at)], **(settings | options),
     )  # fmt: skip
+
+
+@functools.cache
+def leave_imports_out() -> None:
+    """Do once more, when a Trainer has run, what tests/conftest.py does with what is imported.
+
+    The first Trainer imports the whole of DeepSpeed where that is installed, and every later one
+    would go through it for the full collection that it asks for.
+    """
+    gc.collect()
+    gc.freeze()

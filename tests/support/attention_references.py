@@ -11,6 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_stable.architectures.finding import find_blocks
 
+ENTROPY = dict(rtol=1e-5, atol=1e-5)
+"""Rounding of an entropy in float32.
+
+A logit of up to ten is a sum of at most 16 products, each rounded to 6e-8: an error of 1e-5, which
+is also the relative error of its probability. A row sums up at most 64 terms: 4e-6 of the entropy.
+"""
+
 
 @torch.no_grad()
 def attention_maps(model, inputs: dict[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -81,6 +88,7 @@ def reference_sigma_qk(model, maps: dict[str, list[Tensor]]) -> dict[str, Tensor
             if model.config.model_type in FUSED:
                 q, k = _cut(module, *FUSED[model.config.model_type], heads)
             else:
+                assert _names(attention.query, "q") and _names(attention.key, "k"), attention
                 q, k = (
                     block.module.get_submodule(path).weight.detach().double()
                     for path in (attention.query, attention.key)
@@ -90,6 +98,11 @@ def reference_sigma_qk(model, maps: dict[str, list[Tensor]]) -> dict[str, Tensor
             k = k.repeat_interleave(heads // len(k), 0)
             found[layer] = torch.linalg.svdvals(q.mT @ k)[:, 0].float()
     return found
+
+
+def _names(path: str, letter: str) -> bool:
+    """Whether a layer is named for queries or keys: the entry that says so may be wrong."""
+    return letter in path.rpartition(".")[2]
 
 
 def _cut(module: Any, attribute: str, way: str, heads: int) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from architecture_inputs import padded
-from attention_references import attention_maps, reference_sigma_qk
+from attention_references import ENTROPY, attention_maps, reference_sigma_qk
 from contract_checks import ITERATIONS
-from contract_models import SAME, fresh, output, patch
+from contract_models import OTHER, SAME, fresh, output, patch
 from exported_cases import auto_class_of, flatten, run_script
 from power_bounds import ROUNDING, converged_at_least
 from tiny_architectures import batch, outputs_of
@@ -26,6 +26,9 @@ from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.finding import FoundLayer, find_blocks, find_layers, find_norms
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+
+HIDES_QUERIES = "deberta-v2"
+"""Padding is hidden as keys and as queries there: its rows, uniform in the map, see nothing."""
 
 
 def probed(name: str, folder: Path) -> str:
@@ -38,13 +41,19 @@ def probed(name: str, folder: Path) -> str:
     attentions = [each for block in find_blocks(model) for each, _ in block.attentions()]
     assert set(records.sigma_qk) == set(attentions) == set(maps)
     for layer, exact in reference_sigma_qk(model, maps).items():
-        torch.testing.assert_close(records.sigma_qk[layer], exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(records.sigma_qk[layer], exact, rtol=ROUNDING, atol=0)
     assert not records.missing
     if not records.entropy:
         return "spectra only"
     _compare_entropies(records, maps)
     if (inputs := padded(name)) is not None:
         shorter = attention_maps(fresh(name), inputs)
+        if name == HIDES_QUERIES:
+            blind = inputs["attention_mask"][:, None, :, None] == 0
+            shorter = {
+                layer: [m.masked_fill(blind, torch.nan) for m in each]
+                for layer, each in shorter.items()
+            }
         with torch.no_grad(), hf_stable.probe(model, terms=["entropy", "entropy_bound"]) as records:
             outputs_of(model, inputs)
         _compare_entropies(records, shorter)
@@ -65,8 +74,8 @@ def probed(name: str, folder: Path) -> str:
 
 
 def entropy_of(maps: list[Tensor]) -> Tensor:
-    """Mean entropy of each head over the rows and calls of an attention."""
-    return torch.stack([torch.special.entr(m).sum(-1).mean((0, 2)) for m in maps]).mean(0)
+    """Mean entropy of each head over the rows that see a key and the calls of an attention."""
+    return torch.stack([torch.special.entr(m).sum(-1).nanmean((0, 2)) for m in maps]).mean(0)
 
 
 def _compare_entropies(records: Any, maps: dict[str, list[Tensor]]) -> None:
@@ -77,9 +86,10 @@ def _compare_entropies(records: Any, maps: dict[str, list[Tensor]]) -> None:
     }
     assert set(records.entropy) == set(calls)
     for layer, found in records.entropy.items():
-        torch.testing.assert_close(found, entropy_of(calls[layer]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, entropy_of(calls[layer]), **ENTROPY)
     for layer, bound in records.entropy_bound.items():
-        assert (bound <= records.entropy[layer] + 1e-4).all(), layer
+        entropy = records.entropy[layer]  # equal weights reach the bound
+        assert (bound <= entropy * (1 + ENTROPY["rtol"]) + ENTROPY["atol"]).all(), layer
 
 
 def bounded(name: str, folder: Path) -> str:
@@ -143,7 +153,7 @@ def without_norms(name: str, folder: Path) -> str:
         model = patch(fresh(name), method)
         answer = output(model, name)
         assert answer.isfinite().all()
-        assert not torch.allclose(answer, expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(answer, expected, **OTHER)
         assert hf_stable.describe(model).removed_norms
         hf_stable.restore_layernorms(model)
         assert torch.equal(output(model, name), expected)

@@ -18,7 +18,15 @@ from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 SAME = dict(rtol=1e-4, atol=1e-5)
-"""A folded weight is rounded once more than the product that a sigma layer takes."""
+"""A folded weight is rounded once more than the product that a sigma layer takes.
+
+Each rounding is 6e-8 of its number. A layer's sums have at most 64 terms, so 4e-6 in all, and a
+model has some twenty such layers one after another. What cancels to nearly zero still has the
+rounding of its terms, which are of the size of one.
+"""
+
+OTHER = {key: 10 * value for key, value in SAME.items()}
+"""What differs by more than this is no rounding: ten times what `SAME` forgives."""
 
 
 def fresh(name: str, dropout: float | None = None):

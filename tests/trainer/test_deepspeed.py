@@ -6,18 +6,30 @@ All runs on ranks share two processes, whose imports would cost more than the tr
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import shutil
 
 import pytest
-import tiny_architectures
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed_runs import (
+    ROUNDING,
+    STEPS,
+    UNDER_ADAMW2,
+    adamw2_of,
+    digest,
+    largest_error,
+    losses_of,
+    make_model,
+    same_on_ranks,
+    settings,
+    told_accelerator,  # noqa: F401  (a fixture for all tests here)
+    train,
+)
 from gloo_ranks import run_ranks
-from tiny_models import DEFAULT_HEADS, tiny_batch, tiny_model
-from tiny_training import dataset, dropout_model, make_trainer
+from tiny_models import tiny_batch, tiny_model
+from tiny_training import make_trainer
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -26,21 +38,12 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.commands.main import main
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of
 from hf_stable.monitor.log_file import read_log
 from hf_stable.trainer.changes import is_in_place, listed
 from hf_stable.trainer.deepspeed_engine import ON_DEEPSPEED, follow_deepspeed
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deepspeed")]
-
-GLOBAL_BATCH = 8
-STEPS = 6
-
-ROUNDING = 2e-6
-"""float32 rounds by 6e-8. Ranks and micro-batches sum in another order, and six steps add up."""
-
-HEADS = DEFAULT_HEADS | {"bert": "BertForSequenceClassification"}
 
 CASES = {
     "gpt2-0": dict(stage=0),
@@ -66,9 +69,6 @@ ADAMW2 = {
 }
 """The same under AdamW2, which bounds each weight of the flat partitions."""
 
-UNDER_ADAMW2 = dict(optim="adamw2", optim_args="tau=0.004")
-
-
 NAMES = {"gpt2": "GPT-2", "vit": "ViT", "swin": "Swin", "bert": "BERT", "llama": "Llama"}
 
 
@@ -84,94 +84,6 @@ def shows(cases, method, *aspects):
         )
         for case, options in cases.items()
     ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def environment():
-    """DeepSpeed looks for an accelerator, and is told that there is none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        yield
-
-
-def settings(precision="fp32", **zero):
-    """A DeepSpeed config that leaves to the Trainer what it can."""
-    if zero["stage"] == 3:  # however small, a parameter is partitioned; folders have all weights
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        }
-    config = {
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-    }
-    return config if precision == "fp32" else config | {precision: {"enabled": True}}
-
-
-def make_model(name, dropout=False):
-    if name == "llama":
-        return tiny_architectures.build("llama")
-    return dropout_model(name) if dropout else tiny_model(name, HEADS[name])
-
-
-def train(name, folder, world=1, model=None, resume=None, callbacks=(), **options):
-    """A few steps of a patched model on one global batch, in two micro-batches."""
-    unset_hf_deepspeed_config()  # of an earlier Trainer, whose stage 3 would partition the model
-    model = make_model(name) if model is None else model
-    hf_stable.patch(model, "sigma_reparam")
-    trainer = make_trainer(
-        model, folder, max_steps=STEPS, weight_decay=0.1, max_grad_norm=0.5,
-        callbacks=[hf_stable.StabilityCallback(every=3)] if name == "gpt2" else [],
-        gradient_accumulation_steps=2, per_device_train_batch_size=GLOBAL_BATCH // 2 // world,
-        **(dict(save_strategy="no", optim="adamw_torch") | options),
-    )  # fmt: skip
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    trainer.model_accepts_loss_kwargs &= name != "bert"  # see tests/contracts/test_parity.py
-    trainer.train_dataset = examples = dataset(model)
-    if name == "bert":
-        trainer.train_dataset = [e | {"labels": e["labels"][0] % 2} for e in examples]
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def digest(model):
-    """A digest of what every rank has to agree on."""
-    tensors = []
-    for _, layer in sigma_layers(model):
-        with whole(layer):
-            tensors += [
-                getattr(layer, part).detach().float().clone()
-                for part in ("gamma", "sigma", "sigma_u", "sigma_v")
-            ]
-    numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
-    return hashlib.sha256(numbers).hexdigest()
-
-
-def whole(layer):
-    """Have the parameters of a layer whole, where ZeRO-3 has partitioned them."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(layer.parameters()))
-
-
-def same_on_ranks(model):
-    digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest(model))
-    return len(set(digests)) == 1
-
-
-def largest_error(model):
-    """The largest relative error of a sigma against `u.T W v` of the weights as they are."""
-    worst = 0.0
-    for _, layer in sigma_layers(model):
-        with whole(layer), torch.no_grad():
-            now = sigma_of(layer.weight, layer.sigma_u, layer.sigma_v, layer.parts)
-        worst = max(worst, (now / layer.sigma - 1).abs().max().item())
-    return worst
 
 
 class RemembersStart(TrainerCallback):
@@ -215,18 +127,6 @@ def on_ranks(folder):
     found["skipped"] = overflowing(folder / "skipped", world)
     found["refused"] = refused(folder / "refused", world)
     return found
-
-
-def adamw2_of(trainer):
-    """The optimizer inside all wrappers."""
-    optimizer = trainer.optimizer
-    while not isinstance(optimizer, hf_stable.AdamW2):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def losses_of(trainer):
-    return {r["step"]: r["loss"] for r in trainer.state.log_history if "loss" in r}
 
 
 def continued_in_bfloat16(folder, world, stage):
@@ -273,6 +173,10 @@ def refused(folder, world):
     """What every rank is told, after which the others go on: nobody waits."""
     (folder / "other").mkdir(parents=True, exist_ok=True)
     rank = dist.get_rank()
+    by_hand = settings(stage=1) | {
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+        "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+    }  # fmt: skip
 
     def differently():
         unset_hf_deepspeed_config()
@@ -295,22 +199,20 @@ def refused(folder, world):
         model = tiny_model("gpt2")
         optimizer = torch.optim.AdamW(model.parameters())
         hf_stable.patch(model, "sigma_reparam")
-        config = settings(stage=1) | {
-            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
-            "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
-        }  # fmt: skip
-        deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        deepspeed.initialize(model=model, optimizer=optimizer, config=by_hand)
 
-    def partitioned_first():
+    def patched_inside():
         import deepspeed
 
-        with deepspeed.zero.Init(dtype=torch.float32):
-            model = tiny_model("gpt2")
-        hf_stable.patch(model, "sigma_reparam")
+        unset_hf_deepspeed_config()
+        model = tiny_model("gpt2")
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=by_hand)
+        hf_stable.patch(engine.module, "sigma_reparam")
 
     told = {}
     for attempt in (
-        partitioned_first,
+        patched_inside,
         differently,
         with_own_optimizer,
         from_another_engine,
@@ -448,7 +350,7 @@ def test_what_zero_to_fp32_writes_is_folded(case, safe, ran, tmp_path):
         ("differently", "the ranks have patched the model differently"),
         ("with_own_optimizer", "an optimizer ('AdamW'), which takes the place of AdamW2"),
         ("from_another_engine", "was not saved under DeepSpeed"),
-        ("partitioned_first", "make or load it before TrainingArguments"),
+        ("patched_inside", "the model is wrapped in DeepSpeedEngine already"),
         ("without_gammas", "have their weight in the optimizer but not their gamma"),
     ],
 )

@@ -1,14 +1,21 @@
-"""What a training step costs on many processes: flops, bytes of memory, collectives. Counts only.
+"""What a training step costs each of many processes: flops, bytes of memory. Counts only.
 
-All counts follow from the shapes of a model's weights (`shapes`). Seconds need the rates of a
-machine, which `machines` has.
+All counts follow from the shapes of a model's weights (`shapes`) and from how the processes share
+it, which says what goes between them (`layouts`). Seconds need the rates of a machine, which
+`machines` has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from hf_stable.commands.bench.layouts import (
+    FLOAT,
+    Collective,
+    Layout,
+    Strategy,
+    exchanged_in_training,
+)
 from hf_stable.commands.bench.shapes import ModelShape, measure_shape
 
 __all__ = [
@@ -20,14 +27,6 @@ __all__ = [
     "measure_shape",
     "step_costs",
 ]
-
-Strategy = Literal["ddp", "fsdp2"]
-
-FLOAT = 4
-"""Bytes of a weight, gradient, moment or vector: the master copy is float32."""
-
-LOW = 2
-"""Bytes of a weight as FSDP2 gathers it under a bfloat16 policy."""
 
 ADAMW_PASSES = 7
 """Arrays that a fused AdamW reads (weight, gradient, two moments) and writes (all but one)."""
@@ -44,28 +43,6 @@ ITERATION_LAUNCHES = 2
 BLOCK_LAUNCHES = 60
 """Operations of a block, forward and backward: 40 of a ViT, 80 of a GPT-2 whose GELU is spelled
 out."""
-
-
-TENSOR_PARALLEL_CALLS = 7
-"""All-reduces of activations in a block that tensor parallelism cuts: of attention and of the MLP
-forward, of the gradients of q, k, v, gate and up backward."""
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Calls of one kind per step.
-
-    Attributes:
-        kind: "all-reduce", "all-gather" or "reduce-scatter".
-        count: number of calls.
-        bytes: size of the whole tensor of all of them, not of a rank's part.
-        among: processes that take part in one; None for all there are.
-    """
-
-    kind: str
-    count: int
-    bytes: float
-    among: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,70 +93,6 @@ class Cost:
         return sent, float(sum(each.count for each in self.collectives))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How processes share a model, and its tokens.
-
-    Attributes:
-        num_processes: all of them.
-        strategy: "ddp" or "fsdp2", of the processes that see different tokens.
-        tensor_parallel: processes that cut each matrix and see the same tokens.
-        replicas: copies of a model that FSDP2 shards (HSDP).
-    """
-
-    num_processes: int
-    strategy: Strategy = "fsdp2"
-    tensor_parallel: int = 1
-    replicas: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if min(self.num_processes, self.tensor_parallel, self.replicas) < 1:
-            raise ValueError(f"{self}: every number must be at least 1")
-        if self.strategy not in ("ddp", "fsdp2"):
-            raise ValueError(f"strategy={self.strategy!r} is not allowed; choose 'ddp' or 'fsdp2'")
-        if self.strategy == "ddp" and self.replicas > 1:
-            raise ValueError("replicas are of what FSDP2 shards; under ddp every process is one")
-        if self.num_processes % (self.tensor_parallel * self.replicas):
-            raise ValueError(
-                f"{self.num_processes} processes do not part into tensor_parallel="
-                f"{self.tensor_parallel} times replicas={self.replicas}"
-            )
-
-    @property
-    def batches(self) -> int:
-        """Processes that see different tokens."""
-        return self.num_processes // self.tensor_parallel
-
-    @property
-    def shards(self) -> int:
-        """Parts into which FSDP2 cuts what a process has of a model."""
-        return self.batches // self.replicas if self.strategy == "fsdp2" else 1
-
-    @property
-    def share(self) -> float:
-        """What part of the model's weights a process holds."""
-        return 1 / (self.shards * self.tensor_parallel)
-
-    def reductions(self, count: int, size: float) -> tuple[Collective, ...]:
-        """Return the collectives of power iterations.
-
-        Args:
-            count: of iterations that need one each.
-            size: bytes of all their vectors.
-
-        Returns:
-            One after another over each set of processes that cuts the matrices. Tensor parallelism
-            cuts columns too: there one more comes before each, and both share the vectors.
-        """
-        calls = count * (2 if self.tensor_parallel > 1 else 1)
-        return tuple(
-            Collective("all-reduce", calls, size, among)
-            for among in (self.shards, self.tensor_parallel)
-            if among > 1
-        )
-
-
 def step_costs(
     shape: ModelShape,
     *,
@@ -228,12 +141,11 @@ def step_costs(
 def _training_cost(shape: ModelShape, layout: Layout, tokens: int) -> Cost:
     """Return the cost of forward and backward."""
     per_token = 6 * shape.multiplied + 12 * shape.layers * shape.hidden * shape.sequence
-    exchanged = (*_activations(shape, layout, tokens), *_exchange(shape, layout))
     return Cost(
         "model",
         flops=per_token * tokens / layout.num_processes,
         launches=BLOCK_LAUNCHES * shape.layers,
-        collectives=exchanged,
+        collectives=exchanged_in_training(shape, layout, tokens),
         state=2 * FLOAT * shape.num_parameters * layout.share,
     )
 
@@ -278,36 +190,6 @@ def _refresh_cost(shape: ModelShape, layout: Layout) -> Cost:
         launches=ITERATION_LAUNCHES * len(shape.patched),
         collectives=collectives,
         state=FLOAT * vectors,
-    )
-
-
-def _activations(shape: ModelShape, layout: Layout, tokens: int) -> tuple[Collective, ...]:
-    """Return what tensor parallelism exchanges without us; what heads gather is left out."""
-    if layout.tensor_parallel == 1:
-        return ()
-    calls = TENSOR_PARALLEL_CALLS * shape.layers + 2  # of the embedding and of the head
-    size = LOW * calls * tokens / layout.batches * shape.hidden
-    return (Collective("all-reduce", calls, size, layout.tensor_parallel),)
-
-
-def _exchange(shape: ModelShape, layout: Layout) -> tuple[Collective, ...]:
-    """Return what data parallelism exchanges without us."""
-    held, shards = shape.num_parameters / layout.tensor_parallel, layout.shards
-    if shards == 1:
-        averaged = Collective("all-reduce", 1, FLOAT * held, layout.batches)
-        return (averaged,) if layout.batches > 1 else ()
-    # Blocks are gathered for the forward and again for the backward, the rest stays from one to
-    # the other.
-    gathered = held + shape.in_blocks / layout.tensor_parallel
-    found = (
-        Collective("all-gather", 2 * shape.layers + 1, LOW * gathered, shards),
-        Collective("reduce-scatter", shape.layers + 1, FLOAT * held, shards),
-    )
-    if layout.replicas == 1:
-        return found
-    return (
-        *found,
-        Collective("all-reduce", shape.layers + 1, FLOAT * held / shards, layout.replicas),
     )
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_stable.commands.conventions import BAD_INPUT, Debug, Register, complain
-from hf_stable.commands.launch.scripts import check_script, run_script, show_the_scripts_trace_only
+from hf_stable.commands.conventions import BAD_INPUT, Debug, Module, Register, Script, complain
+from hf_stable.commands.launch.scripts import read_command, run_script, show_the_scripts_trace_only
 
 if TYPE_CHECKING:
     from hf_stable.commands.launch.options import RunOptions
@@ -75,13 +75,6 @@ class Launch:
         attachment.conclude()
 
 
-Script = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="SCRIPT ARGS",
-        help="Script, folder or zip file, or after -m a module; then its own arguments.",
-    ),
-]
 Patch = Annotated[
     str | None,
     typer.Option(
@@ -133,7 +126,6 @@ FoldAtEnd = Annotated[
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="YAML: any of these options by name.")
 ]
-Module = Annotated[bool, typer.Option("-m", help="What follows is a module, as in python.")]
 
 
 @room.command(
@@ -180,7 +172,6 @@ def run(
         "register": register or None,
     }
     options = read_options(given, config)
-    command = (*(["-m"] if module else []), *(script or []))
-    check_script(command)
+    command = read_command(script, module)
     register_from(options.register)
     return Launch(options, command, debug)

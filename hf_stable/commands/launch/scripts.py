@@ -16,30 +16,35 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-__all__ = ["check_script", "run_script", "show_the_scripts_trace_only"]
+__all__ = ["read_command", "run_script", "show_the_scripts_trace_only"]
 
 
-def check_script(command: Sequence[str]) -> None:
-    """Raise unless there is a script to run.
+def read_command(script: Sequence[str] | None, module: bool) -> tuple[str, ...]:
+    """Return the command of a script that is there to be run.
 
     Args:
-        command: `script.py ARGS...`, `folder ARGS...` or `-m package.module ARGS...`.
+        script: a script, folder or module, and its arguments; None or empty if none is named.
+        module: whether it is a module.
+
+    Returns:
+        `script.py ARGS...`, `folder ARGS...` or `-m package.module ARGS...`.
 
     Raises:
         ValueError: if no script is named, or there is no such file.
     """
-    if not command or list(command) == ["-m"]:
-        raise ValueError("no script given: hf-stable run [OPTIONS] SCRIPT ARGS...")
-    if command[0] == "-m":
-        return  # where it is depends on sys.path
-    if not os.path.exists(command[0]):
-        raise ValueError(f"can't open {command[0]!r}: no such file")
-    if os.path.isdir(command[0]) and _find_main(command[0]) is None:
-        raise ValueError(f"can't find '__main__' module in {command[0]!r}")
+    if not script:
+        raise ValueError("no script given: it stands behind the options, then its own arguments")
+    if module:
+        return ("-m", *script)  # where it is depends on sys.path
+    if not os.path.exists(script[0]):
+        raise ValueError(f"can't open {script[0]!r}: no such file")
+    if os.path.isdir(script[0]) and _find_main(script[0]) is None:
+        raise ValueError(f"can't find '__main__' module in {script[0]!r}")
+    return tuple(script)
 
 
 def run_script(command: Sequence[str]) -> None:
-    """Run what `check_script` has found: argv, sys.path and `__main__` are as under python.
+    """Run what `read_command` has found: argv, sys.path and `__main__` are as under python.
 
     Raises:
         ImportError: if there is no such module.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -22,10 +23,12 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from hf_stable._whole_files import write_whole
+from hf_stable._wording import printable
 from hf_stable.adamw2.planning import plan_tau
 from hf_stable.commands.launch.attaching import Attachment
 from hf_stable.commands.launch.options import RunOptions
-from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
+from hf_stable.commands.preflight.legs import CONFIG_FILE, Ending, Leg, Settings, write_ending
 from hf_stable.monitor.callback import StabilityCallback
 from hf_stable.monitor.readings import scale_rates
 from hf_stable.trainer.schedules import steps_at_full_rate
@@ -115,12 +118,27 @@ def train_leg(train: Any, trainer: Trainer, callback: LegCallback, *args: Any, *
 
 
 def _write_config(trainer: Trainer, folder: Path) -> None:
-    """Write the model's config beside the records: the report reads off it what guessing costs."""
+    """Write the model's config beside the records: the report reads off it what guessing costs.
+
+    A config that cannot be written is said, and does not make the leg one that failed.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        return
+    try:
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
-        config.to_json_file(folder / "config.json", use_diff=False)
+        text = config.to_json_string(use_diff=False)
+    except Exception as error:  # whatever a class of the script's own raises
+        said = (
+            f"the config of {type(model).__name__} cannot be written as JSON ({error!r}), so this "
+            "leg is judged without knowing the loss of a model that only guesses"
+        )
+        # No warning: a script may have turned warnings into errors.
+        print(f"hf-stable preflight: {printable(said)}", file=sys.stderr, flush=True)
+        return
+    with write_whole(folder / CONFIG_FILE) as file:
+        file.write(text)
 
 
 class LegCallback(TrainerCallback):

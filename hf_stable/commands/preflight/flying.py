@@ -16,7 +16,7 @@ from hf_stable._whole_files import write_whole
 from hf_stable._wording import nearest
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, train_leg
 from hf_stable.commands.preflight.judging import Outcome
-from hf_stable.commands.preflight.legs import Ending, Leg, Settings, write_ending
+from hf_stable.commands.preflight.legs import Ending, Leg, Settings, begin_leg, write_ending
 from hf_stable.commands.preflight.processes import run_process
 from hf_stable.commands.preflight.remedies import parse_remedies
 from hf_stable.commands.preflight.result import PreflightResult, conclude
@@ -162,8 +162,7 @@ def _write(path: Path, content: Any) -> None:
 
 def _run_here(make_trainer: Callable[[], Trainer], settings: Settings) -> Runner:
     def run(leg: Leg, folder: Path, stopped: threading.Event) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stability.jsonl").unlink(missing_ok=True)
+        begin_leg(folder)
         trainer = make_trainer()
         if trainer.state.global_step or trainer.optimizer is not None and trainer.state.log_history:
             raise ValueError(

@@ -1,7 +1,7 @@
 """The legs of a preflight: one remedy at one multiple of the rate under one seed, and what it left.
 
-A leg has a folder: `leg.json` says what it was and how it ended, `trainer_state.json` and
-`stability.jsonl` hold its course as those of any run do.
+A leg has a folder: `leg.json` says what it was and how it ended; `trainer_state.json`,
+`config.json` and `stability.jsonl` hold its course as those of any run do.
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ from typing import Any
 from hf_stable._json import from_json, to_json
 from hf_stable._whole_files import write_whole
 from hf_stable.commands.preflight.remedies import Remedy
+from hf_stable.monitor.log_file import FILE_NAME
 
-__all__ = ["LEG_FILE", "Ending", "Leg", "Settings", "read_ending", "write_ending"]
+__all__ = [
+    "CONFIG_FILE",
+    "LEG_FILE",
+    "Ending",
+    "Leg",
+    "Settings",
+    "begin_leg",
+    "read_ending",
+    "write_ending",
+]
 
 LEG_FILE = "leg.json"
+CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,13 @@ def write_ending(folder: Path, ending: Ending, leg: Leg) -> None:
     what = {"name": leg.name, "remedy": leg.remedy.name, "factor": leg.factor, "seed": leg.seed}
     with write_whole(folder / LEG_FILE) as file:
         file.write(to_json({"leg": what, "ending": asdict(ending)}, indent=1) + "\n")
+
+
+def begin_leg(folder: Path) -> None:
+    """Make a leg's folder, without the records of a leg that was cut short or of another model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (FILE_NAME, CONFIG_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_ending(folder: Path, key: str | None = None) -> Ending | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,15 +94,19 @@ def run_legs(
 
     pool = ThreadPoolExecutor(max_workers=jobs)
     try:
-        futures = [pool.submit(chain, *each) for each in chains]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future.done() and not future.cancelled() and (error := future.exception()):
-                raise error
-        return [outcome for future in futures for outcome in future.result()]
+        return _results([pool.submit(chain, *each) for each in chains])
     finally:
         stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(futures: Sequence[Future[list[Outcome]]]) -> list[Outcome]:
+    """Return what chains come to, or raise the first error without waiting for the others."""
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        if future.done() and not future.cancelled() and (error := future.exception()):
+            raise error
+    return [outcome for future in futures for outcome in future.result()]
 
 
 def _run_chain(

@@ -7,6 +7,7 @@ LayerNorms is saved is told by `standalone`.
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -203,8 +204,10 @@ def _refuse_placement(model: nn.Module, config: RemovalConfig, norms: list[Found
 
 def _models_around(part: nn.Module) -> list[PreTrainedModel]:
     """Return the models of transformers in this process that hold another one as a part."""
+    objects = gc.get_objects()  # some hundred thousand, so that no line of Python runs for each
     # By type, not isinstance: proxies among the objects may answer __class__ with an error.
-    models = [each for each in gc.get_objects() if issubclass(type(each), PreTrainedModel)]
+    are_models = map(issubclass, map(type, objects), itertools.repeat(PreTrainedModel))
+    models = list(itertools.compress(objects, are_models))
     return [each for each in models if each is not part and any(m is part for m in each.modules())]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._ranks import local_tensor, whole_tensor
+from hf_stable._ranks import gathered, is_partitioned, local_tensor, whole_shape, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import local_matrices, spread_values
@@ -39,7 +39,7 @@ from hf_stable.methods.sigma_reparam.stacks import (
 )
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
-from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
+from hf_stable.methods.sigma_reparam.triples import check_own, mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes
 
 __all__ = [
@@ -103,8 +103,9 @@ def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> 
 
     Raises:
         TypeError: if it is no `Linear`, `Conv1D` or convolution, nor declared to be plain.
-        UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
-            own and would go on computing with the raw weight.
+        UnsupportedModelError: if its weight is elsewhere (offloaded) or computed from others
+            (pruned, `weight_norm`), or its `forward` is not its own and would go on computing
+            with the raw weight.
     """
     if parameter == "weight" and sigma_class_of(type(layer)) is None:
         raise TypeError(
@@ -114,6 +115,7 @@ def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> 
             "ways that gamma / sigma would break; an entry declares one that does not by "
             "plain_layers). To patch the others, exclude it"
         )
+    check_own(layer, name, parameter)
     if _weight(layer, parameter).is_meta:
         raise UnsupportedModelError(
             f"the weight of {name or 'a layer'} is on the meta device: it was not loaded, or "
@@ -167,7 +169,7 @@ def prepare(
             "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
         )
     triples = []
-    for matrix in local_matrices(whole_tensor(weight.detach()), parts):
+    for matrix in local_matrices(whole_tensor(weight).detach(), parts):
         try:
             triples.append(leading_triple(matrix))
         except ValueError as error:
@@ -176,8 +178,8 @@ def prepare(
     u, v = as_rows([triple.u for triple in triples]), as_rows([triple.v for triple in triples])
     if not (sigma > 0).all():
         raise ValueError(
-            f"cannot reparametrise {name or 'a layer'}: its {tuple(weight.shape)} weight has an "
-            "all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
+            f"cannot reparametrise {name or 'a layer'}: its {tuple(whole_shape(weight))} weight "
+            "has an all-zero part, so gamma / sigma is 0 / 0; initialise it or exclude the layer"
         )
     gamma = sigma.clone() if init == "spectral" else torch.ones_like(sigma)
     return SigmaState(gamma, sigma, u, v, parts, name, parameter=parameter)
@@ -205,7 +207,8 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
         layer = module
         layer.plain_class = plain_class
     gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
-    if not isinstance(layer.weight, DTensor) and layer.weight.data_ptr() % _ALIGNMENT:
+    elsewhere = isinstance(layer.weight, DTensor) or is_partitioned(layer.weight)
+    if not elsewhere and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
@@ -225,7 +228,6 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     return layer
 
 
-@torch.no_grad()
 def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
     """Turn a sigma layer into the plain layer that computes the same, in place.
 
@@ -243,14 +245,7 @@ def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
         UnsupportedModelError: if the weight is offloaded.
     """
     settle(layer)
-    weight = local_tensor(layer.weight)
-    folded = _local_effective_weight(layer)
-    if undo is None:
-        undo = []
-    else:
-        raw = weight.to("cpu", copy=True)
-        undo += [keep_attributes(layer), partial(follow, layer), partial(_write, weight, raw)]
-    weight.copy_(folded)
+    undo = _fold_weight(layer, undo)
     if isinstance(layer, SigmaStack):
         undo.append(keep_attributes(layer.holder))
         plain = take_stack_out(layer, undo)
@@ -265,8 +260,25 @@ def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
 
 
 @torch.no_grad()
+def _fold_weight(layer: SigmaLayer, undo: Undo | None) -> Undo:
+    """Fold the weight alone, and return what undoes it besides what was to be undone."""
+    with gathered(layer.weight, written=True):
+        weight = local_tensor(layer.weight)
+        folded = _local_effective_weight(layer)
+        if undo is None:
+            undo = []
+        else:
+            raw = weight.to("cpu", copy=True)
+            undo += [keep_attributes(layer), partial(follow, layer)]
+            undo.append(partial(_write, layer.weight, raw))
+        weight.copy_(folded)
+    return undo
+
+
+@torch.no_grad()
 def _write(weight: Tensor, values: Tensor) -> None:
-    weight.copy_(values)
+    with gathered(weight, written=True):
+        local_tensor(weight).copy_(values)
 
 
 def _local_effective_weight(layer: SigmaLayer) -> Tensor:

@@ -7,13 +7,13 @@ average of weights, a state dict of a plain model, an assignment.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_stable._ranks import whole_tensor
+from hf_stable._ranks import is_partitioned, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.kernels.weights import PLAIN, TrackedWeight
 from hf_stable.measures.leading import leading_triple
@@ -24,6 +24,7 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 __all__ = [
     "SIGMA_TENSORS",
     "LayerWithTriple",
+    "check_own",
     "check_present",
     "mark_moved",
     "mark_settled",
@@ -80,12 +81,25 @@ def check_present(layer: LayerWithTriple) -> None:
             "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
             "which brings all of them back, or load the model without offloading"
         )
-    if layer.weight.numel() == 0:
-        raise UnsupportedModelError(
-            f"the weight of {layer.layer_name!r} is partitioned (DeepSpeed ZeRO-3), so that no "
-            "process has all of it. Call this inside of deepspeed.zero.GatheredParameters("
-            "list(model.parameters())), or work on a saved folder"
-        )
+
+
+def check_own(layer: nn.Module, name: str, parameter: str = "weight") -> None:
+    """Raise UnsupportedModelError for a layer whose weight is computed from other tensors.
+
+    torch's pruning, `weight_norm`, `spectral_norm` and parametrizations put another tensor in the
+    place of the parameter, anew for each forward. No optimizer moves that one, so that nothing
+    would tell when sigma has to follow.
+    """
+    # DataParallel's replicas have tensors in the place of all their parameters.
+    if parameter in layer._parameters or getattr(layer, "_is_replica", False):
+        return
+    raise UnsupportedModelError(
+        f"the weight of {name!r} is no parameter: pruning, weight_norm, spectral_norm or another "
+        "parametrization of torch computes it from others, and sigma would not follow it. Make "
+        "that permanent (torch.nn.utils.prune.remove, remove_weight_norm, "
+        "parametrize.remove_parametrizations), or leave the layer out by exclude=[...]. On a "
+        "patched model, call hf_stable.fold before it is put on"
+    )
 
 
 def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
@@ -104,7 +118,10 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity != id(weight) or weight.numel() == 0:  # DeepSpeed ZeRO-3 has it elsewhere
+    if identity != id(weight):
+        check_own(cast(nn.Module, layer), layer.layer_name)
+        return
+    if is_partitioned(weight):
         return
     if version != _version(weight) or (look and _has_moved_unseen(layer, weight)):
         settle(layer)
@@ -146,8 +163,10 @@ def settle(layer: LayerWithTriple) -> None:
     Host synchronisation: yes. Every rank of a sharded weight has to call it.
 
     Raises:
-        UnsupportedModelError: as `check_present` does.
+        UnsupportedModelError: as `check_present` and `check_own` do.
     """
+    if isinstance(layer, nn.Module):
+        check_own(layer, layer.layer_name)
     check_present(layer)
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
@@ -165,7 +184,7 @@ def settle(layer: LayerWithTriple) -> None:
             else:  # the vectors stay, as in `steps`
                 layer.sigma[part] = now[part]
     mark_settled(layer)
-    if not isinstance(weight, DTensor):
+    if not isinstance(weight, DTensor) and not is_partitioned(weight):
         layer.seen_entries = _some_entries(weight, layer.parts).clone()
 
 

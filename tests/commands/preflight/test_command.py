@@ -1,4 +1,8 @@
-"""`hf-stable preflight` on scripts as users write them, in processes of their own."""
+"""`hf-stable preflight` on scripts as users write them: each leg is a process of its own.
+
+The command itself runs in the process of the tests, which has imported what it needs, and all its
+legs are forked from one server. One test starts it as a shell does, and interrupts it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_stable.commands.main import BAD_INPUT, main
+from hf_stable.commands.conventions import BAD_INPUT, NO, SUCCESS
+from hf_stable.commands.main import main
 from hf_stable.commands.preflight.legs import Leg, Settings
 from hf_stable.commands.preflight.processes import can_fork, run_process
 from hf_stable.commands.preflight.remedies import parse_remedy
@@ -49,26 +54,29 @@ from hf_stable import Architecture, Attention, Block, register_architecture
 attention = Attention("attn", query="q", key="k", value="v", output="o")
 register_architecture(Architecture("made-up", Block("MadeUpBlock", (attention,))))
 """
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.xdist_group("preflight")
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A folder of the user's own with the script in it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     support = str(Path(__file__).parents[2] / "support")
     (tmp_path / "train.py").write_text(SCRIPT.format(support=support))
     return tmp_path
 
 
-def command(*words):
-    return [sys.executable, "-m", "hf_stable.commands.main", "preflight", *map(str, words)]
+@pytest.fixture
+def fly(capsys):
+    """The command with some words: its exit code, and what it printed on stdout and stderr."""
 
+    def run(*words):
+        code = main(["preflight", *map(str, words)])
+        return code, *capsys.readouterr()
 
-def fly(*words):
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, timeout=400, env=ENVIRONMENT
-    )
+    return run
 
 
 def legs(folder="preflight-output"):
@@ -78,12 +86,12 @@ def legs(folder="preflight-output"):
 
 
 @pytest.mark.slow
-def test_a_script_as_it_is_has_its_margin_measured():
+def test_a_script_as_it_is_has_its_margin_measured(fly):
     options = ("--steps", 20, "--rates", "3,1e6", "--remedies", "none", "--jobs", 2)
-    done = fly(*options, "train.py", *ARGUMENTS)
-    assert done.returncode == 0, done.stderr
-    assert "Nothing is needed: the planned rate has a margin of two or more." in done.stdout
-    assert "x 1e+06" in done.stdout and "none x3: trains, loss" in done.stderr
+    code, out, err = fly(*options, "train.py", *ARGUMENTS)
+    assert code == SUCCESS, err
+    assert "Nothing is needed: the planned rate has a margin of two or more." in out
+    assert "x 1e+06" in out and "none x3: trains, loss" in err
     result = json.loads(Path("preflight-output/preflight.json").read_text())
     assert result["passed"] and result["learning_rate"] == 0.01
     assert result["remedies"][0]["fails_at"] == 1e6
@@ -96,32 +104,32 @@ def test_a_script_as_it_is_has_its_margin_measured():
     assert not list(Path("preflight-output").rglob("events.out*"))
 
     before = Path("preflight-output/legs/none x3/leg.json").stat().st_mtime_ns
-    again = fly(*options[:-2], "--seeds", 2, "--json", "train.py", *ARGUMENTS)
-    assert again.returncode == 0, again.stderr
-    found = {leg["leg"]: leg for leg in json.loads(again.stdout)["legs"]}
+    code, out, err = fly(*options[:-2], "--seeds", 2, "--json", "train.py", *ARGUMENTS)
+    assert code == SUCCESS, err
+    found = {leg["leg"]: leg for leg in json.loads(out)["legs"]}
     assert found["none x1 seed 1"]["loss"] != found["none x1"]["loss"]
     assert Path("preflight-output/legs/none x3/leg.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_a_planned_rate_that_is_lost_ends_with_one():
+def test_a_planned_rate_that_is_lost_ends_with_one(fly, own_registry):
     Path("entry.py").write_text(OWN_ENTRY)  # which every leg has
     script = Path("train.py")
     own = "import hf_stable\nassert 'made-up' in hf_stable.supported_architectures()\n"
     script.write_text(own + script.read_text())
     arguments = [word if word != "1e-2" else "1e4" for word in ARGUMENTS]
     options = ("--steps", 20, "--rates", "1", "--remedies", "none", "--register", "entry.py")
-    done = fly(*options, "train.py", *arguments)
-    assert done.returncode == 1, done.stderr
-    assert "No remedy that was tried helps" in done.stdout
+    code, out, err = fly(*options, "train.py", *arguments)
+    assert code == NO, err
+    assert "No remedy that was tried helps" in out
 
 
 @pytest.mark.slow
-def test_it_runs_under_a_launcher():
+def test_it_runs_under_a_launcher(fly):
     words = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
     options = ("--steps", 20, "--rates", "1", "--remedies", "none")
-    done = fly(*options, "--launcher", words, "train.py", *ARGUMENTS)
-    assert done.returncode in (0, 1), done.stderr
+    code, _, err = fly(*options, "--launcher", words, "train.py", *ARGUMENTS)
+    assert code in (SUCCESS, NO), err
     ends = legs()
     assert {end["ending"]["steps"] for end in ends.values()} == {20} and len(ends) == 1
 
@@ -134,7 +142,7 @@ def _target(link):
 
 
 @pytest.mark.slow
-def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path):
+def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path, monkeypatch):
     settings = Settings(("train.py", *ARGUMENTS), 20, 5)
     assert can_fork(settings) != torch.accelerator.is_available()
     assert not can_fork(replace(settings, launcher=("torchrun",)))
@@ -150,6 +158,10 @@ def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path):
         )
 
     leg = Leg(parse_remedy("adamw2+sigma_reparam"), 1.0)
+    # A program that calls the command need not guard its main module against being run again.
+    (tmp_path / "program.py").write_text("raise SystemExit('the main module ran once more')")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "program.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     started, forked = (flown(str(forks), leg, forks) for forks in (False, True))
     assert forked == started and len(started[0]) == 20 and len(started[1]) > 4
     assert flown("other", Leg(leg.remedy, 1.0, seed=1), True) != started
@@ -159,10 +171,11 @@ def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
+    options = ("--steps", "20", "--rates", "1,2,3,4,5,6,7", "--remedies", "none")
     process = subprocess.Popen(
-        command("--steps", 20, "--rates", "1,2,3,4,5,6,7", "--remedies", "none", "train.py",
-                *ARGUMENTS),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        [sys.executable, "-m", "hf_stable.commands.main", "preflight", *options, "train.py",
+         *ARGUMENTS],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A shell that starts the tests in the background has its children ignore interrupts.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -190,11 +203,11 @@ def test_an_interrupt_keeps_what_is_done_and_stops_what_runs():
         (None, ("--launcher", f"{sys.executable} -c 'raise ValueError(3)'"), "ValueError: 3"),
     ],
 )
-def test_what_cannot_be_flown_is_said(script, options, message):
+def test_what_cannot_be_flown_is_said(fly, script, options, message):
     if script is not None:
         Path("train.py").write_text(script)
-    done = fly("--remedies", "none", *options, "train.py", *ARGUMENTS)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
+    code, _, err = fly("--remedies", "none", *options, "train.py", *ARGUMENTS)
+    assert code == BAD_INPUT and message in err, err
     assert not Path("preflight-output/preflight.json").exists()
 
 

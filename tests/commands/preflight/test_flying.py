@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -21,22 +22,26 @@ from hf_stable.report.reading import read_run
 STEPS = 24
 
 
-def make_trainer(tmp_path, **options):
+def unchanged(model):
+    return model
+
+
+def make_trainer(tmp_path, change=unchanged, **options):
     model = tiny_model("gpt2")
     batch = tiny_batch(model)  # four sentences, which are soon known by heart
     data = [{name: rows[i % 4] for name, rows in batch.items()} for i in range(32)]
     arguments = dict(
         max_steps=200, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
         lr_scheduler_type="cosine", report_to="none", save_steps=5, disable_tqdm=True,
+        remove_unused_columns=False,  # a compiled model does not tell which it uses
     )  # fmt: skip
-    return Trainer(
-        model, TrainingArguments(str(tmp_path / "own"), **(arguments | options)), train_dataset=data
-    )
+    args = TrainingArguments(str(tmp_path / "own"), **(arguments | options))
+    return Trainer(change(model), args, train_dataset=data)
 
 
-def fly(tmp_path, make=None, **options):
+def fly(tmp_path, make=None, change=unchanged, **options):
     options = dict(remedies="none", rates=[1.0], steps=STEPS, output=tmp_path / "legs") | options
-    return hf_stable.preflight(make or (lambda: make_trainer(tmp_path)), **options)
+    return hf_stable.preflight(make or (lambda: make_trainer(tmp_path, change)), **options)
 
 
 def losses(folder):
@@ -119,6 +124,51 @@ def test_legs_that_are_done_are_taken_and_others_run(tmp_path):
     (tmp_path / "full" / "something").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no preflight"):
         fly(tmp_path, make, output=tmp_path / "full")
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"]))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def norm_free(model):
+    return hf_stable.patch(model, "remove_pre_layernorm")
+
+
+def unwritable(model):
+    model.config.tensor = torch.zeros(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory):
+    """The folder of a preflight that a plain model flew, one leg of it."""
+    folder = tmp_path_factory.mktemp("plainly")
+    (leg,) = fly(folder).outcomes
+    assert read_run(leg.folder).guessing is not None
+    return folder / "legs"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize(
+    ("change", "is_known"),
+    [(norm_free, True), (compiled, True), (adapted, False), (unwritable, False)],
+)
+def test_a_config_that_says_nothing_ends_no_leg(tmp_path, capsys, plainly, change, is_known):
+    shutil.copytree(plainly, tmp_path / "legs")
+    # The leg has the folder of the plain model's, whose config is not this one's.
+    (leg,) = fly(tmp_path, change=change, steps=STEPS + 1).outcomes
+    before = plainly / leg.folder.relative_to(tmp_path / "legs")
+    assert leg.ending.steps == STEPS + 1 and (before / "config.json").is_file()
+    known = read_run(before).guessing
+    assert read_run(leg.folder).guessing == (known if is_known else None)
+    said = "cannot be written as JSON" in capsys.readouterr().err
+    assert said == (change is unwritable)
 
 
 @pytest.mark.slow
