@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stable.architectures.finding import FoundBlock
+from hf_stable.measures.entropy import count_visible_keys
 from hf_stable.monitor.listening import listener_of
 from hf_stable.monitor.recorder import is_recomputing
 
@@ -83,7 +84,20 @@ def _maps_of(
     maps = [each for each in found if isinstance(each, Tensor) and each.ndim == 4]
     if not maps:
         raise ValueError(f"{type(module).__name__} returns no maps (batch, heads, queries, keys)")
-    return maps[-1]
+    return _without_blind_rows(maps[-1], call.arguments.get("attention_mask"))
+
+
+def _without_blind_rows(maps: Tensor, mask: Any) -> Tensor:
+    """Make rows NaN that see no key, as softmax has them of a row of -inf.
+
+    A mask of least numbers, in place of -inf, leaves them uniform: padding on the left would look
+    like attention to everything.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        return maps
+    rows = torch.arange(maps.shape[2], device=mask.device)
+    seen = count_visible_keys(maps.shape[3], rows, mask if mask.is_floating_point() else mask > 0)
+    return maps.masked_fill((seen == 0).unsqueeze(-1).to(maps.device), torch.nan)
 
 
 def _write_mask_out(module: nn.Module, arguments: dict[str, Any], tokens: Tensor) -> None:

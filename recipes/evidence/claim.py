@@ -228,6 +228,12 @@ def short(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "NaN"
 
 
+def loss_text(results: Results, name: str) -> str:
+    """Return the mean loss of a variant, and how many of its runs failed, if any did."""
+    failed = failures(results, name)
+    return short(mean(losses(results, name))) + (f" ({failed} fail)" if failed else "")
+
+
 def of(settings: Mapping[str, Settings]) -> tuple[Variant, ...]:
     """Return settings by name as variants."""
     return tuple(Variant(name, each) for name, each in settings.items())

@@ -27,21 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 from recipes.evidence import records
 from recipes.evidence.claim import WORSE, Results, losses, of, short, window
 from recipes.evidence.claims import CLAIMS
-from recipes.evidence.comparisons import SWEEP, sweep_name
-from recipes.evidence.from_the_papers import (
-    CONTROL,
-    CONTROLS,
-    MODELS,
-    NO_NORMS,
-    NO_NORMS_SIGMA,
-    OURS,
-    PATCHED,
-    PLAIN,
-    PLAIN_MODEL,
-    TAUS,
-    WARMUP,
-)
-from recipes.evidence.runs import STD_VIT, VIT, Variant
+from recipes.evidence.claims.rate_windows import SWEEP, sweep_name
+from recipes.evidence.claims.sigma import PATCHED, PLAIN_MODEL
+from recipes.evidence.claims.warmup import CONTROL, CONTROLS, MODELS, OURS, PLAIN, TAUS, WARMUP
+from recipes.evidence.runs import NO_NORMS, NO_NORMS_SIGMA, STD_VIT, VIT, Variant
 from recipes.evidence.windows import window_text
 from recipes.run import run
 from recipes.settings import Fields

@@ -25,6 +25,10 @@ hand. With `--quick` it does a few runs of claims 1, 4 and 6 on one seed, and sa
 what the whole shows. A claim can be run alone, and `--jobs` says how many runs go on at once. The
 last column has the minutes that the runs of a claim took, one after the other, on machines that
 others used as well.
+
+`python recipes/evidence/larger.py` has set-ups of claims 1, 6 and 7 with 3 to 5 M parameters, and
+with `--gpu` ViT-S and GPT-2 small for six minutes of one GPU. They were tried dry, and not run: so
+nothing here says whether the verdicts hold past this scale.
 """
 
 RUNS = [

@@ -27,6 +27,12 @@ STD_VIT = Settings(learning_rate=1e-2)
 
 ADAMW2 = dict(optim="adamw2", optim_args="tau=0.004")
 SIGMA = dict(patch="sigma_reparam")
+NO_NORMS = "remove_pre_layernorm"
+NO_NORMS_SIGMA = "remove_pre_layernorm,sigma_reparam"
+SGD = dict(optim="torch:SGD", optim_args='{"momentum": 0.9}')
+
+SHORT = 150
+"""Steps of a run where there are many."""
 
 
 @dataclass(frozen=True)

@@ -586,7 +586,21 @@ def quantised_by_transformers(model, tmp_path):
     return model
 
 
+def pruned(model, tmp_path):
+    torch.nn.utils.prune.l1_unstructured(model.vit.layers[0].mlp.fc1, "weight", amount=0.5)
+    return model
+
+
+def weight_normed(model, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model.vit.layers[1].mlp.fc2)
+    return model
+
+
 STATES = {
+    "pruned": (pruned, "the weight of 'vit.layers.0.mlp.fc1' is no parameter: pruning"),
+    "weight_norm": (weight_normed, "the weight of 'vit.layers.1.mlp.fc2' is no parameter"),
     "torch.compile": (compiled_wrapper, "is wrapped in torch.compile already"),
     "model.compile": (compiled_in_place, "is wrapped in torch.compile already"),
     "DataParallel": (data_parallel, "is wrapped in DataParallel already"),

@@ -16,19 +16,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes.evidence import (  # noqa: E402
-    causes,
-    comparisons,
-    figures,
-    from_the_papers,
-    power_iterations,
-    records,
-    sequences,
-    todays,
-)
+from recipes.evidence import figures, power_iterations, records  # noqa: E402
 from recipes.evidence import run as evidence  # noqa: E402
 from recipes.evidence.claim import VERDICTS, Figure, Panel, crash_step, window  # noqa: E402
-from recipes.evidence.claims import CLAIMS  # noqa: E402
+from recipes.evidence.claims import (  # noqa: E402
+    CLAIMS,
+    causes,
+    collapse,
+    combinations,
+    modes,
+    rate_windows,
+    rivals,
+    sequences,
+    sharpness,
+    sigma,
+    tau_range,
+    todays,
+    warmup,
+)
 from recipes.evidence.page import page  # noqa: E402
 from recipes.evidence.runs import VIT, Variant, changes, do_runs, forget, key_of  # noqa: E402
 from recipes.evidence.windows import is_wider  # noqa: E402
@@ -59,8 +64,8 @@ def judged(key, figures_of):
 def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
     def figures_of(plain, warm, ours, lower=0.6):
         losses = {
-            from_the_papers.PLAIN: plain, from_the_papers.WARMUP: warm,
-            from_the_papers.OURS: ours, from_the_papers.CONTROL: lower,
+            warmup.PLAIN: plain, warmup.WARMUP: warm,
+            warmup.OURS: ours, warmup.CONTROL: lower,
         }  # fmt: skip
         return lambda name: run_with(losses[name.split(", ", 1)[1]])
 
@@ -87,7 +92,7 @@ def test_claim_1_asks_that_adamw_fails_and_that_adamw2_matches_warmup():
 
 def test_claim_2_asks_for_an_optimum_inside_that_is_broad():
     def by(*losses, swin=None):
-        values = from_the_papers.TAU_VALUES
+        values = tau_range.TAU_VALUES
 
         def figures_of(name):
             chosen = swin if swin and name.startswith("Swin") else losses
@@ -130,13 +135,13 @@ def test_claim_3_asks_that_rates_rise_and_says_what_is_refuted():
     assert with_rates(0.5, 0.2, 1.2, 1.2)[0] == "refuted"
 
 
-def collapse(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, good_growth=1.1,
+def collapsing(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, good_growth=1.1,
              good_sec=0.5):  # fmt: skip
     """Runs that fail with these steps, beside ones that train."""
 
     def figures_of(name):
         model = "gpt2" if "GPT" in name else "vit"
-        if name in [good for _, good in from_the_papers.COLLAPSE_PAIRS]:
+        if name in [good for _, good in collapse.COLLAPSE_PAIRS]:
             calm = dict(fall_step=good_fall, crash_step=None, sigma_growth=good_growth)
             return run_with(good, model=model, lowest_entropy=good_entropy, highest_sec=good_sec,
                             **calm)  # fmt: skip
@@ -147,17 +152,17 @@ def collapse(*, fall=3, crash=3, good=0.3, good_fall=None, good_entropy=0.9, goo
 
 
 def test_claim_4_asks_that_the_fall_is_not_later_than_the_crash_and_absent_where_runs_train():
-    assert judged("4", collapse())[0] == "reproduced"
-    assert judged("4", collapse(fall=240, crash=2))[0] == "not at this scale"
-    assert judged("4", collapse(fall=None, crash=2))[0] == "not at this scale"
+    assert judged("4", collapsing())[0] == "reproduced"
+    assert judged("4", collapsing(fall=240, crash=2))[0] == "not at this scale"
+    assert judged("4", collapsing(fall=None, crash=2))[0] == "not at this scale"
     # What trains collapses further.
-    worse = collapse(good_entropy=0.01, good_growth=99.0, good_sec=1.0)
+    worse = collapsing(good_entropy=0.01, good_growth=99.0, good_sec=1.0)
     assert judged("4", worse)[0] == "not at this scale"  # by 1 % of SEC
     assert judged("4", lambda name: worse(name) | dict(highest_sec=0.9))[0] == "not at this scale"
-    opposite = collapse(good_entropy=0.01, good_growth=99.0, good_sec=1.1)
+    opposite = collapsing(good_entropy=0.01, good_growth=99.0, good_sec=1.1)
     assert judged("4", opposite)[0] == "refuted"
-    assert judged("4", collapse(fall=8, crash=3))[0] == "reproduced"  # along with it: 5 of 250
-    both, late = collapse(), collapse(fall=9, crash=3)
+    assert judged("4", collapsing(fall=8, crash=3))[0] == "reproduced"  # along with it: 5 of 250
+    both, late = collapsing(), collapsing(fall=9, crash=3)
     mixed = judged("4", lambda n: late(n) if "3e-2" in n else both(n))
     assert mixed[0] == "partly" and "along with it, in 0 of 1." in mixed[1]
     assert mixed[1].startswith("2 of 3 pairs of ")
@@ -171,12 +176,12 @@ def test_claim_4_counts_no_pair_whose_remedy_is_none():
         dict(good_growth=10.0),
     ):
         verdict, sentence = judged(
-            "4", lambda n, c=changed: collapse(**(c if "ViT" in n else {}))(n)
+            "4", lambda n, c=changed: collapsing(**(c if "ViT" in n else {}))(n)
         )
         assert verdict == "partly" and sentence.startswith("1 of 3 pairs"), changed
-    assert judged("4", collapse(good_fall=100))[0] == "reproduced"
+    assert judged("4", collapsing(good_fall=100))[0] == "reproduced"
     # SEC that is as high where runs train takes away from it, and shows nothing by itself.
-    verdict, sentence = judged("4", collapse(good_sec=0.99))
+    verdict, sentence = judged("4", collapsing(good_sec=0.99))
     assert verdict == "partly" and sentence.startswith("3 of 3 pairs of ")
     assert "SEC tells the two apart in 0." in sentence
 
@@ -190,9 +195,9 @@ def test_claim_5_asks_for_both_modes_in_runs_that_ended_as_they_say():
 
     malignant, benign = dict(malignant=3, normal=7), dict(benign=3, normal=7)
     verdict, sentence = with_modes(malignant | dict(undefined=5), benign)
-    maps = 10 * len(from_the_papers.LOOKED_AT)
+    maps = 10 * len(modes.LOOKED_AT)
     assert verdict == "reproduced" and f"Of {maps} head maps" in sentence
-    lost = sum("plain" in variant.name for variant in from_the_papers.LOOKED_AT)
+    lost = sum("plain" in variant.name for variant in modes.LOOKED_AT)
     assert f"{3 * lost} of the malignant maps and 0 of the benign ones are from runs " in sentence
     assert f"Another {5 * lost} " in sentence
     assert with_modes(malignant, dict(normal=10))[0] == "partly"
@@ -213,7 +218,7 @@ def test_claim_6_asks_for_runs_that_train_and_for_entropy():
     assert verdict == "reproduced"
     # A run that trains with attention that collapses is half of it.
     verdict, sentence = with_pair(collapsed, run_with(1.0, lowest_entropy=0.1))
-    setups = len(from_the_papers.SIGMA_SETUPS)
+    setups = len(sigma.SIGMA_SETUPS)
     assert verdict == "partly" and f"keeps entropy in 0 of the {setups}" in sentence
     assert f"mostly trains in {setups} of the {setups}" in sentence
     # A better loss that is a failure still is not training, and NaN is beaten by anything.
@@ -227,11 +232,11 @@ def test_claim_6_asks_for_runs_that_train_and_for_entropy():
 
 
 def test_claim_6_counts_each_plain_model_once():
-    setups = from_the_papers.SIGMA_SETUPS.values()
-    plain = [setup[from_the_papers.PLAIN_MODEL] for setup in setups]
+    setups = sigma.SIGMA_SETUPS.values()
+    plain = [setup[sigma.PLAIN_MODEL] for setup in setups]
     assert all(one != other for i, one in enumerate(plain) for other in plain[:i])
-    spectral = [setup for setup in setups if from_the_papers.SPECTRAL in setup]
-    assert {setup[from_the_papers.SPECTRAL].patch_init for setup in spectral} == {"spectral"}
+    spectral = [setup for setup in setups if sigma.SPECTRAL in setup]
+    assert {setup[sigma.SPECTRAL].patch_init for setup in spectral} == {"spectral"}
     sentence = judged("6", lambda n: run_with(0.3 if n.endswith("spectral") else 2.3))[1]
     assert "mostly trains in 0 of" in sentence
     assert sentence.count("With init spectral 0.3, 0.90 and 0 failed.") == len(spectral) == 2
@@ -242,19 +247,19 @@ def sweep(reach):
 
     def figures_of(name):
         method, rate = re.fullmatch(r".*: (.*), lr (.*)", name).groups()
-        place = comparisons.RATES.index(float(rate)) - comparisons.RATES.index(3e-3)
+        place = rate_windows.RATES.index(float(rate)) - rate_windows.RATES.index(3e-3)
         return run_with(0.3 if abs(place) <= 2 * reach[method] else 2.3)
 
     return figures_of
 
 
 def test_claim_7_compares_the_windows_with_that_of_adamw():
-    narrow, wide = dict.fromkeys(comparisons.SWEEP, 0), dict.fromkeys(comparisons.SWEEP, 1)
+    narrow, wide = dict.fromkeys(rate_windows.SWEEP, 0), dict.fromkeys(rate_windows.SWEEP, 1)
     assert judged("7", sweep(wide | {"AdamW": 0}))[0] == "reproduced"
     assert judged("7", sweep(narrow | {"AdamW": 1}))[0] == "refuted"
     assert judged("7", sweep(narrow))[0] == "not at this scale"
     verdict, sentence = judged("7", sweep(narrow | {"AdamW2": 1, "AdamW, warmup": 3}))
-    total = len(comparisons.CHANGED)
+    total = len(rate_windows.CHANGED)
     assert verdict == "partly"
     won, lost = (f"AdamW2 wider in {n} and narrower in {total - n} of {total}" for n in (total, 0))
     assert f"Against AdamW without warmup, over initialisations and batch sizes: {won}" in sentence
@@ -267,14 +272,14 @@ def test_claim_7_compares_the_windows_with_that_of_adamw():
     flat = sweep(wide)
     assert judged("7", lambda n: run_with(2.3) if ": AdamW2," in n else flat(n))[1].count(
         f"AdamW2 wider in 0 and narrower in {total} of {total}"
-    ) == len(comparisons.BASES)
+    ) == len(rate_windows.BASES)
 
 
 def test_windows_that_the_sweep_cut_off_are_bounds():
     inside, low, high = (1e-3, 1e-2), (1e-4, 1e-2), (1e-3, 1e-1)
 
     def wider(first, second):
-        return is_wider(first, second, comparisons.RATES)
+        return is_wider(first, second, rate_windows.RATES)
 
     assert wider(low, inside) and wider(high, inside)
     assert not wider(inside, (1e-4, 2e-4))  # which may go on for decades below
@@ -290,9 +295,9 @@ def test_windows_that_the_sweep_cut_off_are_bounds():
 
 def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():
     claim = CLAIMS["7"]
-    figures_of = sweep(dict.fromkeys(comparisons.SWEEP, 1))
+    figures_of = sweep(dict.fromkeys(rate_windows.SWEEP, 1))
     lines = claim.rows({v.name: [figures_of(v.name)] * 2 for v in claim.variants})
-    rates = {change: comparisons.rates_of(change) for change in comparisons.CHANGED}
+    rates = {change: rate_windows.rates_of(change) for change in rate_windows.CHANGED}
     fine, coarse = rates["default init"], rates["batch 8"]
     assert set(fine) > set(coarse) > set(rates["batch 128"])
     rows = [line for line in lines if line.startswith("| 0.")]
@@ -300,7 +305,7 @@ def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():
     assert "| 0.003 | " + " | ".join(["0.300 ± 0.000"] * 5) + " |" in rows
     assert "| 0.1 | " + " | ".join(["2.300 ± 0.000, 2 fail"] * 5) + " |" in rows
     windows = [line for line in lines if line.startswith("| batch 8 |")]
-    assert len(windows) == 1 and windows[0].count("<br>") == 2 * len(comparisons.SWEEP)
+    assert len(windows) == 1 and windows[0].count("<br>") == 2 * len(rate_windows.SWEEP)
 
 
 def test_windows_do_not_jump_with_the_spacing_of_rates():
@@ -334,7 +339,7 @@ def test_claims_8_and_9_say_what_was_measured_and_what_failed():
 def test_claim_10_compares_what_is_above_both_thresholds():
     def with_shares(unstable, stable, scheduled=None):
         def figures_of(name):
-            is_unstable = name in dict(comparisons.SHARPNESS_PAIRS)
+            is_unstable = name in dict(sharpness.SHARPNESS_PAIRS)
             share = unstable if is_unstable else stable
             other = share if scheduled is None else scheduled[not is_unstable]
             return run_with(0.3, above=share, above_scheduled=other, first_above=2)
@@ -354,7 +359,7 @@ def test_claim_10_compares_what_is_above_both_thresholds():
 def test_claim_11_says_where_we_lose():
     def with_losses(ours, theirs, at=None, there=None):
         def figures_of(name):
-            if name.split(" at ")[0] not in comparisons.OURS:
+            if name.split(" at ")[0] not in rivals.OURS:
                 return run_with(theirs)
             return run_with(there if at and name.endswith(at) else ours)
 
@@ -375,7 +380,7 @@ def test_claim_12_sets_half_precision_beside_full():
     assert "changes the loss by more than 5 % in 8 of 8 set-ups" in sentence
 
     def added_is_better(name):
-        return run_with(0.2 if name.rpartition(" at ")[0] in comparisons.ADDED else 0.3)
+        return run_with(0.2 if name.rpartition(" at ")[0] in combinations.ADDED else 0.3)
 
     said = judged("12", added_is_better)[1]
     assert "improve AdamW2 at 2 of 2 rates; bfloat16 changes the loss by more than 5 % in 0" in said

@@ -194,7 +194,6 @@ def test_speech_recipes_run_on_a_folder_and_go_on_from_their_checkpoint(tmp_path
 
 TINY = {
     "marian_django": dict(model_config=dict(d_model=16, encoder_layers=1, decoder_layers=1)),
-    "t5_django": dict(model_config=dict(d_model=16, num_layers=1, num_decoder_layers=1)),
     "llama_stdlib": dict(model_config=dict(num_hidden_layers=1)),
     "wav2vec2_espeak": dict(model_config=dict(num_hidden_layers=1)),
     "whisper_espeak": dict(model_config=dict(encoder_layers=1, decoder_layers=1)),

@@ -27,6 +27,9 @@ from hf_stable.architectures.finding import FoundLayer, find_blocks, find_layers
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
+HIDES_QUERIES = "deberta-v2"
+"""Padding is hidden as keys and as queries there: its rows, uniform in the map, see nothing."""
+
 
 def probed(name: str, folder: Path) -> str:
     """Entropy is that of the model's own maps, padded or not; the spectra are exact."""
@@ -45,6 +48,12 @@ def probed(name: str, folder: Path) -> str:
     _compare_entropies(records, maps)
     if (inputs := padded(name)) is not None:
         shorter = attention_maps(fresh(name), inputs)
+        if name == HIDES_QUERIES:
+            blind = inputs["attention_mask"][:, None, :, None] == 0
+            shorter = {
+                layer: [m.masked_fill(blind, torch.nan) for m in each]
+                for layer, each in shorter.items()
+            }
         with torch.no_grad(), hf_stable.probe(model, terms=["entropy", "entropy_bound"]) as records:
             outputs_of(model, inputs)
         _compare_entropies(records, shorter)
@@ -65,8 +74,8 @@ def probed(name: str, folder: Path) -> str:
 
 
 def entropy_of(maps: list[Tensor]) -> Tensor:
-    """Mean entropy of each head over the rows and calls of an attention."""
-    return torch.stack([torch.special.entr(m).sum(-1).mean((0, 2)) for m in maps]).mean(0)
+    """Mean entropy of each head over the rows that see a key and the calls of an attention."""
+    return torch.stack([torch.special.entr(m).sum(-1).nanmean((0, 2)) for m in maps]).mean(0)
 
 
 def _compare_entropies(records: Any, maps: dict[str, list[Tensor]]) -> None:

@@ -39,7 +39,7 @@ from hf_stable.methods.sigma_reparam.stacks import (
 )
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
-from hf_stable.methods.sigma_reparam.triples import mark_settled, settle
+from hf_stable.methods.sigma_reparam.triples import check_own, mark_settled, settle
 from hf_stable.methods.undoing import Undo, keep_attributes
 
 __all__ = [
@@ -103,8 +103,9 @@ def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> 
 
     Raises:
         TypeError: if it is no `Linear`, `Conv1D` or convolution, nor declared to be plain.
-        UnsupportedModelError: if its weight is elsewhere (offloaded), or its `forward` is not its
-            own and would go on computing with the raw weight.
+        UnsupportedModelError: if its weight is elsewhere (offloaded) or computed from others
+            (pruned, `weight_norm`), or its `forward` is not its own and would go on computing
+            with the raw weight.
     """
     if parameter == "weight" and sigma_class_of(type(layer)) is None:
         raise TypeError(
@@ -114,6 +115,7 @@ def check_plain(layer: nn.Module, name: str = "", parameter: str = "weight") -> 
             "ways that gamma / sigma would break; an entry declares one that does not by "
             "plain_layers). To patch the others, exclude it"
         )
+    check_own(layer, name, parameter)
     if _weight(layer, parameter).is_meta:
         raise UnsupportedModelError(
             f"the weight of {name or 'a layer'} is on the meta device: it was not loaded, or "

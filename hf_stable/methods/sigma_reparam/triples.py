@@ -7,15 +7,15 @@ average of weights, a state dict of a plain model, an assignment.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import is_partitioned, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.kernels.weights import TrackedWeight
+from hf_stable.kernels.weights import PLAIN, TrackedWeight
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
 from hf_stable.measures.parts import Parts
@@ -24,6 +24,7 @@ from hf_stable.methods.sigma_reparam.part_arithmetic import sigma_of, vectors_of
 __all__ = [
     "SIGMA_TENSORS",
     "LayerWithTriple",
+    "check_own",
     "check_present",
     "mark_moved",
     "mark_settled",
@@ -63,8 +64,8 @@ class LayerWithTriple(TrackedWeight, Protocol):
 def mark_settled(layer: LayerWithTriple) -> None:
     """Note that the triple belongs to the weight as it is now."""
     weight = layer.weight
-    layer.settled_for = (id(weight), _version(weight))
-    layer.seen_entries = None  # it has been written by a step: nobody needs to look now
+    # A step has written it: nobody needs to look now. Not by attributes, which a module searches.
+    vars(layer).update(settled_for=(id(weight), _version(weight)), seen_entries=None)
 
 
 def mark_moved(layer: LayerWithTriple) -> None:
@@ -80,6 +81,25 @@ def check_present(layer: LayerWithTriple) -> None:
             "forward alone. Call accelerate.hooks.remove_hook_from_module(model, recurse=True), "
             "which brings all of them back, or load the model without offloading"
         )
+
+
+def check_own(layer: nn.Module, name: str, parameter: str = "weight") -> None:
+    """Raise UnsupportedModelError for a layer whose weight is computed from other tensors.
+
+    torch's pruning, `weight_norm`, `spectral_norm` and parametrizations put another tensor in the
+    place of the parameter, anew for each forward. No optimizer moves that one, so that nothing
+    would tell when sigma has to follow.
+    """
+    # DataParallel's replicas have tensors in the place of all their parameters.
+    if parameter in layer._parameters or getattr(layer, "_is_replica", False):
+        return
+    raise UnsupportedModelError(
+        f"the weight of {name!r} is no parameter: pruning, weight_norm, spectral_norm or another "
+        "parametrization of torch computes it from others, and sigma would not follow it. Make "
+        "that permanent (torch.nn.utils.prune.remove, remove_weight_norm, "
+        "parametrize.remove_parametrizations), or leave the layer out by exclude=[...]. On a "
+        "patched model, call hf_stable.fold before it is put on"
+    )
 
 
 def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
@@ -98,14 +118,16 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     weight = layer.weight
     identity, version = layer.settled_for
-    if identity != id(weight) or is_partitioned(weight):
+    if identity != id(weight):
+        check_own(cast(nn.Module, layer), layer.layer_name)
         return
-    if version != _version(weight) or (look and _has_moved_unseen(layer)):
+    if is_partitioned(weight):
+        return
+    if version != _version(weight) or (look and _has_moved_unseen(layer, weight)):
         settle(layer)
 
 
-def _has_moved_unseen(layer: LayerWithTriple) -> bool:
-    weight = layer.weight
+def _has_moved_unseen(layer: LayerWithTriple, weight: Tensor) -> bool:
     if (layer.training and weight.requires_grad) or isinstance(weight, DTensor):
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -122,8 +144,15 @@ def _some_entries(weight: Tensor, parts: Parts) -> Tensor:
         entries = weight.detach().flatten()
         # One more than a share of them: it is no multiple of a row, which would be one column.
         return entries[:: 1 + len(entries) // max(NUM_ENTRIES, 2 * len(weight))]
-    diagonal = as_matrix(weight.detach()).diagonal()
-    return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
+    if type(weight) not in PLAIN or weight.ndim != 2:
+        diagonal = as_matrix(weight.detach()).diagonal()
+        return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
+    # The same in one call: every layer looks at each token that a model generates.
+    length = min(weight.shape)
+    every = max(1, length // NUM_ENTRIES)
+    stride = every * sum(weight.stride())
+    held = weight.detach() if torch.is_grad_enabled() else weight
+    return held.as_strided((-(-length // every),), (stride,), weight.storage_offset())
 
 
 @torch.no_grad()
@@ -134,8 +163,10 @@ def settle(layer: LayerWithTriple) -> None:
     Host synchronisation: yes. Every rank of a sharded weight has to call it.
 
     Raises:
-        UnsupportedModelError: as `check_present` does.
+        UnsupportedModelError: as `check_present` and `check_own` do.
     """
+    if isinstance(layer, nn.Module):
+        check_own(layer, layer.layer_name)
     check_present(layer)
     weight: Any = layer.weight
     whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU

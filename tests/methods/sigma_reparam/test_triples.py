@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_models import sgd_steps, tiny_batch, tiny_model
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hf_stable
+from hf_stable import UnsupportedModelError
 from hf_stable.measures.matrices import local_matrices
 from hf_stable.methods.sigma_reparam import triples as settling
 from hf_stable.methods.sigma_reparam.method import sigma_layers
@@ -212,6 +214,41 @@ def test_a_stale_model_is_saved_and_folded_settled(tmp_path):
     model.save_pretrained(tmp_path)
     assert loss(type(model).from_pretrained(tmp_path)) == pytest.approx(expected, rel=ROUNDING)
     assert loss(hf_stable.fold(other)) == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("put_on", "take_off"),
+    [
+        (
+            lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+            lambda layer: prune.remove(layer, "weight"),
+        ),
+        (
+            parametrizations.weight_norm,
+            lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+        ),
+    ],
+    ids=["pruned", "weight-normed"],
+)
+def test_a_weight_that_is_computed_from_others_is_refused(put_on, take_off, tmp_path):
+    model = patched("vit", init="one")
+    layer = model.vit.layers[0].mlp.fc1
+    put_on(layer)
+    uses = (
+        lambda: model(**tiny_batch(model)),
+        lambda: model.save_pretrained(tmp_path),
+        lambda: hf_stable.fold(model),
+        lambda: hf_stable.refresh(model),
+    )
+    for use in uses:
+        with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.fc1' is no parameter"):
+            use()
+    take_off(layer)
+    hf_stable.refresh(model)
+    assert staleness(model) < ROUNDING
+    before = layer.sigma.clone()
+    sgd_steps(model, lr=0.5)
+    assert not torch.equal(layer.sigma, before)
 
 
 # What must not move

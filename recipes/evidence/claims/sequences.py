@@ -18,8 +18,7 @@ from recipes.evidence.claim import (
     of,
     short,
 )
-from recipes.evidence.from_the_papers import NO_NORMS, NO_NORMS_SIGMA, SGD
-from recipes.evidence.runs import SIGMA
+from recipes.evidence.runs import NO_NORMS, NO_NORMS_SIGMA, SGD, SIGMA
 from recipes.settings import Fields, Settings
 
 __all__ = ["CLAIMS"]
@@ -36,7 +35,7 @@ WIDTH, HEADS = 32, 2
 PLAIN, WARMUP = "plain, no warmup", "plain, warmup 20 %"
 METHODS: dict[str, dict[str, Any]] = {
     "sigmaReparam": SIGMA,
-    "AdamW2": dict(optim="adamw2", optim_args="tau=0.001"),
+    "AdamW2": dict(optim="adamw2", optim_args="tau=0.001"),  # of four values the best on seed 7
 }
 KINDS: dict[str, dict[str, Any]] = {PLAIN: {}, WARMUP: dict(warmup=0.2), **METHODS}
 
@@ -131,7 +130,7 @@ def _listener(**changes: Any) -> Settings:
 
 
 _ADAM = _listener(learning_rate=3e-3)
-_SGD = _listener(learning_rate=3e-2, **SGD)
+_SGD = _listener(learning_rate=3e-2, **SGD)  # on seed 7 both stall at 1e-2, and 1e-1 ends in NaN
 LISTENERS = {
     BASELINE: replace(_ADAM, warmup=0.1),
     UNWARMED: _ADAM,
@@ -161,6 +160,11 @@ def _judge_speech(results: Results) -> Verdict:
         f"pre-norm baseline; with SGD it {'mostly trains' if by_sgd else 'mostly fails'}."
     )
     findings = [f"{name}: test loss {_ended(results, name)}." for name in LISTENERS]
+    findings.append(
+        "Norms are removed before attention and MLP; those of the convolutions, before their "
+        "projection and behind the last block stay. Accuracy is the share of utterances whose "
+        "letters are all right."
+    )
     if matches and by_sgd:
         word = "reproduced"
     elif matches or by_sgd:

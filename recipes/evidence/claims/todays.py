@@ -18,15 +18,18 @@ from recipes.evidence.claim import (
     text_of,
     window,
 )
-from recipes.evidence.comparisons import RIVAL_RATES, RIVALS, judge_rivals
+from recipes.evidence.claims.rivals import RIVAL_RATES, RIVALS, judge_rivals
 from recipes.evidence.runs import ADAMW2, GPT2, SIGMA, VIT, Variant
 from recipes.evidence.windows import Window, is_wider, window_text
 from recipes.settings import Fields, Settings
 
 __all__ = ["CLAIMS"]
 
-TEXT_ADAMW2 = ADAMW2 | dict(optim_args="tau=0.01")
-"""With the tau that decoders take."""
+TEXT_ADAMW2 = ADAMW2 | dict(optim_args="tau=0.03")
+"""Of 0.01, 0.03 and auto the one that did best on Llama with a seed that is not judged: at 0.01 its
+loss was 6.25 at a rate of 0.01, above that of knowing nothing, at auto 5.87 and at 0.03 5.70. On
+GPT-2 the three were alike.
+"""
 
 TEXT = dict(steps=100, monitor_every=0)
 MODELS: dict[str, Settings] = {
