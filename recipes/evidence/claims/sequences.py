@@ -37,7 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sigmaReparam": SIGMA,
     "AdamW2": dict(optim="adamw2", optim_args="tau=0.001"),  # of four values the best on seed 7
 }
-KINDS: dict[str, dict[str, Any]] = {PLAIN: {}, WARMUP: dict(warmup=0.2), **METHODS}
+KINDS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    WARMUP: dict(warmup=0.2),
+    "plain, a third of the rate": dict(learning_rate=1e-3),
+    **METHODS,
+}
 
 
 def deep_name(depth: int, kind: str) -> str:
