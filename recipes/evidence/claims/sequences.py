@@ -123,6 +123,7 @@ def _ended(results: Results, name: str) -> str:
 # 14
 
 BASELINE, UNWARMED = "pre-norm, warmup 10 %", "pre-norm, no warmup"
+SLOWER = "pre-norm, no warmup, a third of the rate"
 NORMLESS, OURS = "no block norms, plain", "no block norms, sigmaReparam"
 MOMENTUM = "SGD with momentum, "
 
@@ -139,6 +140,7 @@ _SGD = _listener(learning_rate=3e-2, **SGD)  # on seed 7 both stall at 1e-2, and
 LISTENERS = {
     BASELINE: replace(_ADAM, warmup=0.1),
     UNWARMED: _ADAM,
+    SLOWER: replace(_ADAM, learning_rate=1e-3),
     NORMLESS: replace(_ADAM, patch=NO_NORMS),
     OURS: replace(_ADAM, patch=NO_NORMS_SIGMA),
     MOMENTUM + UNWARMED: _SGD,
