@@ -17,6 +17,7 @@ __all__ = [
     "architecture_of",
     "is_plain_linear",
     "model_type_of",
+    "registered_entries",
     "register_architecture",
     "supported_architectures",
     "way_to_register",
@@ -69,6 +70,11 @@ def register_architecture(architecture: Architecture, *, overwrite: bool = False
             "to replace its entry"
         )
     _registry[architecture.model_type] = architecture
+
+
+def registered_entries() -> tuple[Architecture, ...]:
+    """Return all entries, whether the installed transformers fits them or not."""
+    return tuple(_registry.values())
 
 
 def supported_architectures() -> list[str]:

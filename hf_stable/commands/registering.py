@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ __all__ = ["register_from"]
 
 def register_from(files: Iterable[str]) -> None:
     """Run Python files that call `hf_stable.register_architecture`.
+
+    What they print goes to stderr, since stdout has the results of a command.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -21,6 +25,8 @@ def register_from(files: Iterable[str]) -> None:
 
 
 def _register_from(file: str) -> None:
+    from hf_stable.architectures.registry import registered_entries
+
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"--register {file}: no such file")
@@ -29,7 +35,19 @@ def _register_from(file: str) -> None:
             f"--register {file}: it registers nothing; it has to call "
             "hf_stable.register_architecture(hf_stable.Architecture(...))"
         )
+    known = set(map(id, registered_entries()))
     try:
-        runpy.run_path(file, run_name="hf_stable_register")
+        with contextlib.redirect_stdout(sys.stderr):
+            runpy.run_path(file, run_name="hf_stable_register")
+    except SystemExit as end:
+        raise ValueError(
+            f"--register {file} ended the program (exit code {end.code}): a file that registers "
+            "has to run to its end"
+        ) from end
     except Exception as error:  # whatever somebody's file raises
         raise ValueError(f"--register {file} failed: {type(error).__name__}: {error}") from error
+    if known.issuperset(map(id, registered_entries())):
+        raise ValueError(
+            f"--register {file}: it ran and registered nothing; its call of "
+            'register_architecture has to be reached without __name__ == "__main__"'
+        )

@@ -30,7 +30,7 @@ class _Announcement(event.Listener):
         if not self.is_made:
             self.is_made = True
             print(
-                f"hf_stable compiles {self.name} for this machine, once; that takes some seconds",
+                f"hf_stable compiles a kernel ({self.name}) once for this machine, in some seconds",
                 file=sys.stderr,
                 flush=True,
             )

@@ -21,6 +21,9 @@ __all__ = ["MOST_ALARMS", "MOST_SAMPLES", "ShownBatches", "ShownSample", "worst_
 MOST_ALARMS, MOST_SAMPLES, MOST_TENSORS = 6, 12, 6
 """Shown of a run, of an alarm, and of a sample."""
 
+MOST_ROWS = 1 << 16
+"""Samples that a file may say it has: a shape with a zero in it says any number and holds none."""
+
 MOST_ENTRIES = 1 << 24
 """Entries of a sample's tensor that is looked at."""
 
@@ -84,12 +87,16 @@ def worst_samples(run: RunRecords) -> list[ShownBatches]:
 
 
 def _shown(run: str, folder: Path, kept: KeptFiles) -> ShownBatches:
-    notes, found = [], []
+    notes, unread, found = [], 0, []
     for name in kept.files:
         try:
             found += list(_samples_in(folder, name))
         except Exception as error:  # whatever a damaged file makes its reader raise
-            notes.append(f"{to_text(name)} could not be read ({type(error).__name__}).")
+            unread += 1
+            if unread <= MOST_SAMPLES:
+                notes.append(f"{to_text(name)} could not be read ({type(error).__name__}).")
+    if unread > MOST_SAMPLES:
+        notes.append(f"Nor could {unread - MOST_SAMPLES:,} more files.")
     if kept.left_out:
         notes.append(f"{kept.left_out:,} micro-batches were not kept: there was no room.")
     if why := {to_text(each.about.get("no_sample_losses")) for each in found} - {""}:
@@ -118,6 +125,8 @@ def _samples_in(folder: Path, name: str) -> Iterator[_Found]:
     lengths = [shape[0] for shape in shapes if shape]
     if not isinstance(about, dict):
         raise ValueError("no description")
+    if lengths and lengths[0] > MOST_ROWS:
+        raise ValueError("more samples than a micro-batch has")
     losses = about.get("sample_losses")
     of_batch = to_number(about.get("loss"))
     for number in range(lengths[0] if lengths else 0):

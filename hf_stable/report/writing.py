@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from hf_stable._json import to_json
 from hf_stable._whole_files import write_whole
 from hf_stable.report.images import require_matplotlib, write_images
+from hf_stable.report.kept_batches import ShownBatches, worst_samples
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page, require_page_packages
 from hf_stable.report.preface import Preface
@@ -71,7 +72,7 @@ def write_report(
             in its folder, or in the one that holds all of several runs.
         format: "html", one page that opens offline; "png", the main figures; "json" or "csv", the
             values as one row each (`report.run_records.TIDY_COLUMNS`), maps left out; "json" has
-            verdicts and notes too.
+            verdicts, notes and the worst samples of kept batches too.
         on_run: called with (runs read, runs in all) after each.
         preface: what stands before the runs on a page; other formats leave it out.
 
@@ -166,11 +167,24 @@ def _cell(value: Any) -> Any:
     return f"'{value}" if is_formula else value
 
 
+def _batches(shown: ShownBatches) -> dict[str, Any]:
+    """Return the worst samples of an alarm as plain data, without pictures."""
+    samples = [sample._asdict() for sample in shown.samples]
+    for sample in samples:
+        del sample["picture"]
+    return {"title": shown.title, "samples": samples, "notes": list(shown.notes)}
+
+
 def _content(runs: Sequence[RunRecords], summaries: Sequence[RunSummary]) -> dict[str, Any]:
     """Return everything for JSON, the rows as lists in the order of "columns"."""
     return {
         "runs": [
-            asdict(summary) | {"path": run.path, "notes": list(run.notes)}
+            asdict(summary)
+            | {
+                "path": run.path,
+                "notes": list(run.notes),
+                "batches": list(map(_batches, worst_samples(run))),
+            }
             for run, summary in zip(runs, summaries, strict=True)
         ],
         "columns": list(TIDY_COLUMNS),

@@ -51,7 +51,7 @@ def _load_from_checkpoint(
 
 @wrapping(
     "transformers.trainer:Trainer._load_best_model",
-    reason="the same for load_best_model_at_end",
+    reason="renames and restores the same way for load_best_model_at_end",
 )
 def _load_best_model(original: Any, trainer: Any) -> None:
     if not _loads_whole_weights(trainer, trainer.model):

@@ -6,16 +6,18 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from report_runs import FALLING, alarm, calm, write_run
+from safetensors.numpy import save_file
 from tiny_models import tiny_model
 from tiny_training import make_trainer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from hf_stable import StabilityCallback
-from hf_stable._file_names import BATCH_FOLDER
+from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report import write_report
 from hf_stable.report.kept_batches import worst_samples
@@ -57,6 +59,15 @@ def test_the_sample_that_did_it_comes_first_with_its_picture(tmp_path):
     assert any("1 not finite" in words for words in first.tensors)
     text = page_of(tmp_path)
     assert "nonfinite at step" in shown.title and shown.title in text
+    write_report([tmp_path], tmp_path / "report.json", format="json")
+    ((in_json,),) = (
+        run["batches"] for run in json.loads((tmp_path / "report.json").read_text())["runs"]
+    )
+    assert in_json["title"] == shown.title
+    assert in_json["samples"] == [
+        {k: list(v) if k == "tensors" else v for k, v in s._asdict().items() if k != "picture"}
+        for s in shown.samples
+    ]
     pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
     assert len(pictures) == len(shown.samples) and len(set(pictures)) == len(pictures)
 
@@ -116,6 +127,21 @@ def test_what_is_damaged_or_gone_is_said_and_no_other_file_is_opened(tmp_path):
     assert names[0] in page_of(run)
     (bare,) = worst_samples(read_run(line_with(write_run(tmp_path / "x", FALLING, {1: calm(1)}))))
     assert bare.samples == ()
+
+
+def test_a_file_that_says_it_has_any_number_of_samples_is_refused_at_once(tmp_path):
+    run = write_run(tmp_path / "run", FALLING, {1: calm(1)}, [("alarm", 50, alarm())])
+    (folder := run / BATCH_FOLDER).mkdir()
+    name = "step-{}-attempt-0-rank-0-micro-0.safetensors"
+    about = {BATCH_KEY: json.dumps({"step": 49, "loss": 2.0})}
+    save_file({"x": np.zeros((10**12, 0), np.float32)}, folder / name.format(49), about)
+    save_file({"x": np.ones((2, 3), np.float32)}, folder / name.format(50), about)
+    gone = [name.format(step) for step in range(100, 600)]
+    files = [name.format(49), name.format(50), *gone]
+    (shown,) = worst_samples(read_run(line_with(run, files=files)))
+    assert len(shown.samples) == 2
+    assert shown.notes[0] == f"{files[0]} could not be read (ValueError)."
+    assert len(shown.notes) < 20 and f"Nor could {len(gone) + 1 - 12:,} more files." in shown.notes
 
 
 def test_what_was_kept_is_no_damage_and_skips_are_told(tmp_path):

@@ -45,8 +45,7 @@ class GrowthCheck(TrainerCallback):
             self.say(f"tau=auto is {tau:.4g}, for {planned:g} steps at the full rate")
         elif (growth := steps * math.log1p(tau)) < math.log(ENOUGH_GROWTH):
             self.say(
-                f"tau={tau:g} over {steps} steps lets no weight grow beyond "
-                f"{math.exp(growth):.2g} times its size, and a fresh head often has to grow "
-                f"{ENOUGH_GROWTH:g} times. Give tau=auto or a larger tau (optim_args), or train "
-                "for longer"
+                f"in {steps} steps at tau={tau:g} a weight grows to {math.exp(growth):.3g} times "
+                f"its size at most, and a fresh head often has to grow to {ENOUGH_GROWTH:g} times. "
+                "Give tau=auto or a larger tau (optim_args), or train for longer"
             )

@@ -89,7 +89,7 @@ def _finish_quietly(finish: Any, args: TrainingArguments) -> None:
 
 @wrapping(
     "transformers.trainer:Trainer.__init__", "args",
-    reason="the same for arguments that were read from a file, or changed since",
+    reason="quietens arguments too that were read from a file, or changed since",
     made_by=PREFLIGHT,
 )  # fmt: skip
 def _build_quietly(

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +31,8 @@ PATIENCE = 0.2
 
 TAIL = 30
 """Lines of a failed leg's output that its error quotes."""
+
+_main_module = threading.Lock()
 
 Wait = Callable[[float], int | None]
 """Waits for a process for at most so many seconds; returns its exit code, or None if it goes on."""
@@ -123,7 +126,8 @@ def _fork(settings: Settings, order: str, log: Path) -> tuple[int, Wait]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([child.__name__])
     process = context.Process(target=child.run_apart, args=(order, str(log.resolve())))
-    process.start()
+    with _without_main():
+        process.start()
     assert process.pid is not None
 
     def wait(seconds: float) -> int | None:
@@ -131,6 +135,21 @@ def _fork(settings: Settings, order: str, log: Path) -> tuple[int, Wait]:
         return process.exitcode
 
     return process.pid, wait
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the main module from multiprocessing, which would run it once more in each leg.
+
+    A program of the user's that calls the command need not have a guard against that.
+    """
+    with _main_module:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _wait_for(pid: int, wait: Wait, stopped: threading.Event) -> int:
@@ -159,7 +178,13 @@ def _signal(pid: int, number: int) -> None:
 
 def _failure(leg: Leg, settings: Settings, log: Path, code: int) -> LegFailed:
     what = " ".join(settings.command[:2] if settings.command[0] == "-m" else settings.command[:1])
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return LegFailed(
+            f"the process of the leg {leg.name!r} ended with code {code} before it began {what}; "
+            "what it printed is above"
+        )
     if code == 0:
         return LegFailed(
             f"{what} ended without training a transformers Trainer, so there is nothing to judge; "

@@ -217,6 +217,12 @@ def _advice(
         return ["No leg's loss has moved yet: with more --steps this can be told apart."]
     if plain.margin >= ENOUGH:
         return ["Nothing is needed: the planned rate has a margin of two or more."]
+    if plain.fails_at is None:
+        highest = f"{plain.margin:g} times"
+        return [
+            f"Whether the planned rate has a margin of two is not known: no rate above {highest} "
+            "it was tried. Give a rate of 2 or more in --rates."
+        ]
     lower = [] if plain.survives_to is None else [plain.survives_to / ENOUGH]
     calmer = f"a rate of {lower[0] * rate:.2g} would have a margin of two" if lower else ""
     if best is None:

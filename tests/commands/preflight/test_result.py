@@ -39,6 +39,18 @@ def test_a_planned_rate_with_a_margin_needs_nothing():
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_a_margin_that_was_not_tried_is_said_to_be_unknown():
+    found = [outcome(NONE, 1.0, "trains"), outcome(NONE, 1.5, "trains")]
+    result = conclude(found, SETTINGS)
+    assert not result.passed
+    assert result.sentences[-1] == (
+        "Whether the planned rate has a margin of two is not known: no rate above 1.5 times it "
+        "was tried. Give a rate of 2 or more in --rates."
+    )
+    lost = conclude([*found, outcome(NONE, 1.8, "diverges", 9.0)], SETTINGS)
+    assert "not known" not in lost.sentences[-1]
+
+
 def test_the_remedy_that_buys_enough_at_the_lowest_loss_is_advised_with_its_cost():
     found = [
         outcome(NONE, 0.3, "trains"), outcome(NONE, 1.0, "diverges", 9.0),
