@@ -20,6 +20,7 @@ from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.paths import plain_name
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.agreement import refuse_different_configs
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
     MethodConfig,
@@ -84,13 +85,15 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
             device (offloaded, too), sharded, wrapped, compiled, quantised or adapted, or something
             other than accelerate's hooks has replaced the forward of a layer.
         ValueError: for an unknown method or option, no matching layer, a zero or non-finite
-            matrix, or a model that is patched by the same method with another config.
+            matrix, or a model that is patched by the same method with another config, or
+            differently by ranks that share its weights.
         TypeError: if a layer is of a type that cannot be reparametrised.
     """
     make_late_changes()
     configs = _resolve(method, options)
     _refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
+    refuse_different_configs(model, configs, present.values())
     for config in configs:
         if present.get(config.method, config) != config:
             raise ValueError(
