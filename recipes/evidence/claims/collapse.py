@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
+from typing import NamedTuple
 
 from recipes.evidence.claim import (
     WORSE,
@@ -50,6 +51,15 @@ ACCOMPANIES = 0.02
 """Share of a run's steps within which a fall after the crash still goes with it."""
 
 
+class _Pair(NamedTuple):
+    """What a run that crashes and the one beside it say of the claim."""
+
+    shows_it: bool
+    reverses_it: bool
+    is_separated: bool
+    findings: list[str]
+
+
 def _judge_collapse(results: Results) -> Verdict:
     """Judge pairs of a run that crashes and one that differs by a remedy.
 
@@ -58,58 +68,63 @@ def _judge_collapse(results: Results) -> Verdict:
     entropy and growth of sigma1 differ by more than 5 % as they must. That SEC does so as well is
     asked for "reproduced" alone: it comes near 1 in healthy runs from a small initialisation too.
     """
-    findings, signs, reversed_signs, separated = [], [], [], 0
-    for bad, good in COLLAPSE_PAIRS:
-        if bad not in results or good not in results:
-            continue
-        falls, crashes = ([run[key] for run in results[bad]] for key in ("fall_step", "crash_step"))
-        slack = ACCOMPANIES * COLLAPSE[bad].steps
-        in_time = sum(
-            fall is not None and crash is not None and fall <= crash + slack
-            for fall, crash in zip(falls, crashes, strict=True)
-        )
-        own, others = (
-            {key: median(run[key] for run in results[name]) for key in COLLAPSED}
-            for name in (bad, good)
-        )
-        crashes_alone = mostly_fails(results, bad) and not mostly_fails(results, good)
-        ends_better = WORSE * median(losses(results, good)) < median(losses(results, bad))
-        is_later = _median_step(results, good) > _median_step(results, bad)
-        signs.append(
-            crashes_alone
-            and ends_better
-            and is_later
-            and in_time > len(falls) / 2
-            and _collapses_more(own, others, "lowest_entropy", "sigma_growth")
-        )
-        separated += _collapses_more(own, others, "highest_sec")
-        reversed_signs.append(
-            mostly_fails(results, bad) and _collapses_more(others, own, *COLLAPSED)
-        )
-        findings += [
-            f"{bad}: {failures(results, bad)} of {len(falls)} runs fail. A head falls below half "
-            f"of its largest entropy at steps {_steps(falls)}; the run crashes at steps "
-            f"{_steps(crashes)}. So the fall comes before the crash, or along with it, in "
-            f"{in_time} of {len(falls)}. {_attention(own)}",
-            f"{good}: {failures(results, good)} of {len(results[good])} runs fail. A head falls "
-            f"below half at steps {_steps([run['fall_step'] for run in results[good]])}. "
-            f"{_attention(others)}",
-        ]
-    findings.append(
+    pairs = [
+        _judge_pair(results, bad, good)
+        for bad, good in COLLAPSE_PAIRS
+        if bad in results and good in results
+    ]
+    shown = sum(pair.shows_it for pair in pairs)
+    separated = sum(pair.is_separated for pair in pairs)
+    sentence = (
+        f"{shown} of {len(pairs)} pairs of a run that crashes and one that trains show it; "
+        f"SEC tells the two apart in {separated}."
+    )
+    if shown == separated == len(pairs):
+        word = "reproduced"
+    elif shown:
+        word = "partly"
+    else:
+        word = "refuted" if all(pair.reverses_it for pair in pairs) else "not at this scale"
+    last = (
         "A run crashes where its loss is lost, or at a spike from which it does not recover. A "
         f"fall goes along with it if it comes at most {ACCOMPANIES:.0%} of the steps later."
     )
-    sentence = (
-        f"{sum(signs)} of {len(signs)} pairs of a run that crashes and one that trains show it; "
-        f"SEC tells the two apart in {separated}."
+    return Verdict(word, sentence, (*(line for pair in pairs for line in pair.findings), last))
+
+
+def _judge_pair(results: Results, bad: str, good: str) -> _Pair:
+    falls, crashes = ([run[key] for run in results[bad]] for key in ("fall_step", "crash_step"))
+    slack = ACCOMPANIES * COLLAPSE[bad].steps
+    in_time = sum(
+        fall is not None and crash is not None and fall <= crash + slack
+        for fall, crash in zip(falls, crashes, strict=True)
     )
-    if all(signs) and separated == len(signs):
-        word = "reproduced"
-    elif any(signs):
-        word = "partly"
-    else:
-        word = "refuted" if all(reversed_signs) else "not at this scale"
-    return Verdict(word, sentence, tuple(findings))
+    own, others = (
+        {key: median(run[key] for run in results[name]) for key in COLLAPSED}
+        for name in (bad, good)
+    )
+    crashes_alone = mostly_fails(results, bad) and not mostly_fails(results, good)
+    ends_better = WORSE * median(losses(results, good)) < median(losses(results, bad))
+    is_later = _median_step(results, good) > _median_step(results, bad)
+    findings = [
+        f"{bad}: {failures(results, bad)} of {len(falls)} runs fail. A head falls below half "
+        f"of its largest entropy at steps {_steps(falls)}; the run crashes at steps "
+        f"{_steps(crashes)}. So the fall comes before the crash, or along with it, in "
+        f"{in_time} of {len(falls)}. {_attention(own)}",
+        f"{good}: {failures(results, good)} of {len(results[good])} runs fail. A head falls "
+        f"below half at steps {_steps([run['fall_step'] for run in results[good]])}. "
+        f"{_attention(others)}",
+    ]
+    return _Pair(
+        crashes_alone
+        and ends_better
+        and is_later
+        and in_time > len(falls) / 2
+        and _collapses_more(own, others, "lowest_entropy", "sigma_growth"),
+        mostly_fails(results, bad) and _collapses_more(others, own, *COLLAPSED),
+        _collapses_more(own, others, "highest_sec"),
+        findings,
+    )
 
 
 def _median_step(results: Results, name: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from recipes.evidence.claim import (
     ROWS_SPARSE,
@@ -81,41 +81,33 @@ SIGMA_SETUPS = {
 """Each with one plain model. The gamma of the paper, 1, is judged; the spectral one is shown."""
 
 
+class _Setup(NamedTuple):
+    """What a set-up says of the claim, plain and patched."""
+
+    plain_fails: bool
+    ours_fails: bool
+    is_better: bool
+    plain_falls: bool
+    keeps_it: bool
+    ours_falls: bool
+    finding: str
+
+
 def _judge_sigma(results: Results) -> Verdict:
     """Judge whether sigmaReparam trains what mostly fails, and keeps the entropy that falls.
 
     Entropy is kept only in runs that learn: one that stands at chance has its attention untouched.
     """
-    findings = []
-    trains = fails = worse = better = kept = collapses = lower = 0
-    names = [name for name in SIGMA_SETUPS if f"{name}, {PATCHED}" in results]
-    for name in names:
-        kinds = [f"{name}, {kind}" for kind in (PLAIN_MODEL, PATCHED)]
-        plain_fails, ours_fails = (mostly_fails(results, kind) for kind in kinds)
-        plain, ours = (median(losses(results, kind)) for kind in kinds)
-        low, ours_low = (median(run["lowest_entropy"] for run in results[kind]) for kind in kinds)
-        is_better = WORSE * ours < plain
-        better += is_better
-        fails += plain_fails
-        trains += plain_fails and not ours_fails and is_better
-        worse += ours_fails and not plain_fails
-        collapses += low < ROWS_SPARSE
-        kept += low < ROWS_SPARSE and _keeps_entropy(results[kinds[1]])
-        lower += ours_low < ROWS_SPARSE <= low
-        finding = (
-            f"{name}: median test loss {short(plain)} plain and {short(ours)} with sigmaReparam, "
-            f"lowest entropy share {low:.2f} and {ours_low:.2f}, failed runs "
-            f"{failures(results, kinds[0])} and {failures(results, kinds[1])}."
-        )
-        if f"{name}, {SPECTRAL}" in results:
-            other = f"{name}, {SPECTRAL}"
-            finding += (
-                f" With init spectral {short(median(losses(results, other)))}, "
-                f"{median(run['lowest_entropy'] for run in results[other]):.2f} and "
-                f"{failures(results, other)} failed."
-            )
-        findings.append(finding)
-    total = len(names)
+    setups = [
+        _judge_setup(results, name) for name in SIGMA_SETUPS if f"{name}, {PATCHED}" in results
+    ]
+    total, fails = len(setups), sum(each.plain_fails for each in setups)
+    trains = sum(each.plain_fails and not each.ours_fails and each.is_better for each in setups)
+    worse = sum(each.ours_fails and not each.plain_fails for each in setups)
+    better = sum(each.is_better for each in setups)
+    collapses = sum(each.plain_falls for each in setups)
+    kept = sum(each.plain_falls and each.keeps_it for each in setups)
+    lower = sum(each.ours_falls and not each.plain_falls for each in setups)
     sentence = (
         f"It mostly trains in {trains} of the {fails} set-ups in which the plain model mostly "
         f"fails, and keeps entropy in {kept} of the {collapses} in which plain attention falls."
@@ -127,7 +119,7 @@ def _judge_sigma(results: Results) -> Verdict:
         "Entropy counts as kept where it stays above half in runs that learn something. It falls "
         f"below half under sigmaReparam in {lower} of the set-ups in which plain attention does "
         "not.",
-        *findings,
+        *(each.finding for each in setups),
     ]
     if trains and kept and trains == fails and kept == collapses and not worse:
         word = "reproduced"
@@ -136,6 +128,33 @@ def _judge_sigma(results: Results) -> Verdict:
     else:
         word = "refuted" if worse == total else "not at this scale"
     return Verdict(word, sentence, tuple(findings))
+
+
+def _judge_setup(results: Results, name: str) -> _Setup:
+    kinds = [f"{name}, {kind}" for kind in (PLAIN_MODEL, PATCHED)]
+    plain_fails, ours_fails = (mostly_fails(results, kind) for kind in kinds)
+    plain, ours = (median(losses(results, kind)) for kind in kinds)
+    low, ours_low = (median(run["lowest_entropy"] for run in results[kind]) for kind in kinds)
+    finding = (
+        f"{name}: median test loss {short(plain)} plain and {short(ours)} with sigmaReparam, "
+        f"lowest entropy share {low:.2f} and {ours_low:.2f}, failed runs "
+        f"{failures(results, kinds[0])} and {failures(results, kinds[1])}."
+    )
+    if (other := f"{name}, {SPECTRAL}") in results:
+        finding += (
+            f" With init spectral {short(median(losses(results, other)))}, "
+            f"{median(run['lowest_entropy'] for run in results[other]):.2f} and "
+            f"{failures(results, other)} failed."
+        )
+    return _Setup(
+        plain_fails,
+        ours_fails,
+        WORSE * ours < plain,
+        low < ROWS_SPARSE,
+        _keeps_entropy(results[kinds[1]]),
+        ours_low < ROWS_SPARSE,
+        finding,
+    )
 
 
 def _keeps_entropy(runs: Sequence[Mapping[str, Any]]) -> bool:
