@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_stable._ranks import local_tensor
 from hf_stable.adamw2.weights import MOMENTS, Weight
 from hf_stable.kernels.choosing import Workspaces, step_by_kernels
+from hf_stable.kernels.weights import PLAIN
 from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrices import (
     MatrixShard,
@@ -57,7 +58,7 @@ def adam_step(
     """Move the moments and take a plain AdamW step on `targets`, in place.
 
     On targets of zeros, without decay, this leaves `-lr * U_t` there in one pass over gradient
-    and moments.
+    and moments. To be called where gradients are disabled.
 
     Args:
         weights: weights of one group.
@@ -66,12 +67,15 @@ def adam_step(
         weight_decay: decoupled decay of the targets.
     """
     group = weights[0].group
-    torch._foreach_add_([weight.state["step"] for weight in weights], 1.0)
+    _count_steps([weight.state["step"] for weight in weights])
     calls: defaultdict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
     relaid = []
     for weight, target in zip(weights, targets, strict=True):
-        first, second = (local_tensor(weight.state[key]) for key in MOMENTS)
-        grad, entries = local_tensor(weight.grad).detach(), _here(target)
+        first, second = (weight.state[key] for key in MOMENTS)
+        grad, entries = weight.grad, target
+        if isinstance(entries, FlatRange) or type(entries) not in PLAIN:
+            first, second, grad = map(local_tensor, (first, second, grad))
+            entries = _here(entries)
         # The fused kernel walks all tensors of a weight in the order of their memory.
         if grad.stride() != first.stride():
             grad = torch.empty_like(first).copy_(grad)
@@ -90,6 +94,15 @@ def adam_step(
         )  # fmt: skip
     for entries, copy in relaid:
         entries.copy_(copy)
+
+
+def _count_steps(steps: list[Tensor]) -> None:
+    """Add one to each, in place."""
+    if steps[0].is_cpu:
+        # A number would become a tensor again for each of them.
+        torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1.0)
 
 
 def _rate_beside(lr: float | Tensor, device: torch.device) -> float | Tensor:

@@ -74,16 +74,17 @@ def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ru
     paths, left = _paths(), []
     taken: dict[tuple[torch.dtype, torch.device], tuple[ModuleType, list[Ruled]]] = {}
     for weight in weights:
-        path = next((path for path in paths if path.takes(weight)), None)
-        if path is not None:
-            key = weight.param.dtype, weight.param.device
-            taken.setdefault(key, (path, []))[1].append(weight)
-        elif any(weight.param.device.type == path.DEVICE for path in paths) and reference.takes(
-            weight
-        ):
-            reference.step_weight(weight)
+        for path in paths:
+            if path.takes(weight):
+                key = weight.param.dtype, weight.param.device
+                taken.setdefault(key, (path, []))[1].append(weight)
+                break
         else:
-            left.append(weight)
+            device = weight.param.device.type
+            if any(device == path.DEVICE for path in paths) and reference.takes(weight):
+                reference.step_weight(weight)
+            else:
+                left.append(weight)
     for key in [key for key in workspaces if key not in taken]:
         del workspaces[key]
     for key, (path, own) in taken.items():

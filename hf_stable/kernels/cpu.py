@@ -14,7 +14,13 @@ from torch import Tensor
 from hf_stable.kernels import tables as t
 from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
 from hf_stable.kernels.threads import address_of, runner
-from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain, known_layout, triples_of
+from hf_stable.kernels.weights import (
+    RuledWeight,
+    TrackedWeight,
+    are_plain,
+    known_layout,
+    triples_of,
+)
 from hf_stable.measures.matrices import spectral_dtype
 
 __all__ = [
@@ -46,9 +52,12 @@ def is_available() -> bool:
     return find_spec("numba") is not None
 
 
-def is_readable(tensor: Tensor) -> bool:
-    """Say whether compiled code can read a tensor by its address, in the order of its entries."""
-    return tensor.is_cpu and is_plain(tensor)
+def are_readable(*tensors: Tensor) -> bool:
+    """Say whether compiled code can read tensors by their addresses, in the order of entries."""
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return are_plain(tensors)
 
 
 def takes(weight: RuledWeight) -> bool:
@@ -57,13 +66,12 @@ def takes(weight: RuledWeight) -> bool:
     lr = weight.group["lr"]
     if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
         return False
-    for tensor in (param, weight.grad, state["exp_avg"], state["exp_avg_sq"]):
-        if tensor.dtype != dtype or not is_readable(tensor):
-            return False
-    for key in STATE[2:]:
-        if not is_readable(state[key]):
-            return False
-    return lay_out(param.shape, weight.parts) is not None
+    first, second, *others = (state[key] for key in STATE)
+    return (
+        weight.grad.dtype == first.dtype == second.dtype == dtype
+        and are_readable(param, weight.grad, first, second, *others)
+        and lay_out(param.shape, weight.parts) is not None
+    )
 
 
 class Workspace:
@@ -187,8 +195,8 @@ def tracks(layer: TrackedWeight, keep: Tensor | None) -> bool:
     real = spectral_dtype(weight.dtype)
     return (
         weight.dtype in KINDS
-        and is_readable(weight)
-        and all(is_readable(tensor) and tensor.dtype == real for tensor in triple)
+        and layer.sigma.dtype == layer.sigma_u.dtype == layer.sigma_v.dtype == real
+        and are_readable(weight, *triple)
         and (keep is None or keep.is_cpu)
         and lay_out(weight.shape, layer.parts) is not None
     )

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from hf_stable.kernels.launches import Bucket, Workspace, fits, make_plan
 from hf_stable.kernels.layouts import Layout, lay_out
-from hf_stable.kernels.weights import RuledWeight, TrackedWeight, is_plain, known_layout, triples_of
+from hf_stable.kernels.weights import (
+    RuledWeight,
+    TrackedWeight,
+    are_plain,
+    known_layout,
+    triples_of,
+)
 
 __all__ = ["is_available", "refresh_layers", "refresh_vectors", "step_weights", "takes", "tracks"]
 
@@ -44,7 +50,7 @@ def _is_interpreted() -> bool:
 
 def is_readable(tensor: Tensor) -> bool:
     """Say whether a kernel can read a tensor by its address, in the order of its entries."""
-    return (tensor.is_cuda or (tensor.is_cpu and _is_interpreted())) and is_plain(tensor)
+    return (tensor.is_cuda or (tensor.is_cpu and _is_interpreted())) and are_plain((tensor,))
 
 
 def takes(weight: RuledWeight) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from hf_stable.kernels.layouts import Layout, lay_out
 from hf_stable.measures.parts import Parts
 
-__all__ = ["RuledWeight", "TrackedWeight", "Triples", "is_plain", "known_layout", "triples_of"]
+__all__ = [
+    "PLAIN",
+    "RuledWeight",
+    "TrackedWeight",
+    "Triples",
+    "are_plain",
+    "known_layout",
+    "triples_of",
+]
 
 PLAIN = frozenset((Tensor, nn.Parameter))
+"""Types of tensors that are nothing but a place in memory."""
 
 
 class RuledWeight(Protocol):
@@ -63,17 +72,22 @@ class TrackedWeight(Protocol):
         """(k, n) right vectors, likewise."""
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Say whether the entries of a tensor lie one after the other in memory, and nothing more.
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Say whether the entries of each tensor lie one after the other in memory, and nothing more.
 
-    No subclass, no sparse tensor, and none that counts no versions.
+    No subclass, no sparse tensor, and none that counts no versions. Together: every tensor of every
+    weight is asked for at every step, and calls cost more than what they find.
     """
-    return (
-        type(tensor) in PLAIN
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_inference()
-    )
+    strided = torch.strided
+    for tensor in tensors:
+        if (
+            type(tensor) not in PLAIN
+            or tensor.layout is not strided
+            or not tensor.is_contiguous()
+            or tensor.is_inference()
+        ):
+            return False
+    return True
 
 
 def known_layout(weight: Tensor, parts: Parts) -> Layout:

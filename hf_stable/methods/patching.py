@@ -18,8 +18,9 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
-from hf_stable.architectures.paths import plain_name
+from hf_stable.architectures.paths import join, plain_name
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.agreement import refuse_different_configs
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
     MethodConfig,
@@ -68,7 +69,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Everything is resolved and computed before the first layer changes, and what fails later is
     undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
-    config does nothing.
+    config does nothing, but for layers that are plain: those of other parts, or new ones.
 
     Args:
         model: a supported `PreTrainedModel`, before its parameters are collected for an optimizer's
@@ -84,25 +85,25 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
             device (offloaded, too), sharded, wrapped, compiled, quantised or adapted, or something
             other than accelerate's hooks has replaced the forward of a layer.
         ValueError: for an unknown method or option, no matching layer, a zero or non-finite
-            matrix, or a model that is patched by the same method with another config.
+            matrix, or a model that is patched by the same method with another config, or
+            differently by ranks that share its weights.
         TypeError: if a layer is of a type that cannot be reparametrised.
     """
     make_late_changes()
     configs = _resolve(method, options)
     _refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
-    for config in configs:
-        if present.get(config.method, config) != config:
-            raise ValueError(
-                f"the model is patched already, with {present[config.method]}; to patch it with "
-                f"{config}, {_way_to_undo(model, config)}"
-            )
+    refuse_different_configs(model, configs, present.values())
+    _refuse_other_configs(model, configs)
     missing = [config for config in configs if config.method not in present]
     plans: list[PatchPlan] = []
-    for config in missing:  # a comprehension has a frame of its own, which warnings would name
-        plans.append(METHODS[config.method][1](model, config))
+    for config in configs:  # a comprehension has a frame of its own, which warnings would name
+        if config in missing or isinstance(config, SigmaReparamConfig):
+            plans.append(METHODS[config.method][1](model, config))
     if missing:
         _warn_if_continuing(model)
+    if any(isinstance(config, SigmaReparamConfig) for config in missing):
+        _warn_if_begun(model)
     present |= {config.method: config for config in missing}
     with undoing() as undo:
         undo.append(keep_attributes(model))
@@ -175,12 +176,21 @@ def patch_configs(model: nn.Module) -> tuple[MethodConfig, ...]:
 def configs_by_part(model: nn.Module) -> dict[str, tuple[MethodConfig, ...]]:
     """Return the configs in force by the name of the module that was patched, "" for the model.
 
-    A model that torch.compile has wrapped counts as the model itself.
+    A part that was patched before the whole, with the same configs, is left out. A model that
+    torch.compile has wrapped counts as the model itself.
     """
-    return {
+    found = {
         plain_name(name): module.__dict__[CONFIGS_ATTRIBUTE]
         for name, module in model.named_modules()
         if module.__dict__.get(CONFIGS_ATTRIBUTE)
+    }
+    return {
+        name: configs
+        for name, configs in found.items()
+        if not any(
+            other != name and f"{name}.".startswith(join(other, "")) and found[other] == configs
+            for other in found
+        )
     }
 
 
@@ -206,6 +216,18 @@ def _resolve(method: Method | Sequence[Method], options: dict[str, Any]) -> list
     if len(set(names)) < len(names):
         raise ValueError(f"each method may be named once, got {', '.join(names)}")
     return configs
+
+
+def _refuse_other_configs(model: nn.Module, configs: Sequence[MethodConfig]) -> None:
+    """Raise where the model, or a part of it, is patched by one of the methods in another way."""
+    for part, in_force in configs_by_part(model).items():
+        for config in configs:
+            for other in in_force:
+                if other.method == config.method and other != config:
+                    raise ValueError(
+                        f"{f'{part!r} of ' if part else ''}the model is patched already, with "
+                        f"{other}; to patch it with {config}, {_way_to_undo(model, config)}"
+                    )
 
 
 def _way_to_undo(model: nn.Module, config: MethodConfig) -> str:
@@ -293,6 +315,17 @@ def _warn_if_continuing(model: nn.Module) -> None:
         warnings.warn(
             f"{folder} holds the state of a patched model ({SIDECAR_FILE}), which this patch "
             "starts anew; to continue it, use hf_stable.load(model_class, path) instead",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_if_begun(model: nn.Module) -> None:
+    if layers := sigma_layers(model):
+        warnings.warn(
+            f"{len(layers)} layers (first: {layers[0][0]!r}) are reparametrised already, by a "
+            "patch of a model that this one is a part of, or that they were taken from. They stay "
+            "as they are: their gamma goes on from where it is",
             UserWarning,
             stacklevel=3,
         )

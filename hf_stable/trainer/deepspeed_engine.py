@@ -7,6 +7,7 @@ it is the engine's own step that a refresh has to follow.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +16,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._late_changes import ask_for_late_changes
-from hf_stable._ranks import is_partitioned, values_of_all_ranks
+from hf_stable._ranks import is_partitioned
 from hf_stable.adamw2.optimizer import AdamW2
+from hf_stable.architectures.paths import state_dict_name
+from hf_stable.checkpoints.saved_state import SavedState
+from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.measures.flat_ranges import FlatRange
+from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
+from hf_stable.methods.sigma_reparam.stacks import SigmaStack
 from hf_stable.methods.sigma_reparam.steps import check_gammas, rate_is_zero, refresh
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.trainer.changes import is_in_place, listed, make, wrapping
@@ -77,12 +84,13 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
     refuse_unfit_settings(
         settings, is_patched=bool(layers), uses_adamw2=isinstance(optimizer, AdamW2)
     )
-    _refuse_different_patches(layers)
+    refuse_different_patches(layers)
     own = [layer for _, layer in layers]
     if layers:
         _refuse_other_engines(engine)
         check_gammas(own, _groups_to_come(optimizer, given.get("model_parameters"), settings))
         _round_gammas(own)
+        _gather_with_holders(own)
     given_to_adamw2 = given_groups(optimizer, model) if isinstance(optimizer, AdamW2) else None
     original(engine, *args, **kwargs)
     setattr(engine, _MARK, True)
@@ -118,6 +126,45 @@ def _step(original: Any, engine: Any, *args: Any, **kwargs: Any) -> Any:
         partitioned = engine.zero_optimization_partition_weights()
         refresh(layers, weights=_partitions(layers) if partitioned else None)
     return result
+
+
+@wrapping(
+    f"{_ENGINE}.load_checkpoint", "load_dir",
+    reason="sigma is that of the weights that were loaded: universal checkpoints bring no buffers",
+    made_by=ON_DEEPSPEED,
+)  # fmt: skip
+def _load_checkpoint(original: Any, engine: Any, load_dir: str, *args: Any, **kwargs: Any) -> Any:
+    result = original(engine, load_dir, *args, **kwargs)
+    layers = sigma_layers(engine.module)
+    if layers and engine.load_universal_checkpoint():
+        if os.path.isfile(os.path.join(load_dir, SIDECAR_FILE)):
+            _take_triples(layers, read_state(load_dir))
+        for _, layer in layers:
+            settle(layer)  # a triple that fits stays, bit for bit
+    return result
+
+
+@torch.no_grad()
+def _take_triples(layers: Sequence[tuple[str, SigmaLayer]], saved: SavedState) -> None:
+    """Give layers sigma, u and v of the sidecar beside a checkpoint."""
+    known = set(saved.layers)
+    for name, layer in layers:
+        if (key := state_dict_name(name)) in known:
+            tensors = saved.layer(key)
+            for part in ("sigma", "sigma_u", "sigma_v"):
+                getattr(layer, part).copy_(tensors[part])
+
+
+def _gather_with_holders(layers: Sequence[SigmaLayer]) -> None:
+    """Have ZeRO-3 gather stacks of experts when the module runs that uses them.
+
+    It gathers the parameters of a module that is called, and a stack is not: its holder is.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        if isinstance(layer, SigmaStack):
+            set_z3_leaf_module(layer.holder, True)
 
 
 @torch.no_grad()
@@ -182,20 +229,3 @@ def _refuse_other_engines(engine: Any) -> None:
             "pipeline and engines that generate move weights at other times. Use the plain engine "
             "(deepspeed.initialize with a module, hybrid_engine off)"
         )
-
-
-def _refuse_different_patches(layers: Sequence[tuple[str, SigmaLayer]]) -> None:
-    """Raise ValueError on every rank if ranks have patched differently: one would wait for ever."""
-    mine = [
-        f"{name}: {layer.parts}, power_iterations={layer.power_iterations}, "
-        f"trained={layer.weight.requires_grad}"
-        for name, layer in layers
-    ]
-    for rank, theirs in enumerate(values_of_all_ranks(mine)):
-        if theirs != mine:
-            odd = sorted(set(theirs) ^ set(mine))[0]
-            raise ValueError(
-                f"the ranks have patched the model differently: {odd!r} is on one of this rank, "
-                f"with {len(mine)} reparametrised layers, and rank {rank}, with {len(theirs)}. "
-                "Call hf_stable.patch with the same arguments on every rank"
-            )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.layernorms.removal import check_can_be_saved, removed_norms
 from hf_stable.methods.sharding import refuse_unfit_sharding
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -69,8 +70,8 @@ def _training_step(
 
 @wrapping(
     "transformers.trainer:Trainer.train", "resume_from_checkpoint",
-    reason="goes back where a callback asks for it; refuses sharding that a patch or a callback "
-    "cannot take; notes its card",
+    reason="goes back where a callback asks for it; refuses sharding that does not fit, and ranks "
+    "that differ; notes its card",
 )  # fmt: skip
 def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     state = trainer.accelerator.state
@@ -78,6 +79,7 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         whole = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(whole, PreTrainedModel) and removed_norms(whole):
             check_can_be_saved(whole)
+        refuse_different_patches(sigma_layers(whole))
         refuse_unfit_sharding(
             trainer.model,
             fsdp_plugin=getattr(state, "fsdp_plugin", None),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
-from tiny_models import MODEL_TYPES, tiny_model
+import torch
+from tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from torch import nn
+from transformers import BertLMHeadModel, BertModel, EncoderDecoderModel
 
 import hf_stable
+from hf_stable.methods.patching import configs_by_part
 
 
 def warnings_of(model: nn.Module, **options) -> list[warnings.WarningMessage]:
@@ -78,3 +82,63 @@ def test_a_model_most_of_which_is_of_no_entry_is_named(num_layers, is_most):
     assert len(found) == is_most
     if found:
         assert "'rest.0' (outside the models that are registered)" in str(found[0].message)
+
+
+# A part that was patched before the whole, and the whole before a part
+
+
+def encoder_decoder() -> EncoderDecoderModel:
+    decoder = tiny_config("bert", is_decoder=True, add_cross_attention=True)
+    return EncoderDecoderModel(
+        encoder=BertModel(tiny_config("bert")), decoder=BertLMHeadModel(decoder)
+    )
+
+
+def num_patched(model: nn.Module) -> int:
+    return hf_stable.describe(model).num_patched
+
+
+def test_the_whole_is_patched_after_a_part(tmp_path):
+    whole = num_patched(hf_stable.patch(encoder_decoder(), "sigma_reparam"))
+    model = encoder_decoder()
+    hf_stable.patch(model.encoder, "sigma_reparam")
+    gamma = model.encoder.encoder.layer[0].attention.self.query.gamma
+    gamma.data.mul_(2)
+    part = num_patched(model)
+    assert 0 < part < whole
+    assert not warnings_of(model)
+    assert num_patched(model) == whole
+    assert model.encoder.encoder.layer[0].attention.self.query.gamma is gamma
+    assert list(configs_by_part(model)) == [""]
+    model.save_pretrained(tmp_path)
+    again = hf_stable.load(type(model), tmp_path)
+    assert num_patched(again) == whole
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_what_became_plain_since_is_patched_again():
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
+    hf_stable.fold(model.transformer.h[0])
+    assert num_patched(model) == 4
+    hf_stable.patch(model, "sigma_reparam")
+    assert num_patched(model) == 8
+
+
+def test_a_part_in_another_way_is_refused_and_named():
+    model = encoder_decoder()
+    hf_stable.patch(model.decoder, "sigma_reparam", init="one")
+    before = num_patched(model)
+    with pytest.raises(ValueError, match=r"'decoder' of the model is patched already, with .*one"):
+        hf_stable.patch(model, "sigma_reparam")
+    assert num_patched(model) == before
+
+
+def test_layers_of_another_patched_model_go_on_and_that_is_said():
+    teacher, student = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam"), tiny_model("gpt2")
+    student.transformer.h[0] = copy.deepcopy(teacher.transformer.h[1])
+    with pytest.warns(UserWarning, match=r"^4 layers \(first: 'transformer\.h\.0\.attn\.c_attn'\)"):
+        hf_stable.patch(student, "sigma_reparam", init="one")
+    gammas = [student.transformer.h[n].mlp.c_fc.gamma.item() for n in (0, 1)]
+    assert gammas[0] == teacher.transformer.h[1].mlp.c_fc.gamma.item() != 1 == gammas[1]
+    with pytest.raises(ValueError, match=r"power_iterations=1 and 3 gamma; .*power_iterations=2"):
+        hf_stable.patch(teacher.transformer, "sigma_reparam", power_iterations=2)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import prune
 
 import hf_stable
 from hf_stable import SigmaReparamConfig, UnsupportedModelError
@@ -587,7 +588,7 @@ def quantised_by_transformers(model, tmp_path):
 
 
 def pruned(model, tmp_path):
-    torch.nn.utils.prune.l1_unstructured(model.vit.layers[0].mlp.fc1, "weight", amount=0.5)
+    prune.l1_unstructured(model.vit.layers[0].mlp.fc1, "weight", amount=0.5)
     return model
 
 

@@ -53,8 +53,8 @@ def settings(precision="fp32", **zero):
 
 
 def make_model(name, dropout=False):
-    if name == "llama":
-        return tiny_architectures.build("llama")
+    if name in ("llama", "mixtral"):
+        return tiny_architectures.build(name)
     return dropout_model(name) if dropout else tiny_model(name, HEADS[name])
 
 

@@ -64,6 +64,7 @@ ADDED_TO = {
 
 DEEPSPEED_TARGETS = {
     "deepspeed.runtime.engine:DeepSpeedEngine.__init__",
+    "deepspeed.runtime.engine:DeepSpeedEngine.load_checkpoint",
     "deepspeed.runtime.engine:DeepSpeedEngine.step",
 }
 

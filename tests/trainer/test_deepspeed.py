@@ -60,6 +60,9 @@ CASES = {
 }
 """Runs whose losses are those of one process, by model, stage and what else is asked for."""
 
+UNIVERSAL = "gpt2-2"
+"""The run that goes on from its middle on another number of processes."""
+
 ADAMW2 = {
     "gpt2-1": dict(stage=1),
     "gpt2-3": dict(stage=3),
@@ -105,8 +108,10 @@ def on_ranks(folder):
     for case, zero in CASES.items():
         trainer = train(
             case.partition("-")[0], folder / case, world, deepspeed=settings(**zero),
-            save_strategy="steps", save_steps=STEPS,
+            save_strategy="steps", save_steps=STEPS // 2 if case == UNIVERSAL else STEPS,
         )  # fmt: skip
+        if case == "gpt2-3":
+            trainer.deepspeed.save_16bit_model(folder / case / "together")
         found["parity"][case] = {
             "losses": losses_of(trainer),
             "engine": type(trainer.deepspeed.optimizer).__name__,
@@ -127,6 +132,18 @@ def on_ranks(folder):
     found["skipped"] = overflowing(folder / "skipped", world)
     found["refused"] = refused(folder / "refused", world)
     return found
+
+
+def continued_by_one(folder):
+    """The second half of a run of two processes, on one, from a universal checkpoint."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    trainer = train(
+        "gpt2", folder / "by-one", resume=str(folder / UNIVERSAL / f"checkpoint-{STEPS // 2}"),
+        deepspeed=settings(stage=2) | {"checkpoint": {"load_universal": True}},
+    )  # fmt: skip
+    return {"losses": losses_of(trainer), "error": largest_error(trainer.model)}
 
 
 def continued_in_bfloat16(folder, world, stage):
@@ -342,6 +359,37 @@ def test_what_zero_to_fp32_writes_is_folded(case, safe, ran, tmp_path):
     folded, saved = (model_class.from_pretrained(each).state_dict() for each in (plain, checkpoint))
     for key, tensor in saved.items():
         assert torch.equal(folded[key], tensor)  # the same float32 numbers in the same order
+
+
+def test_what_the_engine_saves_in_one_file_is_folded(ran, tmp_path):
+    together, checkpoint = ran[1] / "gpt2-3" / "together", ran[1] / "gpt2-3" / f"checkpoint-{STEPS}"
+    shutil.copy(checkpoint / "config.json", together)
+    assert main(["fold", str(together), str(tmp_path / "plain")]) == 0
+    model_class = type(make_model("gpt2"))
+    folded, saved = (
+        model_class.from_pretrained(each).state_dict() for each in (tmp_path / "plain", checkpoint)
+    )
+    for key, tensor in saved.items():
+        assert torch.equal(folded[key], tensor)
+
+
+def test_a_universal_checkpoint_continues_on_another_number_of_processes(ran, monkeypatch):
+    from deepspeed.checkpoint import ds_to_universal
+
+    folder = ran[1] / UNIVERSAL / f"checkpoint-{STEPS // 2}"
+    step = (folder / "latest").read_text()
+    given = dict(
+        input_folder=folder / step, output_folder=folder / f"{step}_universal",
+        num_extract_workers=1, num_merge_workers=1,
+    )  # fmt: skip
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["ds_to_universal", *words, "--inject_missing_state"])
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+    (found,) = run_ranks(continued_by_one, 1, ran[1])
+    whole = ran[0]["parity"][UNIVERSAL]["losses"]
+    for number in range(STEPS // 2 + 1, STEPS + 1):
+        assert found["losses"][number] == pytest.approx(whole[number], rel=ROUNDING)
+    assert found["error"] < ROUNDING
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from hf_stable.methods.sigma_reparam.method import sigma_layers
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deepspeed")]
 
-NAMES = {"gpt2": "GPT-2", "llama": "Llama"}
+NAMES = {"gpt2": "GPT-2", "llama": "Llama", "mixtral": "Mixtral"}
 HALF = STEPS // 2
 
 

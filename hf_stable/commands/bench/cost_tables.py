@@ -18,7 +18,8 @@ def cost_table(content: Mapping[str, Any]) -> list[str]:
 
     Returns:
         Lines. Cases that have the same subjects share a table: a row for each case, the
-        milliseconds of the baseline, and a column of ratios for each other subject.
+        milliseconds of the baseline, and a column of ratios for each other subject. Memory of
+        several subjects has a table of its own.
     """
     settings, machine = content["settings"], content["machine"]
     baseline = settings["baseline"]
@@ -37,7 +38,23 @@ def cost_table(content: Mapping[str, Any]) -> list[str]:
     for others, table in tables.items():
         heads = ("case", f"{baseline}, ms", *others)
         lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *table]
-    return lines
+    return lines + _memory_table(settings.get("memory", {}))
+
+
+def _memory_table(memory: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table with a row for each subject, or none where there are none."""
+    rows = {subject: of for subject, of in memory.items() if isinstance(of, Mapping)}
+    if not rows:
+        return []
+    columns = list(next(iter(rows.values())))
+    heads = ("share of the parameters' bytes", *columns)
+    cells = [[subject, *(f"{of[name]:.2%}" for name in columns)] for subject, of in rows.items()]
+    return [
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+        *(f"| {' | '.join(row)} |" for row in cells),
+    ]
 
 
 def _conditions(

@@ -186,22 +186,37 @@ def _scaled_product(
     matrix = weight.t() if (parts.dim == 0) != transposed else weight
     # Not a view: what a custom function returns as one, nobody may change in place.
     output = x.new_empty(*x.shape[:-1], matrix.shape[1])
-    flat, alpha = output.view(len(rows), matrix.shape[1]), scales[0]
-    if len(scales) > 1:  # the scales differ: the outputs are scaled, part by part
-        alpha, scale = 1.0, parts.spread(x.new_tensor(scales), weight.shape).view(-1)
-        if not transposed:
+    flat = output.view(rows.shape[0], matrix.shape[1])
+    if len(scales) > 1:  # the scales differ: outputs are scaled after the product
+        if transposed:
+            rows, scale = _beside_scales(rows, scales, parts, weight.shape)
+            rows = (rows * scale).view(-1, matrix.shape[0])
             torch.mm(rows, matrix, out=flat)
-            if bias is None:
-                flat.mul_(scale)
-            else:
-                torch.addcmul(bias, flat, scale, out=flat)
             return output
-        rows = rows * scale
-    if bias is None:
-        torch.addmm(flat, rows, matrix, beta=0, alpha=alpha, out=flat)
+        parted, scale = _beside_scales(
+            torch.mm(rows, matrix, out=flat), scales, parts, weight.shape
+        )
+        if bias is None:
+            parted.mul_(scale)
+        else:
+            torch.addcmul(bias.view(parted.shape[1:]), parted, scale, out=parted)
+    elif bias is None:
+        torch.addmm(flat, rows, matrix, beta=0, alpha=scales[0], out=flat)
     else:
-        torch.addmm(bias, rows, matrix, alpha=alpha, out=flat)
+        torch.addmm(bias, rows, matrix, alpha=scales[0], out=flat)
     return output
+
+
+def _beside_scales(
+    outputs: Tensor, scales: list[float], parts: Parts, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Return a view of (rows, out), and a tensor of the scales of its parts that it takes."""
+    values = outputs.new_tensor(scales)
+    if len(set(parts.shares)) > 1:
+        return outputs, parts.spread(values, shape).view(-1)
+    # Parts of one length: nothing as long as a row is made, which counts where rows are few.
+    length = outputs.shape[1] // (parts.repeats * len(scales))
+    return outputs.view(-1, parts.repeats, len(scales), length), values.view(-1, 1)
 
 
 def scales_in_product(x: Tensor, weight: Tensor, gamma: Tensor) -> bool:

@@ -110,7 +110,9 @@ class SigmaLayer(nn.Module):
         if not scales_in_product(x, weight, gamma):
             return None
         settle_if_moved(self, look=True)
-        sigma, u, v = self.sigma, self.sigma_u, self.sigma_v
+        # Attributes of a module are found on a long way, which counts in a small layer.
+        triple: dict[str, Any] = self._buffers
+        sigma, u, v = triple["sigma"], triple["sigma_u"], triple["sigma_v"]
         return scaled_linear(x, weight, self.bias, gamma, sigma, u, v, self.parts)
 
     def output_scale(self) -> Tensor:

@@ -18,6 +18,7 @@ from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, install, prepare
@@ -99,8 +100,11 @@ class SigmaReparamPlan:
 def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaReparamPlan:
     """Compute everything that the method needs, without touching the model.
 
+    Layers that are reparametrised already stay as they are: a part of the model was patched before.
+
     Raises:
-        ValueError: if no layer is left, a pattern matches none, or a matrix is zero or not finite.
+        ValueError: if no layer is left, a pattern matches none, a matrix is zero or not finite, or
+            a layer is reparametrised already with other options.
         TypeError: if a layer is of a type that cannot be reparametrised.
         UnsupportedModelError: if a layer's weight or forward is not its own; see `check_plain`.
     """
@@ -116,8 +120,9 @@ def plan_sigma_reparam(model: nn.Module, config: SigmaReparamConfig) -> SigmaRep
             f"heads={config.heads!r}{why}; the patterns are matched against names such as "
             f"{', '.join(map(repr, names[:3]))}"
         )
-    plan = plan_layers(chosen, config)
-    _warn_if_partial(model, layers, reasons, config)
+    plan = plan_layers([layer for layer in chosen if not _is_patched(layer, config)], config)
+    if plan.states:
+        _warn_if_partial(model, layers, reasons, config)
     return plan
 
 
@@ -126,10 +131,9 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
     layers = list(layers)
 
     def plan(layer: FoundLayer) -> tuple[nn.Module, SigmaState]:
-        parts = layer.parts if config.fused_qkv == "split" else replace(layer.parts, shares=(1,))
         state = prepare(
             layer.module,
-            parts=parts,
+            parts=_parts_of(layer, config),
             init=config.init,
             name=layer.name,
             parameter=layer.parameter,
@@ -147,6 +151,25 @@ def plan_layers(layers: Iterable[FoundLayer], config: SigmaReparamConfig) -> Sig
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _parts_of(layer: FoundLayer, config: SigmaReparamConfig) -> Parts:
+    return layer.parts if config.fused_qkv == "split" else replace(layer.parts, shares=(1,))
+
+
+def _is_patched(layer: FoundLayer, config: SigmaReparamConfig) -> bool:
+    """Say whether a layer is a sigma layer already, and raise if it is one of other options."""
+    module = layer.module
+    if not isinstance(module, SigmaLayer):
+        return False
+    shares, iterations = _parts_of(layer, config).shares, config.power_iterations
+    if (module.parts.shares, module.power_iterations) != (shares, iterations):
+        raise ValueError(
+            f"{layer.name!r} is reparametrised already, with power_iterations="
+            f"{module.power_iterations} and {module.num_parts} gamma; {config} asks for others. "
+            "Patch with the same options, or call hf_stable.fold(model) first"
+        )
+    return True
 
 
 def sigma_layers(model: nn.Module) -> list[tuple[str, SigmaLayer]]:

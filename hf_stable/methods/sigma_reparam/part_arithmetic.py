@@ -129,6 +129,11 @@ def write_minus_rank_one(
     parts: Parts,
 ) -> None:
     """Write `_minus_rank_one` to `result`, which may be `grad`, in one pass; on a CPU only."""
+    if parts.is_whole:
+        out, own, left, right = (as_matrix(result), as_matrix(grad), u.view(-1), v.view(-1))
+        scale, factor = _in_range(scales[0], out), _in_range(-scales[0] * coefficients[0], out)
+        torch.addr(own, left, right, beta=scale, alpha=factor, out=out)
+        return
     outs, grads = (_views(tensor, parts) for tensor in (result, grad))
     shapes = parts.shapes(grad.shape if parts.stacked else (len(grad), grad[0].numel()))
     for out, own, s, c, left, right, (height, width) in zip(

@@ -69,7 +69,8 @@ class SigmaExperts(nn.Module):
         plain: Any = self.plain_class.__new__(self.plain_class)
         plain.__dict__.update(self.__dict__)
         weights = {name: stack.effective_weight() for name, stack in stacks.items()}
-        plain.__dict__["_parameters"] = self._parameters | weights
+        # DeepSpeed ZeRO-3 puts a dict of its own here, which knows the module that it is of.
+        plain.__dict__["_parameters"] = dict(self._parameters.items()) | weights
         children = {name: each for name, each in self._modules.items() if name not in stacks}
         plain.__dict__["_modules"] = children
         return plain

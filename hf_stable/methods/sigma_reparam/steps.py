@@ -103,19 +103,24 @@ def refresh(
             the steps of DeepSpeed ZeRO-3).
     """
     if weights is None:
-        refresh_layers(layers, keep)
+        refresh_layers([_Held(layer, layer.weight) for layer in layers], keep)
     else:
         pairs = zip(layers, weights, strict=True)
-        refresh_by_torch([_Elsewhere(layer, weight) for layer, weight in pairs], keep)
+        refresh_by_torch([_Held(layer, weight) for layer, weight in pairs], keep)
     for layer in layers:
         mark_settled(layer)
 
 
-class _Elsewhere:
-    """A layer whose parameter does not hold its weight, with what is here of it in its place."""
+class _Held:
+    """A layer with its weight, or with what is here of it where its parameter does not hold it.
 
-    def __init__(self, layer: LayerWithTriple, weight: FlatRange) -> None:
-        self.weight: Any = weight
+    Kernels ask for each of these several times, which a module answers slowly.
+    """
+
+    __slots__ = ("parts", "power_iterations", "sigma", "sigma_u", "sigma_v", "weight")
+
+    def __init__(self, layer: LayerWithTriple, weight: Any) -> None:
+        self.weight = weight
         self.parts: Parts = layer.parts
         self.power_iterations = layer.power_iterations
         self.sigma, self.sigma_u, self.sigma_v = layer.sigma, layer.sigma_u, layer.sigma_v
@@ -152,7 +157,12 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return  # ZeroRedundancyOptimizer: the weights are whole after its own step, not before
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     live = live_layers()
-    layers = [layer for layer in live if layer.weight.requires_grad and id(layer.weight) in owned]
+    weights = [layer.weight for layer in live]
+    layers = [
+        layer
+        for layer, weight in zip(live, weights, strict=True)
+        if weight.requires_grad and id(weight) in owned
+    ]
     with_weights, with_gammas = _checked.setdefault(optimizer, (set(), set()))
     unseen = [layer for layer in layers if layer.serial_number not in with_weights]
     if unseen:
@@ -167,8 +177,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     # torch makes a step of rate zero to create the state that it then loads (resume under FSDP2):
     # another power iteration there would continue from other vectors than were saved.
-    moved = {id(p) for g in optimizer.param_groups if not rate_is_zero(g) for p in g["params"]}
-    layers = [layer for layer in layers if id(layer.weight) in moved]
+    if any(rate_is_zero(group) for group in optimizer.param_groups):
+        moved = {id(p) for g in optimizer.param_groups if not rate_is_zero(g) for p in g["params"]}
+        layers = [layer for layer in layers if id(layer.weight) in moved]
     if layers:
         # Set while a GradScaler hands the step to a fused kernel, which may have skipped it.
         refresh(layers, keep=getattr(optimizer, "found_inf", None))

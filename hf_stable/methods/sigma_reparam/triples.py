@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_stable._ranks import is_partitioned, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
-from hf_stable.kernels.weights import TrackedWeight
+from hf_stable.kernels.weights import PLAIN, TrackedWeight
 from hf_stable.measures.leading import leading_triple
 from hf_stable.measures.matrices import as_matrix, local_matrices, spectral_dtype
 from hf_stable.measures.parts import Parts
@@ -64,8 +64,8 @@ class LayerWithTriple(TrackedWeight, Protocol):
 def mark_settled(layer: LayerWithTriple) -> None:
     """Note that the triple belongs to the weight as it is now."""
     weight = layer.weight
-    layer.settled_for = (id(weight), _version(weight))
-    layer.seen_entries = None  # it has been written by a step: nobody needs to look now
+    # A step has written it: nobody needs to look now. Not by attributes, which a module searches.
+    vars(layer).update(settled_for=(id(weight), _version(weight)), seen_entries=None)
 
 
 def mark_moved(layer: LayerWithTriple) -> None:
@@ -123,12 +123,11 @@ def settle_if_moved(layer: LayerWithTriple, *, look: bool = False) -> None:
         return
     if is_partitioned(weight):
         return
-    if version != _version(weight) or (look and _has_moved_unseen(layer)):
+    if version != _version(weight) or (look and _has_moved_unseen(layer, weight)):
         settle(layer)
 
 
-def _has_moved_unseen(layer: LayerWithTriple) -> bool:
-    weight = layer.weight
+def _has_moved_unseen(layer: LayerWithTriple, weight: Tensor) -> bool:
     if (layer.training and weight.requires_grad) or isinstance(weight, DTensor):
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -145,8 +144,15 @@ def _some_entries(weight: Tensor, parts: Parts) -> Tensor:
         entries = weight.detach().flatten()
         # One more than a share of them: it is no multiple of a row, which would be one column.
         return entries[:: 1 + len(entries) // max(NUM_ENTRIES, 2 * len(weight))]
-    diagonal = as_matrix(weight.detach()).diagonal()
-    return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
+    if type(weight) not in PLAIN or weight.ndim != 2:
+        diagonal = as_matrix(weight.detach()).diagonal()
+        return diagonal[:: max(1, len(diagonal) // NUM_ENTRIES)]
+    # The same in one call: every layer looks at each token that a model generates.
+    length = min(weight.shape)
+    every = max(1, length // NUM_ENTRIES)
+    stride = every * sum(weight.stride())
+    held = weight.detach() if torch.is_grad_enabled() else weight
+    return held.as_strided((-(-length // every),), (stride,), weight.storage_offset())
 
 
 @torch.no_grad()

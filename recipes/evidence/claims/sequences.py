@@ -37,7 +37,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "sigmaReparam": SIGMA,
     "AdamW2": dict(optim="adamw2", optim_args="tau=0.001"),  # of four values the best on seed 7
 }
-KINDS: dict[str, dict[str, Any]] = {PLAIN: {}, WARMUP: dict(warmup=0.2), **METHODS}
+KINDS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    WARMUP: dict(warmup=0.2),
+    "plain, a third of the rate": dict(learning_rate=1e-3),
+    **METHODS,
+}
 
 
 def deep_name(depth: int, kind: str) -> str:
@@ -118,6 +123,7 @@ def _ended(results: Results, name: str) -> str:
 # 14
 
 BASELINE, UNWARMED = "pre-norm, warmup 10 %", "pre-norm, no warmup"
+SLOWER = "pre-norm, no warmup, a third of the rate"
 NORMLESS, OURS = "no block norms, plain", "no block norms, sigmaReparam"
 MOMENTUM = "SGD with momentum, "
 
@@ -134,6 +140,7 @@ _SGD = _listener(learning_rate=3e-2, **SGD)  # on seed 7 both stall at 1e-2, and
 LISTENERS = {
     BASELINE: replace(_ADAM, warmup=0.1),
     UNWARMED: _ADAM,
+    SLOWER: replace(_ADAM, learning_rate=1e-3),
     NORMLESS: replace(_ADAM, patch=NO_NORMS),
     OURS: replace(_ADAM, patch=NO_NORMS_SIGMA),
     MOMENTUM + UNWARMED: _SGD,

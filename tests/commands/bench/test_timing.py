@@ -168,3 +168,14 @@ def test_a_table_of_costs_says_how_it_was_measured(tmp_path):
         "| a case, 1 thread | 500 | 1.20 |", "| more | 2000 | 0.50 |",
         "", "| case | a, ms | c |", "|---|---|---|", "| another | 10 | 2.50 |",
     ]  # fmt: skip
+    shares = {"a": {"extra state": 0.001, "working memory": 0.0}}
+    for memory in ({"all rows": 2.1}, shares):  # the monitor's is one number for each way
+        write_results(
+            tmp_path / "m.json", map(asdict, totals), {"settings": {**settings, "memory": memory}}
+        )
+        more = cost_table(json.loads((tmp_path / "m.json").read_text()))[1 + len(lines) :]
+        assert bool(more) == (memory is shares)
+    assert more == [
+        "", "| share of the parameters' bytes | extra state | working memory |", "|---|---|---|",
+        "| a | 0.10% | 0.00% |",
+    ]  # fmt: skip

@@ -110,7 +110,7 @@ def test_a_forward_without_gradients_in_training_is_the_one_with(made, dtype):
 
 def test_an_empty_batch_passes(made):
     _, _, inputs = made
-    layer = sigma_layer(made).eval()
+    layer = moved_layer(made).eval()  # whose parts have scales of their own
     with torch.no_grad():
         assert layer(inputs[:0]).shape[0] == 0
     layer.train()(inputs[:0]).sum().backward()

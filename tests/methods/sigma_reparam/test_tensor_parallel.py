@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 import hf_stable
 from hf_stable._ranks import whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.methods.agreement import refuse_different_patches
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 pytestmark = pytest.mark.slow
@@ -309,6 +310,16 @@ def refuse(folder):
     cut = AutoModelForCausalLM.from_pretrained(
         folder / "phi3-0", distributed_config=DistributedConfig(tp_size=2)
     )
+    rank, joint = dist.get_rank(), dict(fused_qkv="joint")
+    with pytest.raises(ValueError) as differently:
+        hf_stable.patch(
+            cut, "sigma_reparam", **joint, exclude=["model.layers.1.*"] if rank else None
+        )
+    with pytest.raises(ValueError) as alone:
+        if rank:  # what the Trainer asks when it begins
+            refuse_different_patches(sigma_layers(cut))
+        hf_stable.patch(cut, "sigma_reparam", **joint)
+    said["differently"], said["alone"] = str(differently.value), str(alone.value)
     try:
         hf_stable.patch(cut, "sigma_reparam")
     except UnsupportedModelError as error:
@@ -324,9 +335,12 @@ def refuse(folder):
     return said
 
 
-def test_a_fused_projection_that_is_cut_is_refused_and_joint_taken(tmp_path):
+def test_what_is_refused_changes_nothing_and_joint_parts_are_taken(tmp_path):
     make_plain(tmp_path, "mixtral")
-    for said in run_ranks(refuse, 2, tmp_path):
+    for rank, said in enumerate(run_ranks(refuse, 2, tmp_path)):
+        assert "the ranks patch a model differently that they share" in said["differently"]
+        assert "exclude=('model.layers.1.*',)" in said["differently"]
+        assert ("rank 1 with nothing", "the ranks have patched the model")[rank] in said["alone"]
         assert "is experts in one parameter" in said["experts"]
         assert "fused_qkv='joint'" in said["fused"] and not said["touched"]
         assert said["joint"] == 8
