@@ -603,6 +603,8 @@ def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from
         (dict(maps=0), "got 0"),
         (dict(max_rollbacks=-1), "max_rollbacks is a number of rollbacks, 0 or more, got -1"),
         (dict(thresholds={"spikes": 1}), "names among entropy_share, .*got {'spikes': 1}"),
+        (dict(thresholds={"spike": "x"}), r"spike is a number \(0.5 by default\), got 'x'"),
+        (dict(thresholds={"stall_steps": math.nan}), "stall_steps is a number .*got nan"),
         (dict(thresholds=0.5), "thresholds is a .*got 0.5"),
         (dict(console="loud"), "console is one of short, full, off, got 'loud'"),
     ],
