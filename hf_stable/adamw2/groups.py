@@ -13,7 +13,7 @@ from hf_stable._ranks import whole_shape
 from hf_stable.adamw2.lora_layers import LoraLayer, find_lora_layers
 from hf_stable.adamw2.options import parts_options
 from hf_stable.architectures.finding import find_layers, find_regions
-from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.architectures.registry import UnsupportedModelError, require_model
 
 __all__ = ["lora_groups", "parameter_groups", "parameter_rules", "part_groups"]
 
@@ -32,6 +32,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 1e-2) -> list[di
         weight_decay: decay of matrices, embeddings and convolution kernels. Biases, norm gains,
             gamma and other vectors get none.
     """
+    require_model(model, "parameter_groups")
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, param in model.named_parameters():
@@ -66,6 +67,7 @@ def lora_groups(model: nn.Module) -> list[dict[str, Any]]:
         UnsupportedModelError: for DoRA and other variants, several adapters on a layer, a factor
             that is frozen, or a weight below that is not.
     """
+    require_model(model, "lora_groups")
     trained = [param for param in model.parameters() if param.requires_grad]
     return part_groups([{"params": trained}], model, merged=True)
 

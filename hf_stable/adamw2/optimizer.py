@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_stable._late_changes import make_late_changes
@@ -107,6 +107,11 @@ class AdamW2(Optimizer):
         fused: bool | None = None,
     ) -> None:
         """Check the options and create the groups."""
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"AdamW2 takes parameters, got the model {type(params).__name__}: give "
+                "hf_stable.parameter_groups(model)"
+            )
         defaults = dict(
             lr=lr,
             betas=as_numbers(betas),

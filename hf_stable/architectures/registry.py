@@ -8,6 +8,7 @@ import transformers
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from torch import nn
 
+from hf_stable._wording import shortened
 from hf_stable.architectures.checking import problem_with
 from hf_stable.architectures.description import Architecture, Block
 from hf_stable.modeling_hf_stable import MODEL_TYPE_PREFIX
@@ -18,6 +19,7 @@ __all__ = [
     "is_plain_linear",
     "model_type_of",
     "registered_entries",
+    "require_model",
     "register_architecture",
     "supported_architectures",
     "way_to_register",
@@ -86,6 +88,15 @@ def is_plain_linear(layer_class: type) -> bool:
     """Say whether an entry declares that a class derived from `nn.Linear` is a plain product."""
     declared = {name for entry in _registry.values() for name in entry.plain_layers}
     return issubclass(layer_class, nn.Linear) and layer_class.__name__ in declared
+
+
+def require_model(given: Any, function: str) -> None:
+    """Raise TypeError, saying what to give, unless a function was given a model."""
+    if not isinstance(given, nn.Module):
+        raise TypeError(
+            f"{function} takes a model itself, as from_pretrained returns it, got "
+            f"{shortened(given)}"
+        )
 
 
 def model_type_of(module: Any) -> str | None:

@@ -11,6 +11,7 @@ from hf_stable._ranks import whole_shape
 from hf_stable.architectures.coverage import Uncovered, find_uncovered
 from hf_stable.architectures.finding import find_layers, find_norms
 from hf_stable.architectures.paths import join, modules_of_class, named_modules
+from hf_stable.architectures.registry import require_model
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.layernorms.removal import RemovedNorm
 from hf_stable.methods.patching import patch_configs
@@ -115,6 +116,7 @@ def describe(model: nn.Module) -> PatchReport:
     Raises:
         UnsupportedModelError: if the architecture is not registered.
     """
+    require_model(model, "describe")
     configs, layers = patch_configs(model), find_layers(model)
     reasons: dict[str, str] = {}
     otherwise = "sigma_reparam is not in force" if configs else "the model is not patched"

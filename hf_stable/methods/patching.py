@@ -19,7 +19,7 @@ from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
 from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.paths import join, plain_name
-from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.architectures.registry import UnsupportedModelError, require_model
 from hf_stable.methods.agreement import refuse_different_configs
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
@@ -91,6 +91,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     """
     make_late_changes()
     configs = _resolve(method, options)
+    require_model(model, "patch")
     _refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
     refuse_different_configs(model, configs, present.values())
@@ -134,6 +135,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: if accelerate offloads a weight. Nothing has changed then.
     """
+    require_model(model, "fold")
     layers = [layer for _, layer in sigma_layers(model)]
     for layer in layers:
         settle(layer)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_stable.architectures.finding import FoundBlock, find_blocks
 from hf_stable.architectures.heads import count_heads
-from hf_stable.architectures.registry import UnsupportedModelError
+from hf_stable.architectures.registry import UnsupportedModelError, require_model
 from hf_stable.monitor.combining import ranks_with_same_batch
 from hf_stable.monitor.listening import is_listened_to, listening
 from hf_stable.monitor.observing import Observed, observing_attention
@@ -83,6 +83,7 @@ def probe(
             can be.
         RuntimeError: if the model is being probed already.
     """
+    require_model(model, "probe")
     root = _root_of(model)
     asked = resolve_terms(terms)
     is_named = not isinstance(terms, str)

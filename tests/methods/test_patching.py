@@ -681,3 +681,21 @@ def test_adapters_come_after_folding():
     trained = logits(adapted.base_model.model).detach()
     assert not torch.allclose(trained, expected, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(logits(adapted.merge_and_unload()), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda model: hf_stable.patch(model, "sigma_reparam"), hf_stable.fold, hf_stable.describe,
+        hf_stable.refresh, hf_stable.restore_layernorms, hf_stable.parameter_groups,
+        hf_stable.lora_groups, lambda model: hf_stable.probe(model).__enter__(),
+    ],
+)  # fmt: skip
+def test_what_is_no_model_is_refused_by_its_value(function):
+    with pytest.raises(TypeError, match="takes a model itself, .* got 'openai-community/gpt2'"):
+        function("openai-community/gpt2")
+
+
+def test_an_optimizer_that_is_given_a_model_says_what_to_give():
+    with pytest.raises(TypeError, match=r"the model Linear: give hf_stable.parameter_groups"):
+        hf_stable.AdamW2(nn.Linear(2, 2))

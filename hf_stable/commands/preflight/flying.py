@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_stable._json import from_json, to_json
 from hf_stable._whole_files import write_whole
-from hf_stable._wording import nearest
+from hf_stable._wording import nearest, shortened
 from hf_stable.commands.preflight.attaching import LegRefused, prepare, train_leg
 from hf_stable.commands.preflight.judging import Outcome
 from hf_stable.commands.preflight.legs import Ending, Leg, Settings, begin_leg, write_ending
@@ -70,8 +70,14 @@ def preflight(
     Raises:
         ValueError: for a rate, a remedy or a number of steps that is not allowed, or a folder of
             another preflight.
+        TypeError: for what is no function, or returns no Trainer.
         Exception: whatever a leg raises that is not the loss's doing.
     """
+    if not callable(make_trainer):
+        raise TypeError(
+            "preflight takes a function that returns a fresh transformers Trainer at every call, "
+            f"got {shortened(make_trainer)}"
+        )
     text = remedies if isinstance(remedies, str) else ",".join(remedies)
     name = getattr(make_trainer, "__qualname__", type(make_trainer).__qualname__)
     plan = Plan(tuple(map(float, rates)), parse_remedies(text), seeds, bisect, skip)
@@ -174,6 +180,11 @@ def _run_here(make_trainer: Callable[[], Trainer], settings: Settings) -> Runner
     def run(leg: Leg, folder: Path, stopped: threading.Event) -> None:
         begin_leg(folder)
         trainer = make_trainer()
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                "make_trainer is a function that returns a fresh transformers Trainer at every "
+                f"call; it returned {shortened(trainer)}"
+            )
         if trainer.state.global_step or trainer.optimizer is not None and trainer.state.log_history:
             raise ValueError(
                 "make_trainer returned a Trainer that has trained: it has to build a fresh model "

@@ -22,6 +22,7 @@ from hf_stable.architectures.registry import (
     UnsupportedModelError,
     architecture_of,
     model_type_of,
+    require_model,
 )
 from hf_stable.methods.config import MethodConfig, method_options, take_out_configs
 from hf_stable.methods.layernorms.standalone import is_standalone
@@ -166,6 +167,7 @@ def restore_layernorms(model: nn.Module) -> nn.Module:
         UnsupportedModelError: if the model was loaded without its norms, which no file has, and
             none was removed since.
     """
+    require_model(model, "restore_layernorms")
     if any(map(is_standalone, model.modules())) and not removed_norms(model):
         raise UnsupportedModelError(
             f"this {type(model).__name__} was loaded without its norms, and no file has them; "

@@ -18,6 +18,7 @@ from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
 from hf_stable.architectures.paths import state_dict_name
+from hf_stable.architectures.registry import require_model
 from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import MethodConfig, method_options
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
@@ -196,6 +197,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
+    require_model(model, "refresh")
     for _, layer in sigma_layers(model):
         settle(layer)
     return model

@@ -141,6 +141,12 @@ def test_a_second_preflight_is_refused_while_one_runs_in_the_folder(tmp_path):
     assert refused == [True]
 
 
+@pytest.mark.parametrize("wrong", [5, lambda: 5])
+def test_what_makes_no_trainer_is_said(tmp_path, wrong):
+    with pytest.raises(TypeError, match="returns a fresh transformers Trainer .* 5$"):
+        fly(tmp_path, wrong)
+
+
 def adapted(model):
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"]))
