@@ -69,7 +69,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Everything is resolved and computed before the first layer changes, and what fails later is
     undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
-    config does nothing, but for layers that are plain: those of other parts, or new ones.
+    config does nothing, but for layers and norms that are plain: those of
+    other parts, and what was put in since.
 
     Args:
         model: a supported `PreTrainedModel`, before its parameters are collected for an optimizer's
@@ -98,8 +99,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     missing = [config for config in configs if config.method not in present]
     plans: list[PatchPlan] = []
     for config in configs:  # a comprehension has a frame of its own, which warnings would name
-        if config in missing or isinstance(config, SigmaReparamConfig):
-            plans.append(METHODS[config.method][1](model, config))
+        plans.append(METHODS[config.method][1](model, config))
     if missing:
         _warn_if_continuing(model)
     if any(isinstance(config, SigmaReparamConfig) for config in missing):
