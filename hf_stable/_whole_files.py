@@ -31,8 +31,11 @@ def unfinished(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            # A disk that is full is said without the name of what it is too full for.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

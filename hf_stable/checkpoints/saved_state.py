@@ -26,6 +26,9 @@ WAY_OUT = (
 
 LAYER_TENSORS = ("weight", *SIGMA_TENSORS)
 
+LARGEST = 1e18
+"""Entries up to which sigma has a place in float32 after each step."""
+
 Configs = dict[str, tuple[MethodConfig, ...]]
 """The configs in force by the name of the part that was patched, "" for the model itself."""
 
@@ -136,4 +139,8 @@ def _problem_with(parts: Mapping[str, Tensor]) -> str | None:
     vectors = (*count, max(heights)), (*count, max(widths))
     if not (gamma.shape == sigma.shape == count and (u.shape, v.shape) == vectors):
         return f"shapes that do not fit together: {shapes}"
+    # A run that was lost may have been saved so, with a weight that is no better.
+    is_lost = not all(each.isfinite().all() for each in (sigma, u, v))
+    if is_lost and (weight.abs() <= LARGEST).all():
+        return "a sigma or vectors that are not finite, beside a weight that is"
     return None

@@ -41,11 +41,13 @@ def watch(
     Ends with the run; Ctrl-C ends it before. Without a terminal the view is printed whenever it has
     changed; --json prints one object, as --once does. Exit code 1 if the run failed.
     """
-    from hf_stable.report.following import FollowedRuns
+    from hf_stable.report.following import LONGEST, FollowedRuns
     from hf_stable.report.glance import glance_at
 
-    if not every > 0:
-        raise ValueError(f"--every is a number of seconds above zero, got {every}")
+    if not 0 < every <= LONGEST:
+        raise ValueError(
+            f"--every is a number of seconds above zero, {LONGEST:g} at most, got {every}"
+        )
     followed = FollowedRuns([run])
     console, seen = make_console(wide=wide), None
     with Live(console=console, auto_refresh=False, transient=False) as live:
@@ -98,7 +100,7 @@ def _view(seen: Glance) -> RenderableType:
         parts += [f"heads at step {seen.probe_step}", table]
     parts.append(f"alarms: {seen.num_alarms}")
     told = [f"step {each.step}, {each.kind}: {describe_event(each)}" for each in seen.alarms]
-    return Group(*parts, *indented(told))
+    return Group(*parts, *indented(told), *seen.notes)
 
 
 def _as_data(seen: Glance) -> dict[str, object]:
@@ -111,4 +113,5 @@ def _as_data(seen: Glance) -> dict[str, object]:
         "loss": seen.losses[-1][1] if seen.losses else None,
         "heads": [head._asdict() for head in seen.heads],
         "alarms": seen.num_alarms,
+        "notes": list(seen.notes),
     }

@@ -156,7 +156,7 @@ class StabilityCallback(TrainerCallback, ExportableState):
         if not state.global_step:
             self.rollbacks.due = None  # of a run that never came to resume
         elif saved:
-            self._run.load_state(saved["attributes"]["progress"], state.global_step)
+            self._run.load_saved(saved, state.global_step)
         self._acting.resume(state.global_step, optimizer, kwargs.get("lr_scheduler"))
         self._journal.begin(self.rollbacks.count, state.global_step)
         self._keeping.begin(self._acting.folder, args, state, kwargs)

@@ -87,6 +87,22 @@ class Progress:
             "last_probe": self._last_probe,
         }
 
+    def load_saved(self, saved: Mapping[str, Any], step: int) -> None:
+        """Continue from the monitor's entry in `trainer_state.json` of the checkpoint of a step.
+
+        Raises:
+            ValueError: if it is damaged, or of a version that keeps something else there.
+        """
+        try:
+            self.load_state(saved["attributes"]["progress"], step)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                "the state of StabilityCallback in the checkpoint's trainer_state.json cannot be "
+                f"read ({error!r}): it is damaged, or of another version of hf_stable. Resume "
+                "from another checkpoint, or take StabilityCallback out of its "
+                "stateful_callbacks: alarms and rollbacks are then counted anew"
+            ) from error
+
     def load_state(self, state: Mapping[str, Any], step: int) -> None:
         """Continue from a `state()` that the checkpoint of a step holds."""
         self.rules.load_state(state["rules"])

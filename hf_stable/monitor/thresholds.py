@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 
 __all__ = ["Thresholds"]
 
@@ -31,6 +32,9 @@ class Thresholds:
         stall_steps: fewest steps with signs and without improvement that raise an alarm. Half the
             steps before the signs began are needed if that is more.
         learnt: a run is past stalling once its loss is below this share of its first level.
+
+    Raises:
+        ValueError: for what is no number; infinity is one, and keeps an alarm from being raised.
     """
 
     entropy_share: float = 0.35
@@ -49,3 +53,14 @@ class Thresholds:
     improvement: float = 0.01
     stall_steps: int = 50
     learnt: float = 0.7
+
+    def __post_init__(self) -> None:
+        """Check the numbers: nothing is above or below NaN, which would end an alarm unseen."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or math.isnan(value):
+                raise ValueError(
+                    f"threshold {field.name} is a number ({field.default:g} by default), "
+                    f"got {value!r}"
+                )

@@ -22,6 +22,9 @@ __all__ = ["FollowedRuns", "follow_report"]
 EVERY = 10.0
 """Seconds from look to look."""
 
+LONGEST = 86_400.0
+"""A day: beyond some size of a wait, the clock of a machine has no number for its end."""
+
 
 class FollowedRuns:
     """Runs that are read again and again, of each file only what is new.
@@ -105,8 +108,10 @@ def follow_report(
         OSError: if the page cannot be written.
         KeyboardInterrupt: after a last page was written.
     """
-    if not every > 0:
-        raise ValueError(f"every is a number of seconds above zero, got {every}")
+    if not 0 < every <= LONGEST:
+        raise ValueError(
+            f"every is a number of seconds above zero, {LONGEST:g} at most, got {every}"
+        )
     if not paths:
         raise ValueError("give at least one run: the output_dir of a Trainer")
     require_page_packages()

@@ -49,6 +49,7 @@ class Glance:
         heads: those of the lowest entropy there, the lowest first.
         alarms: the last ones.
         num_alarms: how many there were.
+        notes: what is damaged or missing, in sentences.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Glance:
     heads: tuple[HeadAtProbe, ...]
     alarms: tuple[Event, ...]
     num_alarms: int
+    notes: tuple[str, ...]
 
 
 def glance_at(run: RunRecords) -> Glance:
@@ -76,6 +78,7 @@ def glance_at(run: RunRecords) -> Glance:
         heads=tuple(_worst_heads(run, watched[-1])) if watched else (),
         alarms=tuple(alarms[-MOST_ALARMS:]),
         num_alarms=len(alarms),
+        notes=tuple(run.notes),
     )
 
 

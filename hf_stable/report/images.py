@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_stable._whole_files import unfinished
 from hf_stable._wording import extra_needed
 from hf_stable.report.charts import Chart, Curve, Section, layer_label, order_layers
 from hf_stable.report.maps import MapSeries
@@ -54,13 +55,16 @@ def write_images(
         The files.
 
     Raises:
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or is a file.
     """
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give the name of a folder for the figures")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in draw_images(runs, sections, maps):
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=DPI)
+        with unfinished(path) as partial:
+            figure.savefig(partial, dpi=DPI, format="png")
         files.append(path)
     return files
 

@@ -10,14 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_stable._file_names import TRAINER_STATE_FILE
 from hf_stable._json import to_json
 from hf_stable._whole_files import write_whole
+from hf_stable.monitor.log_file import FILE_NAME
 from hf_stable.report.images import require_matplotlib, write_images
 from hf_stable.report.kept_batches import ShownBatches, worst_samples
 from hf_stable.report.maps import choose_maps
 from hf_stable.report.page import build_page, require_page_packages
 from hf_stable.report.preface import Preface
 from hf_stable.report.reading import read_runs
+from hf_stable.report.results import RESULT_FILES
 from hf_stable.report.rows import TIDY_COLUMNS, tidy_rows
 from hf_stable.report.run_records import RunRecords
 from hf_stable.report.sections import build_sections
@@ -36,6 +39,9 @@ FORMATS = {
 
 FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r")
 """What a cell begins with that spreadsheets compute."""
+
+RECORDS = (TRAINER_STATE_FILE, FILE_NAME, *RESULT_FILES)
+"""What a report is made from, and never takes the place of."""
 
 REQUIRED = {"html": require_page_packages, "png": require_matplotlib}
 """What raises ModuleNotFoundError, before anything is read, if a format cannot be written."""
@@ -78,7 +84,8 @@ def write_report(
 
     Raises:
         FileNotFoundError: if a run does not exist.
-        ValueError: if no run is given, one holds nothing to report, or for an unknown format.
+        ValueError: if no run is given, one holds nothing to report, for an unknown format, or if
+            the output has the name of a run's own record.
         ModuleNotFoundError: if plotly and jinja2 (html) or matplotlib (png) are not installed.
         OSError: if the output cannot be written.
     """
@@ -113,8 +120,14 @@ def write_runs(
         refresh: seconds after which a page loads itself anew, or None.
 
     Raises:
+        ValueError: if the output has the name of a run's own record.
         OSError: if the output cannot be written.
     """
+    if target.name in RECORDS:
+        raise ValueError(
+            f"{target} has the name of a record of a run, which a report is not to replace; give "
+            "another name"
+        )
     summaries = tuple(map(summarise, runs))
     if format == "png":
         files = tuple(write_images(runs, build_sections(runs), choose_maps(runs), target))

@@ -37,7 +37,9 @@ def window_text(found: Window, rates: Sequence[float]) -> str:
         return "none"
     low, high = found
     cut = _cut_off(found, rates)
-    return f"{high / low:.2g} x" + (f" (cut off {' and '.join(cut)})" if cut else "")
+    times = high / low
+    width = f"{times:.0f}" if times >= 100 else f"{times:.2g}"
+    return f"{width} x" + (f" (cut off {' and '.join(cut)})" if cut else "")
 
 
 def _cut_off(found: Window, rates: Sequence[float]) -> list[str]:

@@ -85,12 +85,25 @@ def with_integers(tensors):
     tensors[key] = tensors[key].int()
 
 
+def with_sigma_nan(tensors):
+    key = next(key for key in tensors if key.endswith(".sigma"))
+    tensors[key] = torch.full_like(tensors[key], torch.nan)
+
+
 def with_a_stranger(tensors):
     tensors["other"] = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
-    "change", [without_gamma, with_short_u, with_long_gamma, with_integers, with_a_stranger]
+    "change",
+    [
+        without_gamma,
+        with_short_u,
+        with_long_gamma,
+        with_integers,
+        with_a_stranger,
+        with_sigma_nan,
+    ],
 )
 def test_tensors_that_do_not_fit_together_whatever_the_checksum_says(change, folder, capsys):
     path = folder / SIDECAR_FILE

@@ -562,6 +562,13 @@ def test_what_is_within_the_bounds_is_read_and_long_values_are_shortened(tmp_pat
         (["--thresholds", "a"], "", "--thresholds takes NAME=NUMBER"),
         (["--thresholds", "no_such=1"], "", "--thresholds: thresholds is a"),
         (["--config", "FILE"], "monitor: 5\nmonitor-every: 6", "FILE gives monitor twice"),
+        (
+            ["--config", "FILE"],
+            "monitor: 5\nmonitor: 6",
+            "FILE is not YAML (it gives 'monitor' twice",
+        ),
+        (["--config", os.curdir], "", ". is no regular file; give a YAML file of options"),
+        (["--config", "FILE"], "thresholds: {spike: .nan}", "spike is a number (0.5 by default)"),
         (["--config", "FILE"], "terms: 5", "terms in FILE takes names, got 5"),
         (["--patch", "sigma_reparm"], "", "did you mean 'sigma_reparam'?"),
         (["--monitor", "0"], "", "--monitor takes a number of steps, 1 or more, got '0'"),

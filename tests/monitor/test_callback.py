@@ -529,6 +529,25 @@ def test_rollback_resumes_twice_with_lower_rates_and_the_same_data(said, tmp_pat
     assert same_state(again.model, trainer.model)
 
 
+def test_a_state_of_the_monitor_that_cannot_be_read_is_said(tmp_path):
+    trained(tiny_model("gpt2"), tmp_path, max_steps=2, save_steps=2)
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+
+    def resume():
+        path.write_text(json.dumps(state))
+        trainer, _ = monitored(tiny_model("gpt2"), tmp_path, max_steps=4, save_strategy="no")
+        trainer.train(resume_from_checkpoint=str(path.parent))
+        return trainer.state.global_step
+
+    for attributes in (7, {}, {"progress": []}, {"progress": {"rules": {}}}):
+        state["stateful_callbacks"]["StabilityCallback"]["attributes"] = attributes
+        with pytest.raises(ValueError, match="state of StabilityCallback .* cannot be read"):
+            resume()
+    del state["stateful_callbacks"]["StabilityCallback"]  # what the error says
+    assert resume() == 4
+
+
 def drop_due(checkpoint):
     """Take from a checkpoint what a rollback to it asks for."""
     path = checkpoint / "trainer_state.json"
@@ -603,6 +622,8 @@ def test_a_checkpoint_that_is_gone_when_training_has_stopped_is_not_resumed_from
         (dict(maps=0), "got 0"),
         (dict(max_rollbacks=-1), "max_rollbacks is a number of rollbacks, 0 or more, got -1"),
         (dict(thresholds={"spikes": 1}), "names among entropy_share, .*got {'spikes': 1}"),
+        (dict(thresholds={"spike": "x"}), r"spike is a number \(0.5 by default\), got 'x'"),
+        (dict(thresholds={"stall_steps": math.nan}), "stall_steps is a number .*got nan"),
         (dict(thresholds=0.5), "thresholds is a .*got 0.5"),
         (dict(console="loud"), "console is one of short, full, off, got 'loud'"),
     ],

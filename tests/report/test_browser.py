@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 
+import numpy as np
 import pytest
 from report_runs import (
     FALLING,
@@ -18,7 +19,9 @@ from report_runs import (
     small_maps,
     write_run,
 )
+from safetensors.numpy import save_file
 
+from hf_stable._file_names import BATCH_FOLDER, BATCH_KEY
 from hf_stable.monitor.log_file import StabilityLog
 from hf_stable.report import write_report
 
@@ -419,6 +422,48 @@ def test_a_page_of_a_long_deep_run_is_small_and_opens_at_once(driver, tmp_path):
     print(f"opened in {times} ms, {(tmp_path / 'r.html').stat().st_size / 1e6:.1f} MB")
     assert sorted(times)[1] < 3000
     assert count(driver, "#entropy path.js-line") == 48 + 48 + 1  # and bounds, and the ceiling
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A run that kept a batch of pictures, with texts that attack the page."""
+    folder = tmp_path_factory.mktemp("kept")
+    run = write_run(folder / "run", FALLING, {1: calm(1)}, [("alarm", 50, alarm())])
+    (run / BATCH_FOLDER).mkdir()
+    name = "step-49-attempt-0-rank-0-micro-0.safetensors"
+    texts = ["<img src=x onerror=document.title='broken-in'>", "w" * 900, "plain"]
+    about = {
+        "step": 49,
+        "sample_losses": [3.0, None, 1.0],
+        "previews": texts,
+        "positions": [7, 8, 9],
+    }
+    save_file(
+        {"pixel_values": np.arange(3 * 64, dtype=np.float32).reshape(3, 1, 8, 8)},
+        run / BATCH_FOLDER / name,
+        {BATCH_KEY: json.dumps(about)},
+    )
+    StabilityLog(run).write("batches", 0, 50, {"kind": "spike", "steps": [49], "files": [name]})
+    write_report([run], folder / "report.html")
+    return folder / "report.html", texts
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kept_samples_stand_worst_first_with_pictures_and_their_texts_are_texts(driver, kept, size):
+    page, texts = kept
+    open_page(driver, page, size)
+    assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    rows = driver.execute_script(
+        "return [...document.querySelectorAll('#batches tbody tr')].map((row) => ["
+        "row.cells[0].innerText, row.cells[2].innerText, "
+        "row.querySelector('.sample-text').textContent, "
+        "[...row.querySelectorAll('img')].map((picture) => picture.naturalWidth)])"
+    )
+    assert rows == [
+        ["not finite", "8", texts[1], [8]], ["3", "7", texts[0], [8]], ["1", "9", texts[2], [8]],
+    ]  # fmt: skip
+    assert driver.title != "broken-in"
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
 
 
 def test_verdict_table_and_alarms_are_there_without_scripts(driver, page):

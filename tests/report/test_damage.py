@@ -279,7 +279,7 @@ def test_a_file_that_cannot_be_finished_does_not_replace_the_old_one(run, tmp_pa
 
     rows = writing.tidy_rows
     monkeypatch.setattr(writing, "tidy_rows", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left.*r.csv"):
         write_report([run], target, format="csv")
     assert target.read_text() == before and before.count("\n") > 20
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["r.csv"]
@@ -293,3 +293,24 @@ def test_links_are_not_followed(run, tmp_path):
     assert secret.read_text() == "mine" and not (tmp_path / "r.json").is_symlink()
     # Its mode is what the umask makes of any new file.
     assert (tmp_path / "r.json").stat().st_mode == secret.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "stability.jsonl", "eval_results.json"])
+def test_a_report_takes_the_place_of_no_record(name, run):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(ValueError, match=rf"{name} has the name of a record of a run"):
+        write_report([run], run / name, format="csv")
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_images_follow_no_links_and_need_a_folder(run, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    with pytest.raises(NotADirectoryError, match="secret is a file; give the name of a folder"):
+        write_report([run], secret, format="png")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "loss.png").symlink_to(secret)
+    files = write_report([run], tmp_path / "figures", format="png").files
+    assert secret.read_text() == "mine" and tmp_path / "figures" / "loss.png" in files
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
+    assert sorted(files) == sorted((tmp_path / "figures").iterdir())

@@ -232,6 +232,13 @@ def test_watch_prints_what_there_is(tmp_path, capsys):
     goes_on = write_run(tmp_path / "on", FALLING[:50], interrupted_at=100)
     assert main(["watch", str(goes_on), "--once"]) == SUCCESS
     assert "Unfinished: step 50 of 100; the loss came down so far." in capsys.readouterr().out
+    # What is damaged is said here as on the page.
+    with (goes_on / "stability.jsonl").open("a") as log:
+        log.write("no line of a log\n")
+    assert main(["watch", str(goes_on), "--once"]) == SUCCESS
+    assert "1 line of stability.jsonl could not be read" in capsys.readouterr().out
+    assert main(["watch", str(goes_on), "--json"]) == SUCCESS
+    assert "could not be read" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
 def test_bad_input_of_following_is_one_line(tmp_path, monkeypatch, capsys):
@@ -240,8 +247,10 @@ def test_bad_input_of_following_is_one_line(tmp_path, monkeypatch, capsys):
     cases = [
         (["watch", str(tmp_path / "nowhere")], BAD_INPUT, "does not exist"),
         (["watch", str(tmp_path / "empty"), "--once"], BAD_INPUT, "holds no log and no state"),
-        (["watch", folder, "--every", "0"], BAD_INPUT, "seconds above zero, got 0"),
-        (["report", "--follow", folder, "--every", "-1"], BAD_INPUT, "above zero, got -1"),
+        (["watch", folder, "--every", "0"], BAD_INPUT, "seconds above zero, 86400 at most, got 0"),
+        (["report", "--follow", folder, "--every", "-1"], BAD_INPUT, "most, got -1"),
+        (["watch", folder, "--every", "inf"], BAD_INPUT, "86400 at most, got inf"),
+        (["report", "--follow", folder, "--every", "inf"], BAD_INPUT, "at most, got inf"),
         (["report", "--follow", folder, "--format", "png"], BAD_INPUT, "leave out --format png"),
         (["report", "--follow", str(tmp_path / "nowhere")], BAD_INPUT, "does not exist"),
     ]

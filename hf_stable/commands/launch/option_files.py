@@ -7,6 +7,7 @@ brackets in brackets.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +21,21 @@ MOST_ALIASES = 20
 DEEPEST = 20
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a name stands once, as the standard wants it; yaml takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, unless a name stands in it twice."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"it gives {shortened(key.value)} twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def read_option_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     """Return the options that a file holds by name.
 
@@ -27,6 +43,8 @@ def read_option_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
         OSError: if it cannot be read.
         ValueError: if it is no YAML, holds no mapping, or passes one of the limits.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is no regular file; give a YAML file of options")
     with open(path, "rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -36,7 +54,7 @@ def read_option_file(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         text = content.decode("utf-8")
         _check_structure(path, text)
-        options = yaml.safe_load(text)
+        options = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML ({error})") from error
     if not isinstance(options, dict):

@@ -22,6 +22,7 @@ from hf_stable.commands.preflight.remedies import parse_remedies
 from hf_stable.commands.preflight.result import PreflightResult, conclude
 from hf_stable.commands.preflight.running import Plan, Runner, run_legs
 from hf_stable.measures.loss_curves import FEWEST
+from hf_stable.monitor.folder_lock import FolderLock
 
 __all__ = ["DEFAULT_RATES", "DEFAULT_REMEDIES", "RESULT_FILE", "fly", "preflight"]
 
@@ -101,16 +102,25 @@ def fly(
         on_leg: called with each outcome.
 
     Raises:
-        ValueError: for values that are not allowed, or a folder of another preflight.
+        ValueError: for values that are not allowed, or a folder of another preflight, or of one
+            that is running.
         LegFailed: if a leg ends for a reason of its own.
     """
     _check(plan, settings, jobs)
     _claim(output, list(identity or settings.command))
-    outcomes = run_legs(
-        plan, settings, output, run or run_process(settings), jobs=jobs, on_leg=on_leg
-    )
-    result = conclude(outcomes, settings)
-    _write(output / RESULT_FILE, result.to_dict())
+    lock = FolderLock(output)
+    if holder := lock.acquire():
+        raise ValueError(
+            f"a preflight runs in {output} already ({holder}); wait for it, or give another folder"
+        )
+    try:
+        outcomes = run_legs(
+            plan, settings, output, run or run_process(settings), jobs=jobs, on_leg=on_leg
+        )
+        result = conclude(outcomes, settings)
+        _write(output / RESULT_FILE, result.to_dict())
+    finally:
+        lock.release()
     return result
 
 

@@ -112,9 +112,10 @@ def parse_remedy(text: str) -> Remedy:
     for part in text.strip().split("+"):
         name, *options = (each.strip() for each in part.split(":"))
         if name not in FORMS:
+            known = ("optim:NAME" if each == "optim" else each for each in FORMS)
             raise ValueError(
                 f"unknown remedy {name!r}{nearest(name, FORMS)}; the remedies are "
-                f"{', '.join(FORMS)}, joined with + and parted with commas"
+                f"{', '.join(known)}, joined with + and parted with commas"
             )
         _READERS.get(name, _read_method)(draft, name, options)
     if "none" in draft.seen and len(draft.seen) > 1:
@@ -176,7 +177,10 @@ def _read_method(draft: _Draft, name: str, options: list[str]) -> None:
         key, equals, value = option.partition("=")
         if not equals:
             raise ValueError(f"option {option!r} of {name} has no value: {FORMS[name]}")
-        given[key] = yaml.safe_load(value)
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"option {option!r} of {name} is not YAML: {error}") from error
     draft.methods.append(METHODS[name][0].from_dict(given))
 
 

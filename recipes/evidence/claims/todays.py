@@ -119,15 +119,12 @@ def _reference(results: Results) -> float:
 
 def _unclipped(results: Results, rates: tuple[float, ...]) -> tuple[int, int]:
     """Return in how many runs of how many QK-clip changed nothing."""
-    pairs = [
-        pair
-        for rate in rates
-        for pair in zip(
-            *(losses(results, f"{method} at {rate:g}") for method in ("Muon", "MuonClip")),
-            strict=True,
-        )
-    ]
-    return sum(first == second for first, second in pairs), len(pairs)
+    same = total = 0
+    for rate in rates:
+        ends = [losses(results, f"{method} at {rate:g}") for method in ("Muon", "MuonClip")]
+        same += sum(first == second for first, second in zip(*ends, strict=True))
+        total += len(ends[0])
+    return same, total
 
 
 def _pick_table(results: Results, *, model: str) -> list[str]:
@@ -149,7 +146,9 @@ def _table(results: Results, methods: list[str], rates: tuple[float, ...], name:
 
 # 15
 
-DECODER_RATES = TEXT_RATES
+DECODER_RATES = (1e-3, *TEXT_RATES, 3e-1)
+"""Those of claim 17, and one on either side, since windows went on beyond them."""
+
 SWEEP: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "AdamW, warmup": dict(warmup=0.2),

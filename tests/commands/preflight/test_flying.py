@@ -126,6 +126,21 @@ def test_legs_that_are_done_are_taken_and_others_run(tmp_path):
         fly(tmp_path, make, output=tmp_path / "full")
 
 
+def test_a_second_preflight_is_refused_while_one_runs_in_the_folder(tmp_path):
+    refused = []
+
+    def make():
+        with pytest.raises(ValueError, match="a preflight runs in .*legs already"):
+            fly(tmp_path, make)
+        refused.append(True)
+        return make_trainer(tmp_path)
+
+    fly(tmp_path, make)
+    assert refused == [True]
+    fly(tmp_path, make)  # which is over, and is taken as it is
+    assert refused == [True]
+
+
 def adapted(model):
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"]))

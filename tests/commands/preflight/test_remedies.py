@@ -51,6 +51,7 @@ def test_a_remedy_says_itself_on_a_command_line():
         ("optim", "optim needs the name of an optimizer"),
         ("adamw2:tau", "option 'tau' of adamw2 has no value"),
         ("sigma_reparam:one", "option 'one' of sigma_reparam has no value"),
+        ("sigma_reparam:init=[", "option 'init=\\[' of sigma_reparam is not YAML"),
         ("sigma_reparam:init=two", "init='two' is not allowed"),
         ("clip,none,clip", "remedy 'clip' is named more than once"),
     ],
