@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
-from hf_stable.architectures.finding import find_regions
 from hf_stable.architectures.paths import join, plain_name
-from hf_stable.architectures.registry import UnsupportedModelError, require_model
+from hf_stable.architectures.registry import require_model
 from hf_stable.methods.agreement import refuse_different_configs
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
@@ -35,6 +29,7 @@ from hf_stable.methods.layernorms.removal import (
     removed_norms,
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
+from hf_stable.methods.patchable_models import refuse_unpatchable
 from hf_stable.methods.sigma_reparam.method import (
     SigmaReparamConfig,
     plan_sigma_reparam,
@@ -69,7 +64,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Everything is resolved and computed before the first layer changes, and what fails later is
     undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
-    config does nothing, but for layers that are plain: those of other parts, or new ones.
+    config does nothing, but for layers and norms that are plain: those of
+    other parts, and what was put in since.
 
     Args:
         model: a supported `PreTrainedModel`, before its parameters are collected for an optimizer's
@@ -92,15 +88,14 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     make_late_changes()
     configs = _resolve(method, options)
     require_model(model, "patch")
-    _refuse_unpatchable(model)
+    refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
     refuse_different_configs(model, configs, present.values())
     _refuse_other_configs(model, configs)
     missing = [config for config in configs if config.method not in present]
     plans: list[PatchPlan] = []
     for config in configs:  # a comprehension has a frame of its own, which warnings would name
-        if config in missing or isinstance(config, SigmaReparamConfig):
-            plans.append(METHODS[config.method][1](model, config))
+        plans.append(METHODS[config.method][1](model, config))
     if missing:
         _warn_if_continuing(model)
     if any(isinstance(config, SigmaReparamConfig) for config in missing):
@@ -239,76 +234,6 @@ def _way_to_undo(model: nn.Module, config: MethodConfig) -> str:
     if removed_norms(model):
         return "undo that first (hf_stable.restore_layernorms)"
     return "start from a model with its norms: no file has those of this one"
-
-
-def _refuse_unpatchable(model: nn.Module) -> None:
-    """Raise for every state of a model in which a patch would be lost or wrong."""
-    _refuse_made_over(model)
-    find_regions(model)
-    _refuse_absent_weights(model)
-    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    if sharded:
-        raise UnsupportedModelError(
-            f"{sharded[0] or 'the model'!r} is sharded by FSDP2 already, which would not average "
-            "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
-            "model that tensor parallelism has cut can be patched"
-        )
-
-
-def _refuse_made_over(model: nn.Module) -> None:
-    """Raise for a model that is wrapped, adapted, quantised or spread over a pipeline."""
-    wrapper = _wrapper_of(model)
-    if wrapper is not None:
-        raise UnsupportedModelError(
-            f"the model is wrapped in {wrapper} already: gamma would not be averaged over ranks "
-            "or compiled with the rest; call hf_stable.patch first, then wrap"
-        )
-    if type(model).__module__.startswith("peft.") or getattr(model, "peft_config", None):
-        raise UnsupportedModelError(
-            "the model has PEFT adapters: their merge would edit the raw weight under sigma; "
-            "train with sigma_reparam first, hf_stable.fold, then add the adapters"
-        )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError(
-            "the model is quantised: its weights are no matrices of floating-point numbers; patch "
-            "the model before it is quantised"
-        )
-    distributed: Any = getattr(getattr(model, "config", None), "distributed_config", None)
-    if getattr(distributed, "pp_size", 1) > 1:
-        raise UnsupportedModelError(
-            f"pp_size={distributed.pp_size}: transformers' pipeline runs forwards alone. It gives "
-            "no loss, no gradient crosses its stages, and each process has some of the layers. "
-            "Load the model without pp_size; tp_size and FSDP2 can train it"
-        )
-
-
-def _refuse_absent_weights(model: nn.Module) -> None:
-    """Raise for a model with parameters whose values are elsewhere, or nowhere yet."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedModelError(
-                f"{name} is on the meta device and has no values to take a spectrum of; load the "
-                "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
-                "a device_map without offloading, over devices that hold all of it)"
-            )
-
-
-def _wrapper_of(model: nn.Module) -> str | None:
-    """Name what the model is wrapped in, wherever the wrapper is held."""
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        return "torch.compile"
-    if isinstance(model, DistributedDataParallel | DataParallel | FullyShardedDataParallel):
-        return type(model).__name__
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-        wrappers = (DistributedDataParallel, engine or DistributedDataParallel)
-        for candidate in gc.get_objects():
-            # By type, not isinstance: proxies may answer __class__ with an error.
-            if issubclass(type(candidate), wrappers) and any(
-                module is model for module in candidate.modules()
-            ):
-                return type(candidate).__name__
-    return None
 
 
 def _warn_if_continuing(model: nn.Module) -> None:

@@ -36,7 +36,7 @@ from recipes.evidence.claims import (  # noqa: E402
 )
 from recipes.evidence.page import page  # noqa: E402
 from recipes.evidence.runs import VIT, Variant, changes, do_runs, forget, key_of  # noqa: E402
-from recipes.evidence.windows import is_wider  # noqa: E402
+from recipes.evidence.windows import is_wider, window_text  # noqa: E402
 from recipes.settings import Settings  # noqa: E402
 
 NOTHING = 2.303
@@ -291,6 +291,9 @@ def test_windows_that_the_sweep_cut_off_are_bounds():
     assert not wider(None, None)
     # Where the sweep was shorter, its own ends are where it cut off.
     assert not is_wider(high, inside, (1e-3, 1e-2))
+    assert window_text((1e-4, 1.5e-2), rate_windows.RATES) == "150 x (cut off below)"
+    assert window_text((1e-3, 2.5e-3), (1e-3, 1e-2)) == "2.5 x (cut off below)"
+    assert window_text(inside, rate_windows.RATES) == "10 x" and window_text(None, ()) == "none"
 
 
 def test_claim_7_shows_windows_and_losses_of_every_init_and_batch_size():

@@ -194,7 +194,12 @@ def _native_classes(native_config: Any, architectures: Sequence[str] | None) -> 
 
 
 def removed_by_class(model: Any) -> dict[str, list[str]]:
-    """Return what of a model's norms is gone, by the class that has it and the path in it."""
+    """Return what of a model's norms is gone, by the class that has it and the path in it.
+
+    Raises:
+        UnsupportedModelError: if blocks of one class differ in this: a folder could not tell them
+            apart, and all of them would be loaded without the norm.
+    """
     declared: list[tuple[str, str]] = []
     for region in find_regions(model):
         for block in region.architecture.blocks:
@@ -204,6 +209,13 @@ def removed_by_class(model: Any) -> dict[str, list[str]]:
     removed: dict[str, list[str]] = {}
     for class_name, path in dict.fromkeys(declared):
         owners = locate_norms(model, {class_name: [path]})
-        if any(isinstance(owner.get_submodule(path), nn.Identity) for owner, _ in owners):
+        gone = [isinstance(owner.get_submodule(path), nn.Identity) for owner, _ in owners]
+        if any(gone) and not all(gone):
+            raise UnsupportedModelError(
+                f"{sum(gone)} of {len(gone)} {class_name} have lost their {path}, the others have "
+                "it: a folder could say this of all of them alone. Call hf_stable.patch on the "
+                "whole model with the config of the removal, or hf_stable.restore_layernorms"
+            )
+        if any(gone):
             removed.setdefault(class_name, []).append(path)
     return removed

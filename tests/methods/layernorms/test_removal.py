@@ -316,3 +316,16 @@ def test_terms_of_removed_norms_are_absent_from_the_monitor_not_zero(model_type,
 
 def test_every_architecture_of_these_tests_has_one_of_the_methods():
     assert set(METHOD) == set(MODEL_TYPES) <= set(hf_stable.supported_architectures())
+
+
+def test_blocks_of_one_class_that_differ_are_not_saved_and_the_way_out_works(tmp_path):
+    model = hf_stable.patch(tiny_model("gpt2"), "remove_pre_layernorm")
+    model.transformer.h[1] = tiny_model("gpt2", seed=1).transformer.h[1]
+    with pytest.raises(UnsupportedModelError, match="1 of 2 GPT2Block have lost their ln_1"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    hf_stable.patch(model, "remove_pre_layernorm")
+    assert len(removed_norms(model)) == 4
+    model.save_pretrained(tmp_path)
+    again = hf_stable.load(type(model), tmp_path)
+    assert torch.equal(outputs(again), outputs(model))
