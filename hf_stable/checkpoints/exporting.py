@@ -18,6 +18,7 @@ from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.card_pictures import draw_curves
 from hf_stable.checkpoints.model_cards import amend_card, read_card
 from hf_stable.checkpoints.provenance import TrainingRecord, read_training, record_of
+from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WEIGHT_PATTERNS, remove_stale_weights
 from hf_stable.measures.matrices import spectral_dtype
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
@@ -67,6 +68,7 @@ def export(
         OSError: if the folder cannot be written.
     """
     plain, training = plain_copy(model, dtype), _training_of(model, checkpoint)
+    check_writable(folder)  # transformers logs a line and writes nothing where a file is in the way
     card = _card_in(folder)
     _save(plain, folder, max_shard_size, processing_class)
     _write_card(card or _card_in(folder), model, folder, _name_of(folder), training)

@@ -301,3 +301,10 @@ def test_a_broken_card_in_the_folder_is_refused_before_anything_is_written(conte
         hf_stable.export(patched("vit", "ViTForImageClassification", "sigma"), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
     assert (tmp_path / "README.md").read_bytes() == content
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_and_kept(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(OSError, match=r"cannot save the model to '.*mine': .*choose a directory"):
+        hf_stable.export(tiny_model("gpt2"), tmp_path / "mine")
+    assert (tmp_path / "mine").read_text() == "kept"
