@@ -24,14 +24,15 @@ from recipes.evidence.claims import (  # noqa: E402
     causes,
     collapse,
     combinations,
+    decoder,
     modes,
+    picks,
     rate_windows,
     rivals,
     sequences,
     sharpness,
     sigma,
     tau_range,
-    todays,
     warmup,
 )
 from recipes.evidence.page import page  # noqa: E402
@@ -450,7 +451,7 @@ def decoder_runs(reach):
 
     def figures_of(name):
         model, method, rate = re.fullmatch(r"(.*): (.*), lr (.*)", name).groups()
-        place = todays.DECODER_RATES.index(float(rate)) - 2
+        place = decoder.DECODER_RATES.index(float(rate)) - 2
         inside = abs(place) <= reach.get((model, method), reach.get(method, 0))
         return run_with(4.0 if inside else 6.0, model="llama", reference=6.0)
 
@@ -458,7 +459,7 @@ def decoder_runs(reach):
 
 
 def test_claim_15_compares_windows_with_and_without_qk_norm():
-    narrow, wide = dict.fromkeys(todays.SWEEP, 0), dict.fromkeys(todays.SWEEP, 1)
+    narrow, wide = dict.fromkeys(decoder.SWEEP, 0), dict.fromkeys(decoder.SWEEP, 1)
     assert judged("15", decoder_runs(wide | {"AdamW": 0}))[0] == "reproduced"
     assert judged("15", decoder_runs(narrow | {"AdamW": 1}))[0] == "refuted"
     verdict, said = judged("15", decoder_runs(narrow | {"AdamW, warmup": 1}))
@@ -489,7 +490,7 @@ def test_claim_17_says_where_we_lose_what_rates_teach_and_whether_qk_clip_did_an
     def with_losses(ours, theirs, clip=None, high=None):
         def figures_of(name):
             method, _, rate = name.rpartition(" at ")
-            loss = ours if method in todays.OURS else theirs
+            loss = ours if method in picks.OURS else theirs
             if method == "MuonClip" and clip:
                 loss = clip
             return run_with(high if high and rate == "0.1" else loss, model="gpt2", reference=6.0)
@@ -512,7 +513,7 @@ def test_claim_17_says_where_we_lose_what_rates_teach_and_whether_qk_clip_did_an
         names = [variant.name for variant in CLAIMS[key].variants]
         pairs = {tuple(name.rsplit(" at ", 1)) for name in names}
         rates = {rate for _, rate in pairs}
-        assert len(rates) == 4 and pairs == {(m, r) for m in todays.PICKS for r in rates}
+        assert len(rates) == 4 and pairs == {(m, r) for m in picks.PICKS for r in rates}
 
 
 def causal(*, sharp, control, saved, held=0.9, entropy=0.1):

@@ -8,16 +8,17 @@ from recipes.evidence.claims import (
     causes,
     collapse,
     combinations,
+    decoder,
     effective_rates,
     modes,
     open_questions,
+    picks,
     rate_windows,
     rivals,
     sequences,
     sharpness,
     sigma,
     tau_range,
-    todays,
     warmup,
 )
 
@@ -35,7 +36,8 @@ _ALL = (
     rivals.CLAIM,
     combinations.CLAIM,
     *sequences.CLAIMS,
-    *todays.CLAIMS,
+    decoder.CLAIM,
+    *picks.CLAIMS,
     *causes.CLAIMS,
 )
 
