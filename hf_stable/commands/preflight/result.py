@@ -175,9 +175,9 @@ def _about_plan(row: RemedyResult, planned: Outcome, rate: float, settings: Sett
     text = f"The run as planned, at a rate of {rate:g}, {what} in its first {settings.steps} steps"
     if row.fails_at is not None and row.fails_at > 1:
         text += f"; it fails at {row.fails_at:g} times the rate"
-    elif row.fails_at is None:
+    elif row.fails_at is None and row.margin > 1:
         text += f", and so it does at every rate tried, up to {row.margin:g} times"
-    elif row.survives_to is not None:
+    elif row.fails_at is not None and row.survives_to is not None:
         text += f"; it survives at {row.survives_to:g} times the rate"
     if planned.alarm is not None:
         where = f" in {planned.alarm['layer']}" if planned.alarm.get("layer") else ""
@@ -218,10 +218,9 @@ def _advice(
     if plain.margin >= ENOUGH:
         return ["Nothing is needed: the planned rate has a margin of two or more."]
     if plain.fails_at is None:
-        highest = f"{plain.margin:g} times"
         return [
-            f"Whether the planned rate has a margin of two is not known: no rate above {highest} "
-            "it was tried. Give a rate of 2 or more in --rates."
+            "Whether the planned rate has a margin of two is not known: no rate of twice it or "
+            "more was tried. Give one in --rates, such as 3."
         ]
     lower = [] if plain.survives_to is None else [plain.survives_to / ENOUGH]
     calmer = f"a rate of {lower[0] * rate:.2g} would have a margin of two" if lower else ""

@@ -44,9 +44,11 @@ def test_a_margin_that_was_not_tried_is_said_to_be_unknown():
     result = conclude(found, SETTINGS)
     assert not result.passed
     assert result.sentences[-1] == (
-        "Whether the planned rate has a margin of two is not known: no rate above 1.5 times it "
-        "was tried. Give a rate of 2 or more in --rates."
+        "Whether the planned rate has a margin of two is not known: no rate of twice it or more "
+        "was tried. Give one in --rates, such as 3."
     )
+    alone = conclude(found[:1], SETTINGS)
+    assert alone.sentences[0].endswith("trains in its first 60 steps.")
     lost = conclude([*found, outcome(NONE, 1.8, "diverges", 9.0)], SETTINGS)
     assert "not known" not in lost.sentences[-1]
 
