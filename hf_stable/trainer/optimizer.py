@@ -1,4 +1,4 @@
-"""`optim="adamw2"`: the name, the handler that builds the optimizer, and its options."""
+"""`optim="adamw2"`: the name, what builds the optimizer, and its options."""
 
 from __future__ import annotations
 
@@ -68,11 +68,34 @@ def _build_adamw2(context: OptimizerContext) -> tuple[type[AdamW2], dict[str, An
     """Return what the Trainer builds for `optim="adamw2"`: the class, and its arguments."""
     options = parse_options(context.optim_args)
     arguments = {**context.optimizer_kwargs, **context.adam_kwargs, **options}
-    if arguments.get("tau") == AUTO:
-        arguments["total_steps"] = _total_steps(context.args)
-    if context.model is None:
+    return _of_model(context.model, context.args, arguments)
+
+
+def _of_model(
+    model: Any, args: Any, arguments: dict[str, Any]
+) -> tuple[type[AdamW2], dict[str, Any]]:
+    """Return the class that knows the structure of a model, and its arguments."""
+    if arguments.get("tau") == AUTO and "total_steps" not in arguments:
+        arguments = {**arguments, "total_steps": _total_steps(args)}
+    if model is None:
         return AdamW2, arguments
-    return ModelAdamW2, {**arguments, "structure": context.model}
+    return ModelAdamW2, {**arguments, "structure": model}
+
+
+@wrapping(
+    "transformers.trainer:Trainer.create_optimizer", "model",
+    reason='AdamW2 in optimizer_cls_and_kwargs gets the rates that optim="adamw2" gives',
+)  # fmt: skip
+def _create_optimizer(original: Any, trainer: Any, model: Any = None) -> Any:
+    given = trainer.optimizer_cls_and_kwargs
+    if given is None or given[0] is not AdamW2:
+        return original(trainer, model)
+    own = trainer.model if model is None else model
+    trainer.optimizer_cls_and_kwargs = _of_model(own, trainer.args, given[1])
+    try:
+        return original(trainer, model)
+    finally:
+        trainer.optimizer_cls_and_kwargs = given
 
 
 def _total_steps(args: Any) -> float:

@@ -35,6 +35,7 @@ TARGETS = {
     "transformers.trainer:Trainer._save",
     "transformers.trainer:Trainer._save_checkpoint",
     "transformers.trainer:Trainer._load_best_model",
+    "transformers.trainer:Trainer.create_optimizer",
     "transformers.trainer:Trainer.get_decay_parameter_names",
     "transformers.trainer:Trainer.log",
     "transformers.trainer:Trainer.train",

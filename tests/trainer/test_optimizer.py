@@ -200,6 +200,28 @@ def test_fused_projections_have_a_rate_per_part(patched, tmp_path):
     assert Parts.of(group_of(optimizer, attention.c_proj.weight)["parts"]).is_whole
 
 
+def test_the_class_alone_gets_the_same_groups(tmp_path):
+    options = dict(tau="auto", lr=1e-3)
+
+    def given(model, args, **rest):
+        return Trainer(
+            model, args, optimizer_cls_and_kwargs=(hf_stable.AdamW2, options), **rest
+        )
+
+    settings = dict(max_steps=4, weight_decay=0.1, learning_rate=1e-3)
+    trainer = make_trainer(tiny_model("gpt2"), tmp_path / "class", trainer_class=given, **settings)
+    usual = make_trainer(
+        tiny_model("gpt2"), tmp_path / "name", optim="adamw2", optim_args="tau=auto", **settings
+    )
+    trainer.train()
+    usual.train()
+    own, theirs = (each.optimizer.optimizer.effective_lr() for each in (trainer, usual))
+    assert own == theirs and any(isinstance(rate, list) for rate in own.values())
+    assert losses(trainer) == losses(usual)
+    assert trainer.optimizer_cls_and_kwargs == (hf_stable.AdamW2, options)
+    assert options == dict(tau="auto", lr=1e-3)  # the caller's own
+
+
 def test_model_of_another_architecture(tmp_path):
     config = LlamaConfig(
         vocab_size=37, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
