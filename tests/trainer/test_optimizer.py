@@ -204,9 +204,7 @@ def test_the_class_alone_gets_the_same_groups(tmp_path):
     options = dict(tau="auto", lr=1e-3)
 
     def given(model, args, **rest):
-        return Trainer(
-            model, args, optimizer_cls_and_kwargs=(hf_stable.AdamW2, options), **rest
-        )
+        return Trainer(model, args, optimizer_cls_and_kwargs=(hf_stable.AdamW2, options), **rest)
 
     settings = dict(max_steps=4, weight_decay=0.1, learning_rate=1e-3)
     trainer = make_trainer(tiny_model("gpt2"), tmp_path / "class", trainer_class=given, **settings)
