@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_stable.adamw2.rule import COLD_ITERATIONS, adam_step, at_most, move, target_scale
+from hf_stable.adamw2.adam import adam_step
+from hf_stable.adamw2.rule import COLD_ITERATIONS, at_most, move, target_scale
 from hf_stable.adamw2.weights import LORA_STATE, RULE_STATE, Weight
 from hf_stable.measures.matrices import as_matrix, spectral_dtype
 from hf_stable.measures.parts import Parts

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_stable._late_changes import make_late_changes
+from hf_stable.adamw2.adam import adam_step
 from hf_stable.adamw2.group_weights import given_shapes, note_lr, rates_of_group, weights_of
 from hf_stable.adamw2.loaded_states import Entries, prepare_loaded, restore_state
 from hf_stable.adamw2.merged_rule import pair_factors, update_adapters
@@ -28,7 +29,7 @@ from hf_stable.adamw2.options import (
 from hf_stable.adamw2.partitioned_groups import PartitionedGroups, take_matrices_out
 from hf_stable.adamw2.partitions import Partition
 from hf_stable.adamw2.planning import AUTO, DEFAULT_TAU, choose_tau, note_other_plan
-from hf_stable.adamw2.rule import adam_step, update
+from hf_stable.adamw2.rule import update
 from hf_stable.adamw2.weights import prepare_state
 from hf_stable.kernels.choosing import Workspaces
 

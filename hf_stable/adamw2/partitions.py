@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_stable.adamw2.rule import adam_step, update
+from hf_stable.adamw2.adam import adam_step
+from hf_stable.adamw2.rule import update
 from hf_stable.adamw2.weights import MOMENTS, RULE_STATE, Weight, prepare_state
 from hf_stable.kernels.choosing import Workspaces
 from hf_stable.measures.flat_ranges import FlatRange

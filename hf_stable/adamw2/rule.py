@@ -1,4 +1,4 @@
-"""The update of AdamW2: Adam's moments, Rule 1 and the step, for weights of any layout.
+"""The update of AdamW2: Adam's step, Rule 1 and the move, for weights of any layout.
 
 Pure functions on weights and their state; the optimizer around them is in `optimizer`.
 """
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_stable._ranks import local_tensor
-from hf_stable.adamw2.weights import MOMENTS, Weight
+from hf_stable.adamw2.adam import Held, adam_step, local_entries, rate_beside
+from hf_stable.adamw2.weights import Weight
 from hf_stable.kernels.choosing import Workspaces, step_by_kernels
-from hf_stable.kernels.weights import PLAIN
 from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.matrices import (
     MatrixShard,
@@ -28,15 +27,11 @@ from hf_stable.measures.power_iteration import power_step
 
 __all__ = [
     "COLD_ITERATIONS",
-    "adam_step",
     "at_most",
     "move",
     "target_scale",
     "update",
 ]
-
-Held = Tensor | FlatRange
-"""A weight, or a tensor laid out like it, wherever its entries are."""
 
 COLD_ITERATIONS = 10
 """Power iterations at the first step of a weight, whose vectors start from nothing."""
@@ -52,73 +47,9 @@ GPU_BATCH_NUMEL = 1 << 26
 """The same elsewhere, where launches count: 256 MB of float32 working memory a batch."""
 
 
-def adam_step(
-    weights: list[Weight], targets: Sequence[Held], *, lr: float | Tensor, weight_decay: float
-) -> None:
-    """Move the moments and take a plain AdamW step on `targets`, in place.
-
-    On targets of zeros, without decay, this leaves `-lr * U_t` there in one pass over gradient
-    and moments. To be called where gradients are disabled.
-
-    Args:
-        weights: weights of one group.
-        targets: what to step, one for each weight and laid out like it.
-        lr: rate of the step.
-        weight_decay: decoupled decay of the targets.
-    """
-    group = weights[0].group
-    _count_steps([weight.state["step"] for weight in weights])
-    calls: defaultdict[Any, list[tuple[Tensor, ...]]] = defaultdict(list)
-    relaid = []
-    for weight, target in zip(weights, targets, strict=True):
-        first, second = (weight.state[key] for key in MOMENTS)
-        grad, entries = weight.grad, target
-        if isinstance(entries, FlatRange) or type(entries) not in PLAIN:
-            first, second, grad = map(local_tensor, (first, second, grad))
-            entries = _here(entries)
-        # The fused kernel walks all tensors of a weight in the order of their memory.
-        if grad.stride() != first.stride():
-            grad = torch.empty_like(first).copy_(grad)
-        if entries.stride() != first.stride():
-            relaid.append((entries, torch.empty_like(first).copy_(entries)))
-            entries = relaid[-1][1]
-        tensors = (entries, grad, first, second, weight.state["step"])
-        calls[entries.device, entries.dtype].append(tensors)
-    for (device, _), call in calls.items():
-        params, grads, firsts, seconds, steps = map(list, zip(*call, strict=True))
-        torch._fused_adamw_(
-            params, grads, firsts, seconds, [], steps,
-            lr=_rate_beside(lr, device),
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=weight_decay, amsgrad=False, maximize=group["maximize"],
-        )  # fmt: skip
-    for entries, copy in relaid:
-        entries.copy_(copy)
-
-
-def _count_steps(steps: list[Tensor]) -> None:
-    """Add one to each, in place."""
-    if steps[0].is_cpu:
-        # A number would become a tensor again for each of them.
-        torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)
-    else:
-        torch._foreach_add_(steps, 1.0)
-
-
-def _rate_beside(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """Return a rate that kernels on a device can take, without waiting for it.
-
-    A tensor on the CPU becomes a number for any other device, as in torch's own fused kernels: a
-    copy would wait, and cannot be captured in a CUDA graph.
-    """
-    if not isinstance(lr, Tensor):
-        return lr
-    return float(lr) if lr.is_cpu and device.type != "cpu" else lr.to(device)
-
-
 def at_most(bound: Tensor, lr: float | Tensor) -> Tensor:
     """Return `min(lr, bound)`, a NaN where the bound is one."""
-    lr = _rate_beside(lr, bound.device)
+    lr = rate_beside(lr, bound.device)
     return bound.clamp(max=lr.to(bound).reshape(()) if isinstance(lr, Tensor) else lr)
 
 
@@ -289,8 +220,8 @@ def _decide_exempt(weights: list[Weight], sigma_weight: Tensor, sigma_step: Tens
 def move(weights: list[Weight], targets: Sequence[Held], rates: Tensor) -> None:
     """Step the matrices of weights of one group towards their targets, in place."""
     decay = weights[0].group["weight_decay"]
-    owned = [_here(weight.param) for weight in weights]
-    towards = [_here(target) for target in targets]
+    owned = [local_entries(weight.param) for weight in weights]
+    towards = [local_entries(target) for target in targets]
     by_weight = rates.split([weight.num_parts for weight in weights])
     if target_scale(weights[0]) != 1.0 and weights[0].parts.is_whole:
         torch._foreach_lerp_(owned, towards, list((rates * decay).unbind()))
@@ -304,8 +235,3 @@ def move(weights: list[Weight], targets: Sequence[Held], rates: Tensor) -> None:
         moved.mul_(1 - rate * decay).addcmul_(target.to(rate.dtype), rate)
         if moved is not own:
             own.copy_(moved)
-
-
-def _here(held: Held) -> Tensor:
-    """Return the entries of a weight, or of what is laid out like it, that this process holds."""
-    return (held.local if isinstance(held, FlatRange) else local_tensor(held)).detach()

@@ -24,12 +24,8 @@ from hf_stable.measures.parts import Parts
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
 from hf_stable.methods.layernorms.removal import RemovalConfig
 from hf_stable.methods.layernorms.standalone import config_without_norms, standalone_class
-from hf_stable.methods.sigma_reparam.method import (
-    SigmaReparamConfig,
-    SigmaReparamPlan,
-    choose_layers,
-    plan_layers,
-)
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
+from hf_stable.methods.sigma_reparam.planning import SigmaReparamPlan, choose_layers, plan_layers
 from hf_stable.methods.sigma_reparam.swapping import SigmaState, check_plain, sigma_class_of
 from hf_stable.methods.sigma_reparam.triples import SIGMA_TENSORS
 from hf_stable.methods.undoing import undoing

@@ -16,7 +16,8 @@ from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.layernorms.removal import RemovedNorm
 from hf_stable.methods.patching import patch_configs
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
-from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
+from hf_stable.methods.sigma_reparam.planning import choose_layers
 
 __all__ = ["LayerReport", "PatchReport", "describe"]
 

@@ -30,11 +30,8 @@ from hf_stable.methods.layernorms.removal import (
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.patchable_models import refuse_unpatchable
-from hf_stable.methods.sigma_reparam.method import (
-    SigmaReparamConfig,
-    plan_sigma_reparam,
-    sigma_layers,
-)
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, sigma_layers
+from hf_stable.methods.sigma_reparam.planning import plan_sigma_reparam
 from hf_stable.methods.sigma_reparam.swapping import fold_layer
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing

@@ -18,7 +18,8 @@ from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.matrices import shapes_of
 from hf_stable.measures.parts import WHOLE
-from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, choose_layers
+from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
+from hf_stable.methods.sigma_reparam.planning import choose_layers
 
 __all__ = ["ModelShape", "measure_shape"]
 
