@@ -7,7 +7,8 @@
 
 They take one seed each. Runs are kept in --work, and one that was stopped goes on from its last
 checkpoint. With --minutes, 6 with --gpu, no run begins after that time. What was made is judged as
-the small ones are and written to larger.json in --work.
+the small ones are and written to larger.json in --work. A claim that was made whole, and not dry,
+goes into larger.json beside this file too, and onto the page.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from recipes.evidence.runs import NO_NORMS, NO_NORMS_SIGMA, STD_VIT, VIT, Varian
 from recipes.evidence.windows import window_text
 from recipes.run import run
 from recipes.settings import Fields
+
+RESULTS = Path(__file__).resolve().parent / "larger.json"
+"""By the set and the claim: what runs say, how long they took, and the runs."""
 
 SEED = 0
 SAVED = 50
@@ -210,12 +214,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content[key] = {
             "said": [] if missing else said(key, results),
             "missing": missing,
+            "seconds": round(sum(run["seconds"] for runs in results.values() for run in runs)),
             "runs": results,
         }
+        if not args.dry_run and not missing:
+            _keep("gpu" if args.gpu else "cpu", key, content[key])
         work.mkdir(parents=True, exist_ok=True)
         (work / "larger.json").write_text(json.dumps(content, indent=1) + "\n")
         print(f"claim {key}: {' '.join(content[key]['said']) or f'not made: {missing}'}")
     return 0 if is_whole else 1
+
+
+def _keep(where: str, key: str, made: Mapping[str, Any]) -> None:
+    """Put a claim's runs among those that are committed."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    kept.setdefault(where, {})[key] = made
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def section() -> list[str]:
+    """Return what is committed of larger models, for the page."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    lines = []
+    for where, by_claim in kept.items():
+        flag = "--gpu " * (where == "gpu")
+        for key, made in by_claim.items():
+            command = f"python recipes/evidence/larger.py {flag}{key}"
+            took = f"seed {SEED}, {made['seconds'] / 60:.0f} minutes"
+            lines.append(f"- Claim {key} (`{command}`, {took}): {' '.join(made['said'])}")
+    return lines
 
 
 if __name__ == "__main__":

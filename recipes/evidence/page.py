@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from recipes.evidence import preflights, records, tau
+from recipes.evidence import larger, preflights, records, tau
 from recipes.evidence.claim import VERDICTS, Claim, Results, failures, losses, text_of
 from recipes.settings import Settings
 
@@ -27,8 +27,9 @@ last column has the minutes that the runs of a claim took, one after the other, 
 others used as well.
 
 `python recipes/evidence/larger.py` has set-ups of claims 1, 6 and 7 with 3 to 5 M parameters, and
-with `--gpu` ViT-S and GPT-2 small for six minutes of one GPU. They were tried dry, and not run: so
-nothing here says whether the verdicts hold past this scale.
+with `--gpu` ViT-S and GPT-2 small for six minutes of one GPU. What was run of them stands
+[below](#beside-the-claims); the rest was tried dry. One run of a kind is no verdict: nothing here
+says whether those of the small models hold past their scale.
 """
 
 RUNS = [
@@ -75,6 +76,11 @@ def _beside() -> list[str]:
         f"`{short['command']}`, {short['seconds_of_runs'] / 60:.0f} minutes of runs.",
         "",
         *tau.table(short["reported"]),
+        "",
+        "**Larger models.** One run of a kind, with 3 to 5 M parameters, judged as the small ones "
+        "are:",
+        "",
+        *larger.section(),
     ]
 
 

@@ -48,6 +48,22 @@ def few(task):
     return Task(**(task._asdict() | dict(test=test)))
 
 
+def test_what_was_made_whole_is_kept_and_stands_on_the_page(tmp_path, monkeypatch):
+    for set_, by_claim in json.loads(larger.RESULTS.read_text()).items():
+        variants = larger.TEN_TIMES if set_ == "cpu" else larger.ON_GPU
+        for key, made in by_claim.items():
+            assert list(made["runs"]) == [variant.name for variant in variants[key]]
+            assert made["said"] == larger.said(key, made["runs"]) and not made["missing"]
+    monkeypatch.setattr(larger, "RESULTS", tmp_path / "larger.json")
+    assert larger.section() == []
+    larger._keep("cpu", "6", {"said": ["it holds."], "seconds": 120})
+    larger._keep("gpu", "1", {"said": ["it does not."], "seconds": 60})
+    assert larger.section() == [
+        "- Claim 6 (`python recipes/evidence/larger.py 6`, seed 0, 2 minutes): it holds.",
+        "- Claim 1 (`python recipes/evidence/larger.py --gpu 1`, seed 0, 1 minutes): it does not.",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [False, True], ids=["ten times", "gpu"])
 def test_every_set_up_takes_its_steps_and_is_judged_once(gpu, tmp_path, monkeypatch, capsys):
