@@ -160,7 +160,8 @@ def test_a_forked_leg_is_the_one_that_is_started_bit_for_bit(tmp_path, monkeypat
     leg = Leg(parse_remedy("adamw2+sigma_reparam"), 1.0)
     # A program that calls the command need not guard its main module against being run again.
     (tmp_path / "program.py").write_text("raise SystemExit('the main module ran once more')")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "program.py"))
+    program = str(tmp_path / "program.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", program, raising=False)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     started, forked = (flown(str(forks), leg, forks) for forks in (False, True))
     assert forked == started and len(started[0]) == 20 and len(started[1]) > 4
