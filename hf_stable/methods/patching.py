@@ -61,8 +61,8 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
 
     Everything is resolved and computed before the first layer changes, and what fails later is
     undone: if this raises, whatever the cause, the model is as it was. Patching again with the same
-    config does nothing, but for layers and norms that are plain: those of
-    other parts, and what was put in since.
+    config does nothing, but for layers and norms that are plain: those of other parts, and what was
+    put in since.
 
     Args:
         model: a supported `PreTrainedModel`, before its parameters are collected for an optimizer's
