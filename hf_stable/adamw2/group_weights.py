@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_stable._ranks import is_partitioned, placed_like
-from hf_stable.adamw2.options import refuse_flattened
+from hf_stable.adamw2.options import refuse_flattened, refuse_resized
 from hf_stable.adamw2.weights import Weight
 from hf_stable.measures.parts import Parts
 
@@ -34,7 +34,7 @@ def weights_of(
 
     Raises:
         RuntimeError: for a sparse gradient.
-        ValueError: for parameters that were replaced by others.
+        ValueError: for parameters that were replaced by others, or have another shape than they had.
     """
     params, weights, parts = group["params"], [], Parts.of(group["parts"])
     for index, param in enumerate(params):
@@ -43,7 +43,10 @@ def weights_of(
             continue
         if grad.is_sparse:
             raise RuntimeError("AdamW2 takes no sparse gradients: use torch.optim.SparseAdam")
-        same = len(params) == len(shapes) and param.shape == shapes[index]
+        is_known = len(params) == len(shapes)
+        if is_known and not is_partitioned(param):
+            refuse_resized(param, shapes[index])
+        same = is_known and param.shape == shapes[index]
         refuse_flattened(param, replaced=not same or is_partitioned(param))
         weights.append(Weight(param, placed_like(grad, param), states[param], group, parts))
     return weights

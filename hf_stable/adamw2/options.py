@@ -23,6 +23,7 @@ __all__ = [
     "parse_options",
     "parts_options",
     "refuse_flattened",
+    "refuse_resized",
 ]
 
 GROUP_DEFAULTS: dict[str, Any] = {
@@ -260,6 +261,22 @@ def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
             "replaced. FSDP1 does that: use FSDP2's fully_shard, DDP or DeepSpeed. DeepSpeed ZeRO "
             "says where the matrices are when its engine is built: import deepspeed before the "
             "optimizer is built, and give the engine the optimizer"
+        )
+
+
+def refuse_resized(param: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError for a weight that has other rows or columns than its state.
+
+    Args:
+        param: to be stepped.
+        shape: of it when the optimizer was built.
+    """
+    if len(param.shape) == len(shape) > 1 and param.shape != shape:
+        raise ValueError(
+            f"a weight of shape {tuple(shape)} has become {tuple(param.shape)} since the optimizer "
+            "was built: its moments fit no longer, and layers that came with it "
+            "(resize_token_embeddings replaces an untied head) are in no group. Build the "
+            "optimizer, and its scheduler, once the model has its last shape"
         )
 
 

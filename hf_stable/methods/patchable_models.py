@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from hf_stable.architectures.finding import find_regions
+from hf_stable.architectures.finding import find_layers, find_norms, find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
 
 __all__ = ["refuse_unpatchable"]
@@ -26,6 +26,7 @@ def refuse_unpatchable(model: nn.Module) -> None:
     _refuse_made_over(model)
     find_regions(model)
     _refuse_absent_weights(model)
+    _refuse_untrainable(model)
     sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:
         raise UnsupportedModelError(
@@ -33,6 +34,9 @@ def refuse_unpatchable(model: nn.Module) -> None:
             "gamma over ranks; call hf_stable.patch before fully_shard or accelerator.prepare. A "
             "model that tensor parallelism has cut can be patched"
         )
+    # All that the entry names, whatever the method: `describe` and the monitor ask for it later.
+    find_layers(model)
+    find_norms(model)
 
 
 def _refuse_made_over(model: nn.Module) -> None:
@@ -70,6 +74,21 @@ def _refuse_absent_weights(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values to take a spectrum of; load the "
                 "weights first (under FSDP on every process: cpu_ram_efficient_loading=False; with "
                 "a device_map without offloading, over devices that hold all of it)"
+            )
+
+
+def _refuse_untrainable(model: nn.Module) -> None:
+    """Raise where autograd could not train the model: its tensors come from `inference_mode`."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedModelError(
+            "hf_stable.patch was called under torch.inference_mode(), where gamma would be a "
+            "tensor that no training can use. Call it outside; torch.no_grad() does no harm"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UnsupportedModelError(
+                f"{name} was made under torch.inference_mode(), and no training can use it, patched "
+                "or not. Build or load the model outside, then call hf_stable.patch"
             )
 
 

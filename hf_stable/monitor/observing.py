@@ -74,13 +74,30 @@ def observing_attention(root: nn.Module) -> Iterator[Observed]:
         if isinstance(module.__dict__.get("config"), PreTrainedConfig)
     ]
     try:
-        copied: dict[int, Any] = {}  # one memo for all: configs within configs stay the same
+        copied: dict[
+            int, PreTrainedConfig
+        ] = {}  # one memo for all: configs within configs stay the same
         for module, config in originals:
-            module.config = copy.deepcopy(config, copied)
+            module.config = _private_copy(config, copied)
         yield _switch(root)
     finally:
         for module, config in originals:
             module.config = config
+
+
+def _private_copy(config: PreTrainedConfig, copied: dict[int, PreTrainedConfig]) -> Any:
+    """Copy a config and those within it; what else it holds is shared, and may be anything.
+
+    Args:
+        config: of a module.
+        copied: the copies so far, by id of the original: configs that are one stay one.
+    """
+    if id(config) not in copied:
+        own = copied[id(config)] = copy.copy(config)
+        for name, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(own)[name] = _private_copy(value, copied)
+    return copied[id(config)]
 
 
 def _switch(root: nn.Module) -> Observed:

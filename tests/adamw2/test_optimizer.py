@@ -754,6 +754,17 @@ def test_refuses_flattened_parameters():
         optimizer.step()
 
 
+def test_a_weight_that_was_resized_is_refused_as_such():
+    params = make_params({"a": (4, 6), "b": (6,)})
+    optimizer = AdamW2(params)
+    train(optimizer, params, 1)
+    params[0].data = torch.ones(5, 6)  # what resize_token_embeddings does to an embedding
+    params[0].grad = torch.ones(5, 6)
+    with pytest.raises(ValueError, match=r"shape \(4, 6\) has become \(5, 6\).*Build the optim"):
+        optimizer.step()
+    assert torch.equal(params[0], torch.ones(5, 6))
+
+
 def test_a_parameter_replaced_by_one_of_its_shape_is_stepped():
     """What accelerate does for FSDP2: a placeholder, then the sharded parameter."""
     old, new = make_params({"a": (4, 6)}, seed=0), make_params({"a": (4, 6)}, seed=1)

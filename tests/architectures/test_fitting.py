@@ -38,6 +38,18 @@ def test_an_attention_path_that_is_not_there_is_an_error_that_names_it():
         hf_stable.patch(build("dinov2"), "sigma_reparam")
 
 
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [("sigma_reparam", "norms"), ("remove_pre_layernorm", "heads")],
+)
+def test_a_path_that_another_method_or_describe_asks_for_is_refused_by_every_patch(method, field):
+    reregister("llama", **{field: (hf_stable.Member("LlamaForCausalLM", "nrm"),)})
+    model = build("llama")
+    with pytest.raises(hf_stable.UnsupportedModelError, match="names 'nrm', which this Llama"):
+        hf_stable.patch(model, method)
+    assert not hf_stable.is_patched(model)
+
+
 def test_only_cross_attention_may_be_absent():
     encoder, decoder = registry._registry["bart"].blocks
     both = replace(encoder, attentions=decoder.attentions)

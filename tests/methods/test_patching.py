@@ -555,6 +555,11 @@ def built_on_meta(model, tmp_path):
         return type(model)(model.config)
 
 
+def built_in_inference_mode(model, tmp_path):
+    with torch.inference_mode():
+        return type(model)(model.config)
+
+
 def with_adapters(model):
     peft = pytest.importorskip("peft")
     with warnings.catch_warnings():  # PEFT reads a name that transformers has deprecated
@@ -607,6 +612,10 @@ STATES = {
     "DataParallel": (data_parallel, "is wrapped in DataParallel already"),
     "moved to meta": (on_meta, "is on the meta device and has no values to take a spectrum of"),
     "built on meta": (built_on_meta, "is on the meta device"),
+    "built in inference mode": (
+        built_in_inference_mode,
+        "was made under torch.inference_mode(), and no training can use it, patched or not",
+    ),
     "PeftModel": (peft_model, "the model has PEFT adapters: their merge would edit the raw"),
     "base of a PeftModel": (peft_base_model, "hf_stable.fold, then add the adapters"),
     "add_adapter": (adapter_of_transformers, "the model has PEFT adapters"),
@@ -623,6 +632,17 @@ def test_states_that_are_refused(prepare, text, tmp_path):
         hf_stable.patch(model, "sigma_reparam")
     assert [(name, id(m), type(m)) for name, m in model.named_modules()] == before
     assert list(model.state_dict()) == keys and not hf_stable.is_patched(model)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not():
+    model = tiny_model("vit")
+    with torch.inference_mode(), pytest.raises(UnsupportedModelError, match="Call it outside"):
+        hf_stable.patch(model, "sigma_reparam")
+    assert not hf_stable.is_patched(model)
+    with torch.no_grad():
+        hf_stable.patch(model, "sigma_reparam")
+    logits(model).square().sum().backward()
+    assert model.vit.layers[0].mlp.fc1.gamma.grad.abs() > 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import warnings
 
 import pytest
 import torch
 import transformers
+from tiny_architectures import build
 from tiny_models import MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,6 +19,7 @@ from hf_stable.architectures import registry
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.measures.entropy import attention_entropy
 from hf_stable.methods.patching import fold, patch, sigma_layers
+from hf_stable.monitor.observing import PREFIX, observing_attention
 from hf_stable.monitor.probing import probe
 from hf_stable.monitor.records import MAP_SIZE
 from hf_stable.monitor.terms import names_of
@@ -498,6 +501,26 @@ def test_models_that_share_a_config_do_not_switch_each_other():
         first(**batch)
     assert records.entropy
     assert first.config is second.config
+
+
+def test_a_config_may_hold_what_cannot_be_copied():
+    model = tiny_model("gpt2")
+    model.config.held = threading.Lock()
+    with probe(model) as records:
+        model(**tiny_batch(model))
+        assert model.config.held is not None
+    assert records.entropy
+
+
+def test_configs_within_configs_are_private_too_and_stay_one():
+    model = build("clip")
+    both = model.config
+    text = both.text_config
+    with observing_attention(model):
+        assert model.config.text_config is model.text_model.config is not text
+        assert text._attn_implementation == "sdpa"
+        assert model.config.text_config._attn_implementation == PREFIX + "sdpa"
+    assert model.config is both and both.text_config is text is model.text_model.config
 
 
 def test_a_probe_does_not_nest_on_one_model():
