@@ -40,7 +40,9 @@ def _bench(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="For --plan.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Per step, of all GPUs; for --plan.")] = 2**19,
-    strategy: Annotated[str, typer.Option(help="fsdp2 or ddp; for --plan.")] = "fsdp2",
+    strategy: Annotated[
+        str, typer.Option(help="fsdp2, ddp, or zero1 to zero3 (DeepSpeed); for --plan.")
+    ] = "fsdp2",
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="GPUs that cut each matrix; for --plan.")
     ] = 1,

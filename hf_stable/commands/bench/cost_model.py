@@ -7,6 +7,7 @@ it, which says what goes between them (`layouts`). Seconds need the rates of a m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hf_stable.commands.bench.layouts import (
@@ -17,6 +18,13 @@ from hf_stable.commands.bench.layouts import (
     exchanged_in_training,
 )
 from hf_stable.commands.bench.shapes import ModelShape, measure_shape
+from hf_stable.commands.bench.zero import (
+    engine_exchange,
+    groups_exchange,
+    iterations_exchange,
+    refresh_exchange,
+    stepped,
+)
 
 __all__ = [
     "Collective",
@@ -109,7 +117,8 @@ def step_costs(
         shape: of the model.
         num_processes: among which the tokens are divided, and under FSDP2 everything else.
         tokens: of all processes in one step.
-        strategy: "ddp" (weights whole everywhere) or "fsdp2" (rows sharded).
+        strategy: "ddp" (weights whole everywhere), "fsdp2" (rows sharded) or "zero1" to "zero3"
+            (DeepSpeed, which cuts flat tensors).
         power_iterations: AdamW2's setting.
         tensor_parallel: processes that cut each matrix of a block and see the same tokens.
         replicas: copies of the model under FSDP2 (HSDP).
@@ -139,14 +148,16 @@ def step_costs(
 
 
 def _training_cost(shape: ModelShape, layout: Layout, tokens: int) -> Cost:
-    """Return the cost of forward and backward."""
+    """Return the cost of forward and backward, and of what an engine exchanges after them."""
     per_token = 6 * shape.multiplied + 12 * shape.layers * shape.hidden * shape.sequence
     return Cost(
         "model",
         flops=per_token * tokens / layout.num_processes,
         launches=BLOCK_LAUNCHES * shape.layers,
-        collectives=exchanged_in_training(shape, layout, tokens),
-        state=2 * FLOAT * shape.num_parameters * layout.share,
+        collectives=engine_exchange(shape, layout)
+        if layout.is_engine
+        else exchanged_in_training(shape, layout, tokens),
+        state=layout.state * shape.num_parameters,
     )
 
 
@@ -163,30 +174,51 @@ def _adamw_cost(shape: ModelShape, share: float) -> Cost:
 def _adamw2_cost(shape: ModelShape, layout: Layout, iterations: int, reductions: int) -> Cost:
     share = layout.share
     size, bounded = shape.num_parameters * share, _entries(shape.bounded)
-    exchanged = FLOAT * iterations * _vectors(shape.bounded)
+    collectives = layout.reductions(reductions, FLOAT * iterations * _vectors(shape.bounded))
+    if layout.is_engine:
+        own = iterations_exchange(shape, layout, iterations, reductions)
+        collectives = (*own, *groups_exchange(shape, layout))
+    matrices = _matrices_here(shape, layout)
     return Cost(
         "AdamW2",
         flops=4 * iterations * bounded * share,
         bytes=FLOAT * (ADAMW_PASSES * size + ADAMW2_OWN_PASSES * bounded * share),
         product_bytes=FLOAT * STEP_PASSES * iterations * bounded * share,
-        launches=ITERATION_LAUNCHES * iterations * len(shape.bounded),
-        collectives=layout.reductions(reductions, exchanged),
-        state=2 * FLOAT * size + FLOAT * 2 * sum(columns for _, columns in shape.bounded),
+        launches=round(ITERATION_LAUNCHES * iterations * sum(n for _, n in matrices)),
+        collectives=collectives,
+        state=2 * FLOAT * (size + sum(columns * n for (_, columns), n in matrices)),
         working=FLOAT * (bounded * share if share < 1 else max(map(_numel, shape.bounded))),
     )
+
+
+def _matrices_here(shape: ModelShape, layout: Layout) -> Iterable[tuple[tuple[int, int], float]]:
+    """Return the matrices that a process iterates on, and how many such it has.
+
+    ZeRO 1 and 2 leave most of them whole, on one process each: a share of them is here.
+    """
+    if layout.stage not in (1, 2):
+        return [(matrix, 1.0) for matrix in shape.bounded]
+    return [
+        (matrix, 1.0 if weight in part.shared else layout.share)
+        for part in stepped(shape, layout)
+        for weight in part.weights
+        for matrix in weight.matrices
+    ]
 
 
 def _refresh_cost(shape: ModelShape, layout: Layout) -> Cost:
     patched, vectors = _entries(shape.patched), _vectors(shape.patched)
     collectives = layout.reductions(1, FLOAT * vectors)
+    if layout.is_engine:
+        collectives = refresh_exchange(shape, layout)
     if layout.tensor_parallel > 1:  # <dL/dW_hat, W>, where the backward needs it
         number = len(shape.patched)
         products = Collective("all-reduce", number, FLOAT * number, layout.tensor_parallel)
         collectives = (products, *collectives)
     return Cost(
         "sigmaReparam",
-        flops=4 * patched * layout.share,
-        product_bytes=STEP_PASSES * FLOAT * patched * layout.share,
+        flops=4 * patched * layout.held,
+        product_bytes=STEP_PASSES * FLOAT * patched * layout.held,
         launches=ITERATION_LAUNCHES * len(shape.patched),
         collectives=collectives,
         state=FLOAT * vectors,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from hf_stable._wording import nearest
 from hf_stable.commands.bench.shapes import ModelShape
 
-__all__ = ["FLOAT", "Collective", "Layout", "Strategy", "exchanged_in_training"]
+__all__ = ["FLOAT", "LOW", "Collective", "Layout", "Strategy", "exchanged_in_training"]
 
-Strategy = Literal["ddp", "fsdp2"]
+Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 FLOAT = 4
 """Bytes of a weight, gradient, moment or vector: the master copy is float32."""
 
 LOW = 2
-"""Bytes of a weight as FSDP2 gathers it under a bfloat16 policy."""
+"""Bytes of a weight as FSDP2 gathers it under a bfloat16 policy, and as DeepSpeed has it."""
 
 TENSOR_PARALLEL_CALLS = 7
 """All-reduces of activations in a block that tensor parallelism cuts: of attention and of the MLP
@@ -45,7 +46,8 @@ class Layout:
 
     Attributes:
         num_processes: all of them.
-        strategy: "ddp" or "fsdp2", of the processes that see different tokens.
+        strategy: of the processes that see different tokens: "ddp", "fsdp2", or a stage of
+            DeepSpeed ZeRO ("zero1" to "zero3").
         tensor_parallel: processes that cut each matrix and see the same tokens.
         replicas: copies of a model that FSDP2 shards (HSDP).
     """
@@ -59,10 +61,19 @@ class Layout:
         """Check the numbers."""
         if min(self.num_processes, self.tensor_parallel, self.replicas) < 1:
             raise ValueError(f"{self}: every number must be at least 1")
-        if self.strategy not in ("ddp", "fsdp2"):
-            raise ValueError(f"strategy={self.strategy!r} is not allowed; choose 'ddp' or 'fsdp2'")
+        known = get_args(Strategy)
+        if self.strategy not in known:
+            raise ValueError(
+                f"strategy={self.strategy!r} is not allowed{nearest(self.strategy, known)}; choose "
+                f"one of {', '.join(map(repr, known))}"
+            )
         if self.strategy == "ddp" and self.replicas > 1:
             raise ValueError("replicas are of what FSDP2 shards; under ddp every process is one")
+        if self.stage and max(self.replicas, self.tensor_parallel) > 1:
+            raise ValueError(
+                f"{self.strategy} goes with replicas=1 and tensor_parallel=1: under DeepSpeed a "
+                "patched model trains with neither. Choose 'fsdp2' for both"
+            )
         if self.num_processes % (self.tensor_parallel * self.replicas):
             raise ValueError(
                 f"{self.num_processes} processes do not part into tensor_parallel="
@@ -75,14 +86,40 @@ class Layout:
         return self.num_processes // self.tensor_parallel
 
     @property
+    def stage(self) -> int:
+        """The stage of ZeRO; 0 for what is not DeepSpeed's."""
+        return int(self.strategy[-1]) if self.strategy.startswith("zero") else 0
+
+    @property
+    def is_engine(self) -> bool:
+        """Whether DeepSpeed's engine exchanges anything."""
+        return self.stage > 0 and self.batches > 1
+
+    @property
     def shards(self) -> int:
-        """Parts into which FSDP2 cuts what a process has of a model."""
-        return self.batches // self.replicas if self.strategy == "fsdp2" else 1
+        """Parts into which what a process has of a model is cut for the optimizer."""
+        return 1 if self.strategy == "ddp" else self.batches // self.replicas
 
     @property
     def share(self) -> float:
-        """What part of the model's weights a process holds."""
+        """What part of the model's weights a process steps."""
         return 1 / (self.shards * self.tensor_parallel)
+
+    @property
+    def held(self) -> float:
+        """What part of the model's weights a process has between the steps."""
+        return 1.0 if self.stage in (1, 2) else self.share
+
+    @property
+    def state(self) -> float:
+        """Bytes that a process holds for a parameter, with its gradient.
+
+        DeepSpeed has both in bfloat16, and float32 masters of what it steps.
+        """
+        if not self.stage:
+            return 2 * FLOAT * self.share
+        gradients = 1.0 if self.stage == 1 else self.share
+        return LOW * (self.held + gradients) + FLOAT * self.share
 
     def reductions(self, count: int, size: float) -> tuple[Collective, ...]:
         """Return the collectives of power iterations.
@@ -105,6 +142,8 @@ class Layout:
 
 def exchanged_in_training(shape: ModelShape, layout: Layout, tokens: int) -> tuple[Collective, ...]:
     """Return the collectives of forward and backward, which a step has without us too.
+
+    Those of DeepSpeed are counted in `zero`.
 
     Args:
         shape: of the model.

@@ -22,6 +22,7 @@ from hf_stable.commands.bench.cost_model import (
     step_costs,
 )
 from hf_stable.commands.bench.machines import MACHINES, Machine
+from hf_stable.commands.bench.monitor_exchange import monitor_costs
 from hf_stable.commands.terminal import make_console, make_table
 
 __all__ = ["PRESETS", "Plan", "make_plan", "print_plan"]
@@ -53,7 +54,7 @@ class Plan:
         shape: its sizes.
         num_processes: GPUs, one process each.
         tokens: of all of them, per step.
-        strategy: "ddp" or "fsdp2".
+        strategy: "ddp", "fsdp2", or "zero1" to "zero3".
         tensor_parallel: processes that cut each matrix.
         replicas: copies of the model under FSDP2.
         machine: whose rates the seconds follow.
@@ -82,8 +83,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON, without the long lists of shapes."""
         shape = asdict(self.shape)
-        for name in ("bounded", "patched"):
-            shape[f"num_{name}"] = len(shape.pop(name))
+        for name in ("groups", "reparametrised"):
+            shape.pop(name)
+        shape |= {"num_bounded": len(self.shape.bounded), "num_patched": len(self.shape.patched)}
         return asdict(self) | {"shape": shape}
 
 
@@ -104,7 +106,7 @@ def make_plan(
         model: one of `PRESETS`, or folder, file or name on the Hub of a config.json.
         num_processes: GPUs.
         tokens: per step, of all GPUs (patches, for images).
-        strategy: "ddp" or "fsdp2".
+        strategy: "ddp", "fsdp2", or "zero1" to "zero3" (DeepSpeed, with its default sizes).
         machine: one of `MACHINES`.
         sequence: tokens per sequence; by default the longest that the config allows.
         tensor_parallel: processes that cut each matrix and see the same tokens.
@@ -134,7 +136,7 @@ def make_plan(
     costs = step_costs(
         shape, num_processes=num_processes, tokens=tokens, strategy=strategy,
         tensor_parallel=tensor_parallel, replicas=replicas,
-    )  # fmt: skip
+    ) | monitor_costs(shape, num_processes)  # fmt: skip
     rates = MACHINES[machine]
     seconds = {part: rates.seconds(cost, num_processes) for part, cost in costs.items()}
     model_seconds = max(seconds["model"])
@@ -160,12 +162,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         computing, communicating = plan.seconds[part]
         table.add_row(
             part,
-            f"{cost.flops / 1e12:.3g}",
+            f"{cost.flops / 1e12:.3g}" if cost.flops else "",
             f"{cost.moved / 1e9:.3g}" if cost.moved else "",
             "\n".join(map(_describe, cost.collectives)),
-            f"{cost.state / 1e9:.3g}",
+            f"{cost.state / 1e9:.3g}" if cost.state else "",
             f"{cost.working / 1e9:.3g}" if cost.working else "",
-            f"{1e3 * computing:.3g}",
+            f"{1e3 * computing:.3g}" if computing else "",
             f"{1e3 * communicating:.3g}",
         )
     console = console or make_console()
@@ -192,5 +194,9 @@ def _describe_layout(plan: Plan) -> str:
 
 
 def _describe(each: Collective) -> str:
-    size = f"{each.bytes / 1e9:.3g} GB" if each.bytes >= 1e8 else f"{each.bytes / 1e6:.3g} MB"
-    return f"{each.count} {each.kind}, {size}"
+    amount, unit = next(
+        (each.bytes / size, unit)
+        for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if each.bytes >= size / 10 or unit == "B"
+    )
+    return f"{each.count} {each.kind}, {amount:.3g} {unit}"

@@ -272,7 +272,8 @@ def test_a_plan_of_a_folder_is_that_of_its_model(tmp_path):
     [
         (["--plan", "gtp2"], "no model 'gtp2' (did you mean 'gpt2'?)"),
         (["--plan", "gpt2", "--machine", "h10"], "'h10' is not known (did you mean 'h100'?)"),
-        (["--plan", "gpt2", "--strategy", "zero"], "choose 'ddp' or 'fsdp2'"),
+        (["--plan", "gpt2", "--strategy", "zero4"], "(did you mean 'zero3'?); choose one of 'ddp'"),
+        (["--plan", "gpt2", "--strategy", "zero3", "--replicas", "2"], "replicas=1"),
         (["--plan", "gpt2", "--gpus", "0"], "Invalid value for '--gpus'"),
         (["--plan", "gpt2", "sigma"], "leave out 'sigma'"),
     ],
