@@ -76,8 +76,12 @@ def fold_state_dict(
 
 
 def raw_layers(names: Iterable[str]) -> list[str]:
-    """Return the patched layers whose raw weights are among the tensors of these names."""
-    return [name.removesuffix(".sigma_u") for name in names if name.endswith(".sigma_u")]
+    """Return the patched layers whose raw weights are among the tensors of these names.
+
+    The name of a layer is "" where they are of that layer alone.
+    """
+    ends = (name.rpartition(".") for name in names)
+    return [layer for layer, _, tensor in ends if tensor == "sigma_u"]
 
 
 def _completed(

@@ -17,6 +17,7 @@ from hf_stable.commands.terminal import (
     make_table,
     print_json,
     show_progress,
+    tell_waiting,
 )
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _follow(runs: list[Path], output: Path | None, format: str, every: float) ->
                 print(printable(line), file=sys.stderr, flush=True)
         told.update(said)
 
-    return follow_report(runs, output, every=every, on_written=on_written)
+    return follow_report(runs, output, every=every, on_written=on_written, on_waiting=tell_waiting)
 
 
 def _print_report(written: WrittenReport, wide: bool) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "print_json",
     "print_lines",
     "show_progress",
+    "tell_waiting",
 ]
 
 
@@ -77,6 +78,11 @@ def indented(sentences: Sequence[str]) -> list[Padding]:
 def print_json(content: dict[str, Any]) -> None:
     """Print plain data for a machine; NaN and infinity as null, which JSON has no numbers for."""
     print(to_json(content, indent=2))
+
+
+def tell_waiting(lacking: str) -> None:
+    """Say on stderr what a command waits for that goes on by itself once it is there."""
+    print(printable(f"Waiting: {lacking} yet (Ctrl-C ends this)"), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

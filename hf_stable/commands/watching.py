@@ -13,7 +13,13 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 
 from hf_stable.commands.conventions import NO, SUCCESS, Debug, Json, Wide, examples
-from hf_stable.commands.terminal import indented, make_console, make_table, print_json
+from hf_stable.commands.terminal import (
+    indented,
+    make_console,
+    make_table,
+    print_json,
+    tell_waiting,
+)
 
 if TYPE_CHECKING:
     from hf_stable.report.glance import Glance
@@ -49,7 +55,7 @@ def watch(
             f"--every is a number of seconds above zero, {LONGEST:g} at most, got {every}"
         )
     followed = FollowedRuns([run])
-    console, seen = make_console(wide=wide), None
+    console, seen, told = make_console(wide=wide), None, ""
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             changed = followed.read_if_changed()
@@ -66,6 +72,9 @@ def watch(
                     break
             if once or as_json:
                 break
+            if followed.lacking not in ("", told):
+                told = followed.lacking
+                tell_waiting(told)
             time.sleep(every)
     if seen is None:
         raise ValueError(f"{run} holds no log and no state of a training yet")

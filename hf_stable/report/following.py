@@ -44,17 +44,29 @@ class FollowedRuns:
                 raise FileNotFoundError(f"{path} does not exist or is no folder; give output_dir")
         self._names = name_runs(paths)
         self._logs = [GrowingLog(path / FILE_NAME) for path in self.paths]
-        self._seen: list[tuple[str, int, int]] = []
+        self._seen: list[tuple[str, int, int]] | None = None
+        self.lacking = ""
+        """Which run has left nothing yet, in words; empty once all have left something."""
 
-    def changes(self, every: float, sleep: Callable[[float], None]) -> Iterator[list[RunRecords]]:
+    def changes(
+        self,
+        every: float,
+        sleep: Callable[[float], None],
+        on_waiting: Callable[[str], None] = lambda lacking: None,
+    ) -> Iterator[list[RunRecords]]:
         """Yield all runs whenever they have gone on, until all of them have ended.
 
         Args:
             every: seconds from look to look.
             sleep: waits so many seconds.
+            on_waiting: called with `lacking` where it is another one than at the last look.
         """
+        told = ""
         while True:
             runs = self.read_if_changed()
+            if self.lacking not in ("", told):
+                told = self.lacking
+                on_waiting(told)
             if runs is not None:
                 yield runs
                 if all(run.has_ended for run in runs):
@@ -71,12 +83,15 @@ class FollowedRuns:
             return None
         self._seen = marks
         try:
-            return [
+            runs = [
                 read_run(path, name, log)
                 for path, name, log in zip(self.paths, self._names, self._logs, strict=True)
             ]
-        except ValueError:  # there is no state and no log yet
+        except ValueError as error:  # there is no state and no log yet
+            self.lacking = str(error)
             return None
+        self.lacking = ""
+        return runs
 
 
 def follow_report(
@@ -85,6 +100,7 @@ def follow_report(
     *,
     every: float = EVERY,
     on_written: Callable[[WrittenReport], None] = lambda written: None,
+    on_waiting: Callable[[str], None] = lambda lacking: None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> WrittenReport:
     """Write the page of `write_report` whenever its runs have gone on, until all have ended.
@@ -96,6 +112,7 @@ def follow_report(
         output: file to write; by default beside the run.
         every: seconds from look to look.
         on_written: called after each page.
+        on_waiting: called with what is missing while a run has left nothing to report on.
         sleep: waits so many seconds.
 
     Returns:
@@ -119,7 +136,7 @@ def follow_report(
     target = beside(paths, FORMATS["html"]) if output is None else Path(output)
     runs: list[RunRecords] = []
     try:
-        for runs in followed.changes(every, sleep):
+        for runs in followed.changes(every, sleep, on_waiting):
             ended = all(run.has_ended for run in runs)
             written = write_runs(runs, target, "html", refresh=None if ended else every)
             on_written(written)

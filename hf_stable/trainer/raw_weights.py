@@ -12,8 +12,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from hf_stable.architectures.paths import join, state_dict_name
 from hf_stable.checkpoints.described_models import read_content
 from hf_stable.checkpoints.state_dicts import raw_layers
 from hf_stable.checkpoints.weight_files import open_weights
@@ -44,16 +46,26 @@ def _from_pretrained(
 
 
 @wrapping(
-    "transformers.modeling_utils:PreTrainedModel.load_state_dict", "state_dict", "strict",
-    reason="refuses the same where strict=False would leave gamma and sigma out without a word",
+    "torch.nn.modules.module:Module.load_state_dict", "state_dict", "strict",
+    reason="refuses a patched model's raw weights for a plain module, where strict=False would "
+    "leave gamma and sigma out",
 )  # fmt: skip
 def _load_state_dict(
-    original: Any, model: PreTrainedModel, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
+    original: Any, module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    if raw := raw_layers(state_dict):
-        own = {name for name, _ in sigma_layers(model)}
-        _refuse([name for name in raw if name not in own], type(model), "the state dict")
-    return original(model, state_dict, *args, **kwargs)
+    if isinstance(state_dict, Mapping) and (raw := raw_layers(state_dict)):
+        _refuse(_plain_ones_among(raw, module), type(module), "the state dict")
+    return original(module, state_dict, *args, **kwargs)
+
+
+def _plain_ones_among(raw: list[str], module: nn.Module) -> list[str]:
+    """Return the layers of a state dict that are plain in a module; others need not be there."""
+    own = {name for name, _ in sigma_layers(module)}
+    others = [name for name in raw if name not in own]
+    if not own and isinstance(module, PreTrainedModel):
+        return others  # by other names it would be a whole model that takes nothing
+    present = {state_dict_name(name) for name, _ in module.named_parameters()}
+    return [name for name in others if not present.isdisjoint((name, join(name, "weight")))]
 
 
 def _raw_layers_in(folder: str) -> list[str]:
@@ -84,7 +96,7 @@ def _refuse_norms(model_class: Any, folder: str) -> None:
 def _refuse(raw: list[str], model_class: Any, source: str) -> None:
     if raw:
         raise ValueError(
-            f"{source} holds the raw weights of a patched model (first: {raw[0]!r}), which a plain "
+            f"{source} holds the raw weights of a patched model (first: {join(raw[0], 'weight')!r}), which a plain "
             f"{model_class.__name__} would take for its own: its outputs would be others. Call "
             "hf_stable.patch on the model before it loads them, or take folded weights: those that "
             "save_pretrained writes, or hf-stable fold makes"

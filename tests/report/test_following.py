@@ -241,6 +241,27 @@ def test_watch_prints_what_there_is(tmp_path, capsys):
     assert "could not be read" in json.loads(capsys.readouterr().out)["notes"][0]
 
 
+@pytest.mark.parametrize("command", [["report", "--follow"], ["watch"]], ids=" ".join)
+def test_what_is_waited_for_is_said_once(command, tmp_path, monkeypatch, capsys):
+    folder, waits = tmp_path / "run", []
+    folder.mkdir()
+
+    def goes_on(seconds):
+        waits.append(capsys.readouterr().err)
+        if len(waits) == 2:
+            write_run(folder, FALLING[:50], {1: calm(1)})
+
+    monkeypatch.setattr("time.sleep", goes_on)
+    monkeypatch.setattr(follow_report, "__kwdefaults__",
+                        {**follow_report.__kwdefaults__, "sleep": goes_on})  # fmt: skip
+    assert main([*command, str(folder)]) == SUCCESS
+    assert waits[0] == (
+        f"Waiting: {folder} holds neither trainer_state.json nor stability.jsonl yet "
+        "(Ctrl-C ends this)\n"
+    )
+    assert waits[1:] == [""]
+
+
 def test_bad_input_of_following_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     folder = str(write_run(tmp_path / "run", FALLING[:50], interrupted_at=100))

@@ -8,6 +8,8 @@ import transformers
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 from tiny_training import same_state
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from trained_models import logits_of, trained
 
 import hf_stable
@@ -51,6 +53,41 @@ def test_a_plain_model_does_not_take_them(strict, model_type):
     hf_stable.patch(plain, "sigma_reparam")
     plain.load_state_dict(model.state_dict(), strict=strict)
     assert same_state(plain, model)
+
+
+class Holder(nn.Module):
+    """A module of a user's own around a model, as training loops have them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.scale = model, nn.Parameter(torch.ones(1))
+
+
+def test_nor_does_a_part_of_one_or_a_module_that_holds_one():
+    model, plain = trained("vit"), tiny_model("vit")
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    block, raw_block = plain.vit.layers[0], model.vit.layers[0].state_dict()
+    averaged, raw_average = AveragedModel(plain), AveragedModel(model).state_dict()
+    for target, raw in (
+        (block, raw_block),
+        (block.mlp.fc1, model.vit.layers[0].mlp.fc1.state_dict()),
+        (Holder(plain), Holder(model).state_dict()),
+        (averaged, raw_average),
+    ):
+        with pytest.raises(ValueError, match=REFUSED):
+            target.load_state_dict(raw, strict=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
+    hf_stable.patch(plain, "sigma_reparam")
+    block.load_state_dict(raw_block)
+    Holder(plain).load_state_dict(Holder(model).state_dict())
+    assert same_state(plain, model)
+
+
+def test_raw_weights_of_layers_that_are_not_there_are_left_out_as_ever():
+    both = {f"other.{name}": tensor for name, tensor in trained("vit").state_dict().items()}
+    holder = Holder(nn.Linear(2, 2))
+    left = holder.load_state_dict({**both, "scale": torch.full((1,), 3.0)}, strict=False)
+    assert holder.scale == 3 and set(left.unexpected_keys) == set(both)
 
 
 def test_plain_weights_go_where_they_went(model_type, tmp_path):

@@ -285,8 +285,10 @@ def test_a_weight_that_turned_non_finite_shows_and_heals():
 
 
 def test_weights_under_inference_mode_pass():
+    trained = patched().eval()
     with torch.inference_mode():
-        model = patched().eval()
+        model = copy.deepcopy(trained)  # as a load there gives it
+        assert all(p.is_inference() for p in model.parameters())
         plain = with_exact_sigmas(model)
         assert loss(model) == pytest.approx(loss(plain), rel=ROUNDING)
 
