@@ -14,7 +14,7 @@ from hf_stable._late_changes import make_late_changes
 from hf_stable._wording import nearest
 from hf_stable.architectures.paths import join, plain_name
 from hf_stable.architectures.registry import require_model
-from hf_stable.methods.agreement import refuse_different_configs
+from hf_stable.methods.agreement import note_patch, refuse_different_configs
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
     MethodConfig,
@@ -85,6 +85,7 @@ def patch(model: nn.Module, method: Method | Sequence[Method], **options: Any) -
     make_late_changes()
     configs = _resolve(method, options)
     require_model(model, "patch")
+    note_patch()
     refuse_unpatchable(model)
     present = {config.method: config for config in patch_configs(model)}
     refuse_different_configs(model, configs, present.values())

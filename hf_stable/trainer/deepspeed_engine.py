@@ -84,7 +84,7 @@ def _init(original: Any, engine: Any, *args: Any, **kwargs: Any) -> None:
     refuse_unfit_settings(
         settings, is_patched=bool(layers), uses_adamw2=isinstance(optimizer, AdamW2)
     )
-    refuse_different_patches(layers)
+    refuse_different_patches(model)
     own = [layer for _, layer in layers]
     if layers:
         _refuse_other_engines(engine)

@@ -13,6 +13,7 @@ from hf_stable.trainer import (  # noqa: F401  (each puts its changes on the lis
     resuming,
     saving,
     schedules,
+    sharded_models,
     training,
 )
 from hf_stable.trainer.changes import adding, make

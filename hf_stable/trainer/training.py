@@ -79,7 +79,7 @@ def _train(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         whole = trainer.accelerator.unwrap_model(trainer.model)
         if isinstance(whole, PreTrainedModel) and removed_norms(whole):
             check_can_be_saved(whole)
-        refuse_different_patches(sigma_layers(whole))
+        refuse_different_patches(whole)
         refuse_unfit_sharding(
             trainer.model,
             fsdp_plugin=getattr(state, "fsdp_plugin", None),

@@ -44,6 +44,7 @@ TARGETS = {
     "transformers.trainer_callback:PrinterCallback.on_log",
     "transformers.trainer_callback:ProgressCallback.on_log",
     "transformers.trainer:_parse_optim_args",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init",
     "torch.optim.lr_scheduler:LambdaLR.__init__",
     "torch.optim.lr_scheduler:MultiplicativeLR.__init__",
     "torch.optim.lr_scheduler:OneCycleLR.__init__",
@@ -84,10 +85,12 @@ PREFLIGHT_TARGETS = {
 SNAPSHOT = """
 import sys
 import torch, transformers, transformers.trainer, transformers.modeling_utils
+import torch.distributed.fsdp
 
 def functions():
     seen = {}
-    for module in [m for n, m in sys.modules.items() if n.startswith(("torch.optim", "torch.nn"))
+    looked_at = ("torch.optim", "torch.nn", "torch.distributed.fsdp")
+    for module in [m for n, m in sys.modules.items() if n.startswith(looked_at)
                    or n.split(".")[0] in ("accelerate", "transformers", "peft")]:
         for name, value in list(vars(module).items()):
             seen[module.__name__ + ":" + name] = value

@@ -317,7 +317,7 @@ def refuse(folder):
         )
     with pytest.raises(ValueError) as alone:
         if rank:  # what the Trainer asks when it begins
-            refuse_different_patches(sigma_layers(cut))
+            refuse_different_patches(cut)
         hf_stable.patch(cut, "sigma_reparam", **joint)
     said["differently"], said["alone"] = str(differently.value), str(alone.value)
     try:
