@@ -34,7 +34,7 @@ def weights_of(
 
     Raises:
         RuntimeError: for a sparse gradient.
-        ValueError: for parameters that were replaced by others, or have another shape than they had.
+        ValueError: for parameters that were replaced by others, or have become of another shape.
     """
     params, weights, parts = group["params"], [], Parts.of(group["parts"])
     for index, param in enumerate(params):

@@ -30,6 +30,7 @@ from hf_stable.adamw2.partitioned_groups import PartitionedGroups, take_matrices
 from hf_stable.adamw2.partitions import Partition
 from hf_stable.adamw2.planning import AUTO, DEFAULT_TAU, choose_tau, note_other_plan
 from hf_stable.adamw2.rule import update
+from hf_stable.adamw2.unseen_models import look_at_first_step
 from hf_stable.adamw2.weights import prepare_state
 from hf_stable.kernels.choosing import Workspaces
 
@@ -49,9 +50,10 @@ class AdamW2(Optimizer):
     starts from the vectors of the step before.
 
     A weight that is all zero at its first step (a bias, LoRA's B) would stay zero under this rule.
-    So it is exempt. The optimizer decides this once and keeps it in its state. A bias that has left
-    zero before its first step here is not recognised as one. `hf_stable.parameter_groups` reads
-    the model instead: it exempts biases, LoRA's B and embeddings by `tau=inf` in their group.
+    So it is exempt, which is decided once and kept in the state. A bias that has left zero before
+    is not recognised. `hf_stable.parameter_groups` reads the model instead: it exempts biases,
+    LoRA's B and embeddings by `tau=inf`, and gives fused projections their parts. The first step
+    warns where such projections came without their model.
 
     Args:
         params: parameters, `(name, parameter)` tuples or groups, as for any torch optimizer. A
@@ -67,7 +69,8 @@ class AdamW2(Optimizer):
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
         tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
             Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit. "auto" derives it from
-            `total_steps`, by `planning.plan_tau`; a state that is loaded keeps its own.
+            `total_steps`, by `planning.plan_tau`: `print(optimizer)` shows it. A loaded state keeps
+            its own.
         total_steps: of the planned run, for `tau="auto"` alone. Where a schedule lowers the rate,
             give the sum over the steps of the rate over the highest one: half of the steps for a
             linear or a cosine schedule. The Trainer does so itself.
@@ -77,8 +80,7 @@ class AdamW2(Optimizer):
         maximize: ascend instead of descend.
         foreach: taken as torch's AdamW takes it, and of no effect: AdamW2 chooses its kernels
             itself, by device and by the size of the weights. The same holds for `fused`.
-        capturable: tells torch's check that the step may be captured in a CUDA graph. All state
-            lives beside the parameters and nothing is read back, so the step is the same.
+        capturable: tells torch's check that the step may be captured in a CUDA graph, which holds.
         differentiable: False alone; the step runs in kernels that have no derivative.
         fused: see `foreach`.
 
@@ -134,6 +136,7 @@ class AdamW2(Optimizer):
         self._workspaces: Workspaces = {}
         self._partitioned: PartitionedGroups | None = None
         super().__init__(params, defaults)
+        look_at_first_step(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own where it names them.
@@ -229,12 +232,11 @@ class AdamW2(Optimizer):
     def effective_lr(self) -> dict[Any, float | list[float]]:
         """Return the rate that each weight really got in its last step (Figure 15 of the paper).
 
-        It reads values back to the host, so call it when you log and not in each step. A scheduler
-        may have moved on since: the rates are those of the last step.
+        It reads values back to the host, so call it when you log and not in each step.
 
         Returns:
-            Parameter name (or the parameter, where none were given) -> rate; a list of rates,
-            one per part, for a fused weight. Parameters never stepped are left out.
+            Parameter name (or the parameter, where none was given) -> rate; for a fused weight a
+            list of rates. Parameters never stepped are left out.
         """
         if self._partitioned is not None:
             return self._partitioned.rates(self.param_groups)

@@ -18,6 +18,7 @@ from hf_stable._file_names import SIDECAR_FILE, TRAINER_STATE_FILE
 from hf_stable.checkpoints.weight_files import open_weights
 
 __all__ = [
+    "OPTIMIZER_FILE",
     "Expected",
     "damage_in",
     "is_complete",
@@ -28,7 +29,7 @@ __all__ = [
 
 Folder = str | os.PathLike[str]
 
-_OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
+OPTIMIZER_FILE, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
 _PICKLES = re.compile(
     r"(optimizer|scheduler|scaler|rng_state(_\d+)?|pytorch_model.*)\.(pt|pth|bin)"
 )
@@ -62,7 +63,7 @@ def missing_from(checkpoint: Folder, expected: Expected) -> list[str]:
     there = set(os.listdir(checkpoint))
     wanted = [TRAINER_STATE_FILE]  # written last
     if expected.optimizer:
-        wanted += [_OPTIMIZER, _SCHEDULER]
+        wanted += [OPTIMIZER_FILE, _SCHEDULER]
     wanted += [_SCALER] * expected.scaler + [SIDECAR_FILE] * expected.sidecar
     missing = [name for name in wanted if name not in there]
     if expected.optimizer and not _has_random_states(there):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from hf_stable._live_objects import live_instances
 from hf_stable.architectures.finding import find_layers, find_norms, find_regions
 from hf_stable.architectures.registry import UnsupportedModelError
 
@@ -87,8 +87,8 @@ def _refuse_untrainable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise UnsupportedModelError(
-                f"{name} was made under torch.inference_mode(), and no training can use it, patched "
-                "or not. Build or load the model outside, then call hf_stable.patch"
+                f"{name} was made under torch.inference_mode(), and no training can use it, "
+                "patched or not. Build or load the model outside, then call hf_stable.patch"
             )
 
 
@@ -100,11 +100,8 @@ def _wrapper_of(model: nn.Module) -> str | None:
         return type(model).__name__
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-        wrappers = (DistributedDataParallel, engine or DistributedDataParallel)
-        for candidate in gc.get_objects():
-            # By type, not isinstance: proxies may answer __class__ with an error.
-            if issubclass(type(candidate), wrappers) and any(
-                module is model for module in candidate.modules()
-            ):
-                return type(candidate).__name__
+        for kind in {DistributedDataParallel, engine or DistributedDataParallel}:
+            for wrapper in live_instances(kind):
+                if any(module is model for module in wrapper.modules()):
+                    return type(wrapper).__name__
     return None

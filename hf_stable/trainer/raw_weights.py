@@ -95,8 +95,9 @@ def _refuse_norms(model_class: Any, folder: str) -> None:
 
 def _refuse(raw: list[str], model_class: Any, source: str) -> None:
     if raw:
+        first = join(raw[0], "weight")
         raise ValueError(
-            f"{source} holds the raw weights of a patched model (first: {join(raw[0], 'weight')!r}), which a plain "
+            f"{source} holds the raw weights of a patched model (first: {first!r}), which a plain "
             f"{model_class.__name__} would take for its own: its outputs would be others. Call "
             "hf_stable.patch on the model before it loads them, or take folded weights: those that "
             "save_pretrained writes, or hf-stable fold makes"

@@ -10,12 +10,15 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_stable._ranks import inner_optimizer
 from hf_stable.adamw2.model_optimizer import part_schedule
+from hf_stable.adamw2.optimizer import AdamW2
 from hf_stable.checkpoints.completeness import (
+    OPTIMIZER_FILE,
     Expected,
     damage_in,
     is_complete,
@@ -67,11 +70,29 @@ def _load_best_model(original: Any, trainer: Any) -> None:
     "schedule that AdamW wrote",
 )  # fmt: skip
 def _load_optimizer_and_scheduler(original: Any, trainer: Any, checkpoint: str | None) -> None:
+    optimizer = inner_optimizer(trainer.optimizer)
     if checkpoint is not None:
         _check_resumed(trainer, checkpoint)
-    original(trainer, checkpoint)
-    optimizer = inner_optimizer(trainer.optimizer)
+    try:
+        original(trainer, checkpoint)
+    except ValueError as error:
+        if checkpoint is None or isinstance(optimizer, AdamW2) or not _is_of_adamw2(checkpoint):
+            raise
+        raise ValueError(
+            f"{checkpoint} was saved with AdamW2, and {type(optimizer).__name__} has no such "
+            f'groups of parameters ({error}). Resume it with optim="adamw2"; to go on with another '
+            "optimizer, load the weights with hf_stable.load or from_pretrained, and train without "
+            "resuming"
+        ) from error
     part_schedule(trainer.lr_scheduler, optimizer)
+
+
+def _is_of_adamw2(checkpoint: str) -> bool:
+    path = os.path.join(checkpoint, OPTIMIZER_FILE)
+    if not os.path.isfile(path):
+        return False
+    groups = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["param_groups"]
+    return any("tau" in group for group in groups)
 
 
 def _loads_whole_weights(trainer: Any, model: nn.Module) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from tiny_architectures import batch, build, outputs_of
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -13,6 +16,7 @@ from transformers import VisionEncoderDecoderModel
 
 import hf_stable
 from hf_stable.adamw2.model_optimizer import ModelAdamW2
+from hf_stable.adamw2.unseen_models import joined_projections
 from hf_stable.measures.parts import Parts
 
 
@@ -30,6 +34,41 @@ def test_a_bias_that_left_zero_trains_on():
 
 
 # Fused projections, wherever the model is held.
+
+
+def two_steps(model, optimizer):
+    for _ in range(2):
+        model(**tiny_batch(model)).loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+def test_parameters_without_their_model_are_warned_of_once(patched):
+    model = tiny_model("gpt2")
+    if patched:
+        hf_stable.patch(model, "sigma_reparam")
+    optimizer = hf_stable.AdamW2(model.parameters(), weight_decay=0.0)
+    with pytest.warns(UserWarning, match="takes 2 fused projections of this GPT2LMHeadModel") as w:
+        two_steps(model, optimizer)
+    assert len([each for each in w if "fused" in str(each.message)]) == 1
+    assert "'transformer.h.0.attn.c_attn.weight'" in str(w[0].message)
+
+
+def test_groups_that_know_the_parts_are_not_warned_of():
+    own = tiny_model("gpt2")
+    fused = [block.attn.c_attn.weight for block in own.transformer.h]
+    rest = [p for p in own.parameters() if not any(p is each for each in fused)]
+    groups = [{"params": fused, "parts": Parts((1, 1, 1), dim=1)}, {"params": rest}]
+    gpt2, llama = tiny_model("gpt2"), build("llama")  # the latter has none
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        two_steps(own, hf_stable.AdamW2(groups))
+        two_steps(gpt2, hf_stable.AdamW2(hf_stable.parameter_groups(gpt2)))
+        optimizer = hf_stable.AdamW2(llama.parameters())
+        outputs_of(llama, batch("llama")).sum().backward()
+        optimizer.step()
+    assert joined_projections(optimizer.param_groups, gpt2) == []
 
 
 class Holder(nn.Module):

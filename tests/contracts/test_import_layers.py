@@ -28,7 +28,7 @@ FOLDERS = (
 """From the ground up: a folder imports from itself and from those before it."""
 
 GROUND = (
-    "_file_names", "_json", "_late_changes", "_ranks", "_whole_files", "_wording",
+    "_file_names", "_json", "_late_changes", "_live_objects", "_ranks", "_whole_files", "_wording",
     "modeling_hf_stable",
 )  # fmt: skip
 FACES = (

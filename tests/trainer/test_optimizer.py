@@ -373,6 +373,14 @@ def test_continues_what_adamw_began(kind, scheduler, tmp_path):
     assert len({group["lr"] for group in bounded.optimizer.param_groups}) == 1
 
 
+def test_another_optimizer_does_not_continue_what_adamw2_began_and_says_so(tmp_path):
+    make_trainer(tiny_model("vit"), tmp_path, optim="adamw2", max_steps=1, save_steps=1).train()
+    other = make_trainer(tiny_model("vit"), tmp_path, optim="adamw_torch", max_steps=2)
+    with pytest.raises(ValueError, match=r"was saved with AdamW2, and AdamW has no such groups.*"
+                                         r"Resume it with optim=.adamw2."):  # fmt: skip
+        other.train(resume_from_checkpoint=True)
+
+
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     states = []
     for size, accumulation in [(8, 1), (2, 4)]:

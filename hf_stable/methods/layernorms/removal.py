@@ -6,8 +6,6 @@ LayerNorms is saved is told by `standalone`.
 
 from __future__ import annotations
 
-import gc
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from hf_stable._live_objects import live_instances
 from hf_stable.architectures.finding import FoundNorm, Placement, find_norms
 from hf_stable.architectures.registry import (
     UnsupportedModelError,
@@ -206,11 +205,11 @@ def _refuse_placement(model: nn.Module, config: RemovalConfig, norms: list[Found
 
 def _models_around(part: nn.Module) -> list[PreTrainedModel]:
     """Return the models of transformers in this process that hold another one as a part."""
-    objects = gc.get_objects()  # some hundred thousand, so that no line of Python runs for each
-    # By type, not isinstance: proxies among the objects may answer __class__ with an error.
-    are_models = map(issubclass, map(type, objects), itertools.repeat(PreTrainedModel))
-    models = list(itertools.compress(objects, are_models))
-    return [each for each in models if each is not part and any(m is part for m in each.modules())]
+    return [
+        each
+        for each in live_instances(PreTrainedModel)
+        if each is not part and any(m is part for m in each.modules())
+    ]
 
 
 def check_can_be_saved(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ hook of torch does it, so any loop and any optimizer will do.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import warnings
 from collections.abc import Iterable, Sequence
@@ -24,10 +23,12 @@ from torch.optim.optimizer import (
 )
 
 from hf_stable._late_changes import make_late_changes
+from hf_stable._live_objects import live_instances
 from hf_stable.kernels.choosing import refresh_layers
 from hf_stable.kernels.reference import refresh_layers as refresh_by_torch
 from hf_stable.measures.flat_ranges import FlatRange
 from hf_stable.measures.parts import Parts
+from hf_stable.methods.sigma_reparam.folded_gammas import warn_of_folded
 from hf_stable.methods.sigma_reparam.triples import LayerWithTriple, mark_settled
 
 __all__ = [
@@ -47,6 +48,7 @@ _stepping: list[ref[Optimizer]] = []
 # Serial numbers of layers whose weight, and of those whose gamma, has been seen in an optimizer. A
 # layer that is folded and patched again is new.
 _checked: WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = WeakKeyDictionary()
+_told: WeakSet[Optimizer] = WeakSet()
 _hooks: list[Any] = []
 
 
@@ -163,6 +165,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for layer, weight in zip(live, weights, strict=True)
         if weight.requires_grad and id(weight) in owned
     ]
+    if optimizer not in _told and warn_of_folded(owned, (id(layer.gamma) for layer in live)):
+        _told.add(optimizer)
     with_weights, with_gammas = _checked.setdefault(optimizer, (set(), set()))
     unseen = [layer for layer in layers if layer.serial_number not in with_weights]
     if unseen:
@@ -250,7 +254,7 @@ def _check_gammas_are_trained(layers: Sequence[LayerWithTriple], owned: set[int]
         # has the weight as well is an earlier one.
         others = [
             {id(p) for group in other.param_groups for p in group["params"]}
-            for other in _live_instances(Optimizer)
+            for other in live_instances(Optimizer)
         ]
         missing = [
             layer
@@ -272,7 +276,7 @@ def _check_gammas_are_averaged(layers: Iterable[LayerWithTriple]) -> None:
     """Raise if DDP averages the weight of a layer over ranks but not its gamma."""
     if not torch.distributed.is_initialized():
         return
-    for ddp in _live_instances(DistributedDataParallel):
+    for ddp in live_instances(DistributedDataParallel):
         reduced = {id(p) for p in ddp._module_parameters}
         for layer in layers:
             if id(layer.weight) in reduced and id(layer.gamma) not in reduced:
@@ -280,8 +284,3 @@ def _check_gammas_are_averaged(layers: Iterable[LayerWithTriple]) -> None:
                     f"gamma of {layer.layer_name!r} is not averaged over ranks: the model was "
                     "wrapped in DistributedDataParallel before hf_stable.patch. Patch first"
                 )
-
-
-def _live_instances(cls: type) -> list[Any]:
-    # By type, not isinstance: proxies among the objects may answer __class__ with an error.
-    return [obj for obj in gc.get_objects() if issubclass(type(obj), cls)]

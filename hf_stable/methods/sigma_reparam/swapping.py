@@ -23,6 +23,7 @@ from hf_stable.measures.matrices import local_matrices, spread_values
 from hf_stable.measures.matrix_shards import is_shared
 from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.methods.sigma_reparam.class_swapping import cell_of_forward, swap_class
+from hf_stable.methods.sigma_reparam.folded_gammas import note_folded
 from hf_stable.methods.sigma_reparam.layers import (
     SigmaConv1D,
     SigmaConv1d,
@@ -245,6 +246,7 @@ def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
         UnsupportedModelError: if the weight is offloaded.
     """
     settle(layer)
+    note_folded(layer.gamma)
     undo = _fold_weight(layer, undo)
     if isinstance(layer, SigmaStack):
         undo.append(keep_attributes(layer.holder))

@@ -527,6 +527,28 @@ def test_a_group_that_joins_later_is_checked():
         optimizer.step()
 
 
+def test_an_optimizer_of_a_model_that_was_folded_since_is_warned_of_once():
+    model = hf_stable.patch(tiny_model("vit"), "sigma_reparam")
+    optimizer = torch.optim.AdamW(hf_stable.parameter_groups(model))
+    plain = hf_stable.fold(copy.deepcopy(model))  # another model is no concern of its
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step(model, optimizer)
+        step(plain, torch.optim.AdamW(plain.parameters()))
+    hf_stable.fold(model)
+    with pytest.warns(UserWarning, match="turned 13 layers into plain ones since this optimizer"):
+        step(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step(model, optimizer)
+        step(model, torch.optim.AdamW(model.parameters()))
+
+
+def step(model, optimizer):
+    model(**tiny_batch(model)).loss.backward()
+    optimizer.step()
+
+
 def test_a_gamma_left_frozen_by_its_weight_is_warned_of_once():
     model = tiny_model("vit").requires_grad_(False)
     hf_stable.patch(model, "sigma_reparam")
