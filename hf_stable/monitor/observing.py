@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -59,7 +60,7 @@ class Observed(NamedTuple):
 
 
 @contextmanager
-def observing_attention(root: nn.Module) -> Iterator[Observed]:
+def observing_attention(root: nn.Module, *, is_wanted: bool = True) -> Iterator[Observed]:
     """Make the parts of a model call the observing form of their native attention in the block.
 
     Each module has a private copy of its config meanwhile: transformers keeps the name of the
@@ -67,7 +68,14 @@ def observing_attention(root: nn.Module) -> Iterator[Observed]:
 
     Args:
         root: a model, or a module that holds some.
+        is_wanted: whether to do so. Otherwise everything stays as it is: the Trainer takes no
+            other name than "sdpa" under context parallelism.
     """
+    if not is_wanted:
+        owners = _parts_by_module(root)
+        natives = {part.config._attn_implementation for part in owners.values()}
+        yield Observed({native for native in natives if native}, {}, owners)
+        return
     originals = [
         (module, module.config)
         for module in root.modules()
@@ -206,8 +214,7 @@ def _observe(
     listener = listener_of(module)
     if listener is None or is_recomputing():
         return
-    if options.get("s_aux") is not None:
-        reason = "its attention has sinks: it is no softmax over keys alone"
+    if (reason := _why_not_measured(options)) is not None:
         return listener.sightings.note_refused(listener.module, reason)
     listener.sightings.note_seen(listener.module)
     if query.shape[2] == 1 and key.shape[2] > 1:
@@ -217,6 +224,15 @@ def _observe(
         call = _as_call(native, listener, query, key, mask, options)
         is_first = listener.module is module or query.device == _home(listener.module)
         listener.recorder.observe_attention(call, is_first=is_first)
+    return None
+
+
+def _why_not_measured(options: dict[str, Any]) -> str | None:
+    if options.get("s_aux") is not None:
+        return "its attention has sinks: it is no softmax over keys alone"
+    # torch's context_parallel puts a function of its own there, which brings the other keys.
+    if F.scaled_dot_product_attention.__module__.startswith("torch.distributed."):
+        return "processes share each sequence, and each has some of its queries and keys"
     return None
 
 

@@ -92,11 +92,12 @@ def probe(
     if is_listened_to(root):
         raise RuntimeError("this model is being probed already; a probe does not nest")
     with ExitStack() as stack:
-        observed = stack.enter_context(observing_attention(root))
+        wants_attention = bool(maps) or any("attention" in TERMS[term].needs for term in wanted)
+        observed = stack.enter_context(observing_attention(root, is_wanted=wants_attention))
         sightings = Sightings(root, [module for found in blocks for module in _attention_of(found)])
         for part, reason in observed.refused.items():
             sightings.note_refused(part, reason)
-        returning = modules_with_maps(blocks)
+        returning = modules_with_maps(blocks) if wants_attention else []
         if not returning and not any(map(observed.is_visible, sightings.candidates or [root])):
             wanted = _leave_attention_out(root, wanted, is_named or bool(maps), observed)
         recorder = Recorder(root, blocks, wanted, queries=queries, maps=maps, generator=generator)
