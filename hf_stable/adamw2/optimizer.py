@@ -133,7 +133,7 @@ class AdamW2(Optimizer):
         )
         check_options(defaults)
         make_late_changes()  # an engine of DeepSpeed that is built from here on is followed
-        self._workspaces: Workspaces = {}
+        self._workspaces = Workspaces()
         self._partitioned: PartitionedGroups | None = None
         super().__init__(params, defaults)
         look_at_first_step(self)
@@ -297,5 +297,5 @@ class AdamW2(Optimizer):
         super().__setstate__(state)
         # torch comes here after loading too, when the parameters may have been replaced.
         self.__dict__.setdefault("_shapes", given_shapes(self.param_groups))
-        self.__dict__.setdefault("_workspaces", {})
+        self.__dict__.setdefault("_workspaces", Workspaces())
         self.__dict__.setdefault("_partitioned", None)

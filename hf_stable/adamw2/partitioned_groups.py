@@ -42,7 +42,7 @@ class PartitionedGroups:
                 if flat.grad is not None:
                     if flat not in self._partitions:
                         refuse_flattened(flat, replaced=True)
-                    own = self._workspaces.setdefault(flat, {})
+                    own = self._workspaces.setdefault(flat, Workspaces())
                     self._rates[flat] = step_partition(
                         flat, states[flat], group, self._partitions[flat], own
                     )

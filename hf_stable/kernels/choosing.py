@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -33,8 +33,45 @@ CHOICES = {
 }
 """What it may say, and what that means. Triton has not run on a GPU yet: it has to be asked for."""
 
-Workspaces = MutableMapping[tuple[torch.dtype, torch.device], Any]
-"""What the kernels keep from step to step, by dtype and device. It is no state."""
+
+class Workspaces(dict[tuple[torch.dtype, torch.device], Any]):
+    """What the kernels keep from step to step, by dtype and device. It is no state.
+
+    Attributes:
+        taken: what each weight was like when it was last stepped, by the id of its parameter.
+    """
+
+    def __init__(self) -> None:
+        """Know no weight."""
+        super().__init__()
+        self.taken: dict[int, _Taken] = {}
+
+
+class _Taken:
+    """A weight that a kernel has taken: all that it looked at, as it was then."""
+
+    __slots__ = ("addresses", "held", "ids", "key", "parts", "path")
+
+    def __init__(self, weight: RuledWeight, path: ModuleType) -> None:
+        self.path = path
+        self.key = weight.param.dtype, weight.param.device
+        self.held = self._tensors(weight)  # which are kept, so that no other one gets their ids
+        self.ids = [*map(id, self.held)]
+        self.addresses = [tensor.data_ptr() for tensor in self.held]
+        self.parts = weight.parts
+
+    def is_like(self, weight: RuledWeight) -> bool:
+        """Say whether parameter and state are the same tensors, in the same places."""
+        held = self._tensors(weight)
+        return (
+            [*map(id, held)] == self.ids
+            and [tensor.data_ptr() for tensor in held] == self.addresses
+            and weight.parts is self.parts
+        )
+
+    def _tensors(self, weight: RuledWeight) -> list[Any]:
+        return [weight.param, *map(weight.state.get, self.path.STATE)]
+
 
 Ruled = TypeVar("Ruled", bound=RuledWeight)
 
@@ -73,23 +110,31 @@ def step_by_kernels(weights: Sequence[Ruled], workspaces: Workspaces) -> list[Ru
     """
     paths, left = _paths(), []
     taken: dict[tuple[torch.dtype, torch.device], tuple[ModuleType, list[Ruled]]] = {}
+    before, workspaces.taken = workspaces.taken, {}
     for weight in weights:
-        for path in paths:
-            if path.takes(weight):
-                key = weight.param.dtype, weight.param.device
-                taken.setdefault(key, (path, []))[1].append(weight)
-                break
+        seen = before.get(id(weight.param))
+        if seen is None or seen.path not in paths or not _still_takes(seen, weight):
+            path = next((path for path in paths if path.takes(weight)), None)
+            seen = None if path is None else _Taken(weight, path)
+        if seen is not None:
+            workspaces.taken[id(weight.param)] = seen
+            taken.setdefault(seen.key, (seen.path, []))[1].append(weight)
+            continue
+        device = weight.param.device.type
+        if any(device == path.DEVICE for path in paths) and reference.takes(weight):
+            reference.step_weight(weight)
         else:
-            device = weight.param.device.type
-            if any(device == path.DEVICE for path in paths) and reference.takes(weight):
-                reference.step_weight(weight)
-            else:
-                left.append(weight)
+            left.append(weight)
     for key in [key for key in workspaces if key not in taken]:
         del workspaces[key]
     for key, (path, own) in taken.items():
         workspaces[key] = path.step_weights(own, workspaces.get(key))
     return left
+
+
+def _still_takes(seen: _Taken, weight: RuledWeight) -> bool:
+    """Say whether a kernel takes a weight once more, for the price of a look at what is new."""
+    return seen.is_like(weight) and seen.path.takes_gradient(weight)
 
 
 def refresh_layers(layers: Sequence[TrackedWeight], keep: Tensor | None) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from zlib import crc32
 from numba import cfunc
 from numba.core import event
 
-from hf_stable.kernels import entries, leading, passes, pointers, rows, tables
+from hf_stable.kernels import entries, leading, passes, pointers, rows, settling, tables
 
 __all__ = ["compiled"]
 
@@ -40,8 +38,8 @@ class _Announcement(event.Listener):
 
 
 @cache
-def compiled(name: str) -> Callable[[int], None]:
-    """Return a compiled function of `passes` or `leading`, which takes the address of a head.
+def compiled(name: str) -> Any:
+    """Return a compiled function of `passes` or `leading`; its first argument is a head's address.
 
     It holds no lock of the interpreter. Numba keeps it in `__pycache__`, in the user's cache folder
     where that cannot be written, or where NUMBA_CACHE_DIR says; where nothing can be written, each
@@ -49,19 +47,22 @@ def compiled(name: str) -> Callable[[int], None]:
 
     Args:
         name: `"lead_"` or `"work_"` and a dtype.
+
+    Returns:
+        What numba makes, with its `address`; the code lives as long as it does.
     """
-    function = getattr(leading if name.startswith("lead") else passes, name)
+    leads = name.startswith("lead")
+    function = getattr(leading if leads else passes, name)
+    numbers = "int64" if leads else "int64, int64, int64"
     # Numba's cache knows a function by its name and its own file; what it calls may change too.
     function.__qualname__ = f"{name}_{_fingerprint():08x}"
     with event.install_listener("numba:compile", _Announcement(" for ".join(name.split("_")))):
-        made = cfunc("void(int64)", cache=True, **entries.VECTOR)(function)
-    entry: Any = ctypes.CFUNCTYPE(None, ctypes.c_int64)(made.address)
-    entry.made = made  # whose memory the code lies in
-    return entry
+        made = cfunc(f"void({numbers})", cache=True, **entries.VECTOR)(function)
+    return made
 
 
 @cache
 def _fingerprint() -> int:
     """Return a number that changes with the source of anything that is compiled."""
-    files = (entries, leading, passes, pointers, rows, tables)
+    files = (entries, leading, passes, pointers, rows, settling, tables)
     return crc32(b"".join(Path(str(each.__file__)).read_bytes() for each in files))

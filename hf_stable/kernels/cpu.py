@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_stable.kernels import tables as t
-from hf_stable.kernels.layouts import Layout, Plan, lay_out, make_plan
-from hf_stable.kernels.threads import address_of, runner
+from hf_stable.kernels.calls import KINDS, Call
+from hf_stable.kernels.layouts import Layout, lay_out
+from hf_stable.kernels.plans import make_plan
 from hf_stable.kernels.weights import (
     RuledWeight,
     TrackedWeight,
@@ -30,20 +31,20 @@ __all__ = [
     "refresh_vectors",
     "step_weights",
     "takes",
+    "takes_gradient",
     "tracks",
 ]
 
 DEVICE = "cpu"
 """The kind of device whose weights they are for."""
 
-KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
-"""Dtypes of weights that are compiled for."""
-
 AHEAD_NUMEL = 1 << 16
 """Entries from which on a weight is iterated on in the pass that moves it, for the next step. A
 smaller one is still in a cache when it is read once more."""
 
 STATE = ("exp_avg", "exp_avg_sq", "step", "exempt", "effective_lr", "weight_v", "update_v")
+COLUMNS = (t.FIRST, t.SECOND, t.STEP, t.EXEMPT, t.RATE, t.WEIGHT_V, t.UPDATE_V)
+"""What the state of a weight has to have, and where its addresses stand in the table."""
 
 
 @cache
@@ -63,14 +64,25 @@ def are_readable(*tensors: Tensor) -> bool:
 def takes(weight: RuledWeight) -> bool:
     """Say whether `step_weights` can step a weight: none that is new to Rule 1, among others."""
     param, state, dtype = weight.param, weight.state, weight.param.dtype
-    lr = weight.group["lr"]
-    if dtype not in KINDS or "exempt" not in state or isinstance(lr, Tensor) and not lr.is_cpu:
+    if dtype not in KINDS or "exempt" not in state or not takes_gradient(weight):
         return False
-    first, second, *others = (state[key] for key in STATE)
+    real = spectral_dtype(dtype)
+    dtypes = (dtype, dtype, torch.float32, torch.bool, real, real, real)
+    tensors = [state[key] for key in STATE]
     return (
-        weight.grad.dtype == first.dtype == second.dtype == dtype
-        and are_readable(param, weight.grad, first, second, *others)
+        all(tensor.dtype == own for tensor, own in zip(tensors, dtypes, strict=True))
+        and are_readable(param, *tensors)
         and lay_out(param.shape, weight.parts) is not None
+    )
+
+
+def takes_gradient(weight: RuledWeight) -> bool:
+    """Say as much of what a step brings anew: gradient and rate."""
+    grad, lr = weight.grad, weight.group["lr"]
+    return (
+        grad.dtype == weight.param.dtype
+        and are_readable(grad)
+        and not (isinstance(lr, Tensor) and not lr.is_cpu)
     )
 
 
@@ -83,9 +95,14 @@ class Workspace:
     weight; a fresh one for each step would take longer than the step to be mapped.
     """
 
-    def __init__(self, plan: Plan, real: torch.dtype) -> None:
-        """Make room for weights of a plan whose spectra are of a dtype."""
-        self.plan, self.real = plan, real
+    def __init__(self, weights: Sequence[RuledWeight]) -> None:
+        """Make room for weights of one dtype."""
+        self.dtype = weights[0].param.dtype
+        self.called = self._name(weights)
+        layouts = [known_layout(weight.param, weight.parts) for weight in weights]
+        self.plan = plan = make_plan(tuple(layouts))
+        real = spectral_dtype(self.dtype)
+        self.goes = np.array([each.numel >= AHEAD_NUMEL and not each.is_vector for each in layouts])
         self.vectors = torch.empty(int(plan.vector_starts[-1]), dtype=real)
         self.sigma = np.zeros(len(plan.parts))
         self.norms = np.zeros((len(plan.chunks), 2))
@@ -94,6 +111,22 @@ class Workspace:
         self.updates = torch.empty(updates, dtype=real)
         self.sums = torch.empty(2 * sums, dtype=real)
         self.products = torch.empty(2 * products, dtype=real)
+        self.call = call = Call(self.dtype, plan)
+        call.weights[:, t.AHEAD_V] = (
+            self.vectors.data_ptr() + plan.vector_starts[:-1] * real.itemsize
+        )
+        call.weights[:, t.IS_VECTOR] = [layout.is_vector for layout in layouts]
+        call.weights[:, t.GOES_AHEAD] = self.goes
+        call.hand(t.AHEAD_SIGMA, self.sigma)
+        call.hand(t.NORMS, self.norms)
+
+    def is_for(self, weights: Sequence[RuledWeight]) -> bool:
+        """Say whether there is room for these weights, in this order."""
+        return self.dtype == weights[0].param.dtype and self.called == self._name(weights)
+
+    @staticmethod
+    def _name(weights: Sequence[RuledWeight]) -> list[Any]:
+        return [(weight.param.shape, weight.parts) for weight in weights]
 
     @property
     def nbytes(self) -> int:
@@ -117,41 +150,30 @@ def step_weights(weights: Sequence[RuledWeight], workspace: Workspace | None = N
     Returns:
         What to hand to the next call.
     """
-    dtype = weights[0].param.dtype
-    real = spectral_dtype(dtype)
-    layouts = [known_layout(weight.param, weight.parts) for weight in weights]
-    plan = make_plan(tuple(layouts))
-    if workspace is None or workspace.plan is not plan or workspace.real != real:
-        workspace = Workspace(plan, real)
+    if workspace is None or not workspace.is_for(weights):
+        workspace = Workspace(weights)
     groups = {id(weight.group): weight.group for weight in weights}
     places = {key: place for place, key in enumerate(groups)}
-    goes = np.array([each.numel >= AHEAD_NUMEL and not each.is_vector for each in layouts])
-    seen = [_trace(weight) if ahead else () for weight, ahead in zip(weights, goes, strict=True)]
-    was = workspace.seen or [(-1,)] * len(weights)
+    ahead = [weight for weight, goes in zip(weights, workspace.goes, strict=True) if goes]
+    traces = [_trace(weight) for weight in ahead]
+    is_ahead = np.zeros(len(weights), dtype=bool)
+    if workspace.seen:
+        is_ahead[workspace.goes] = [
+            now == old for now, old in zip(traces, workspace.seen, strict=True)
+        ]
 
-    call = _Call(dtype, plan)
+    call = workspace.call
     table = call.weights
     table[:, t.PARAM] = [weight.param.data_ptr() for weight in weights]
     table[:, t.GRAD] = [weight.grad.data_ptr() for weight in weights]
-    columns = (
-        t.FIRST, t.SECOND, t.STEP, t.EXEMPT, t.RATE, t.WEIGHT_V,
-        t.UPDATE_V,
-    )  # fmt: skip
-    for column, key in zip(columns, STATE, strict=True):
+    for column, key in zip(COLUMNS, STATE, strict=True):
         table[:, column] = [weight.state[key].data_ptr() for weight in weights]
     table[:, t.GROUP] = [places[id(weight.group)] for weight in weights]
-    table[:, t.AHEAD_V] = workspace.vectors.data_ptr() + plan.vector_starts[:-1] * real.itemsize
-    table[:, t.IS_VECTOR] = [layout.is_vector for layout in layouts]
-    table[:, t.GOES_AHEAD] = goes
-    table[:, t.IS_AHEAD] = goes & [now == old for now, old in zip(seen, was, strict=True)]
-    call.hand(t.OPTIONS, np.array([_options(group) for group in groups.values()]))
-    call.hand(t.AHEAD_SIGMA, workspace.sigma)
-    call.hand(t.NORMS, workspace.norms)
-    call.run(t.STEP_WEIGHTS, workspace.updates, workspace.sums, workspace.products)
+    table[:, t.IS_AHEAD], table[:, t.IS_STALE] = is_ahead, False
+    options = np.array([_options(group) for group in groups.values()])
+    call.run(t.STEP_WEIGHTS, options, workspace.updates, workspace.sums, workspace.products)
     torch.autograd.graph.increment_version([weight.param for weight in weights])
-    workspace.seen = [
-        _trace(weight) if ahead else () for weight, ahead in zip(weights, goes, strict=True)
-    ]
+    workspace.seen = [_trace(weight) for weight in ahead]
     return workspace
 
 
@@ -178,14 +200,15 @@ def refresh_vectors(
     """
     dtype = weights[0].dtype
     plan = make_plan(tuple(layouts))
-    call = _Call(dtype, plan)
+    call = Call(dtype, plan)
     columns = (t.PARAM, t.RATE, t.WEIGHT_U, t.WEIGHT_V)
     for column, tensors in zip(columns, (weights, sigmas, us, vs), strict=True):
         call.weights[:, column] = [tensor.data_ptr() for tensor in tensors]
     call.head[t.ITERATIONS] = iterations
+    call.parts[:, t.WANTED] = 1 << t.OF_WEIGHT
     _, sums, products = plan.area
     rooms = [torch.empty(size, dtype=spectral_dtype(dtype)) for size in (0, sums, products)]
-    call.run(t.REFRESH_VECTORS, *rooms)
+    call.run(t.REFRESH_VECTORS, np.empty(0), *rooms)
     torch.autograd.graph.increment_version([*sigmas, *us, *vs])
 
 
@@ -230,51 +253,3 @@ def _options(group: dict[str, Any]) -> tuple[float, ...]:
         rate, *group["betas"], group["eps"], group["weight_decay"], group["tau"], sign,
         group["power_iterations"],
     )  # fmt: skip
-
-
-class _Call:
-    """One call of compiled code: its head, and the tables that it points to."""
-
-    def __init__(self, dtype: torch.dtype, plan: Plan) -> None:
-        from hf_stable.kernels.compiling import compiled  # imports numba: half a second
-
-        self.plan = plan
-        self.kept: list[np.ndarray] = []
-        self.lead = compiled(f"lead_{KINDS[spectral_dtype(dtype)]}")
-        worker = compiled(f"work_{KINDS[dtype]}")
-        self.head = np.zeros(t.HEAD_SIZE, dtype=np.int64)
-        self.head[t.WORKER] = address_of(worker)
-        self.head[t.RUNNER] = runner()
-        self.head[t.SIZE] = dtype.itemsize
-        self.head[t.REAL_SIZE] = spectral_dtype(dtype).itemsize
-        self.head[t.NUM_BATCHES] = len(plan.batches)
-        self.weights = np.zeros((len(plan.weights), t.WEIGHT_SIZE), dtype=np.int64)
-        self.weights[:, t.WIDTH : t.WIDTH + plan.weights.shape[1]] = plan.weights
-        parts = np.zeros((len(plan.parts), t.PART_SIZE), dtype=np.int64)
-        parts[:, : plan.parts.shape[1]] = plan.parts
-        batches = plan.batches.copy()
-        batches[:, t.THREADS] = batches[:, t.THREADS].clip(max=torch.get_num_threads())
-        for place, table in (
-            (t.WEIGHTS, self.weights), (t.CHUNKS, plan.chunks),
-            (t.PIECES, plan.pieces), (t.PARTS, parts), (t.BATCHES, batches),
-            (t.VALUES, np.zeros((len(parts), t.VALUE_SIZE))),
-        ):  # fmt: skip
-            self.hand(place, table)
-
-    def hand(self, place: int, array: np.ndarray) -> None:
-        """Hand over an array by its address."""
-        self.kept.append(array)
-        self.head[place] = array.__array_interface__["data"][0]
-
-    def run(self, task: int, updates: Tensor, sums: Tensor, products: Tensor) -> None:
-        """Do a task in the room that there is."""
-        head = self.head
-        head[t.TASK], head[t.OWN] = task, head.__array_interface__["data"][0]
-        for place, room in (
-            (t.UPDATES, updates),
-            (t.SUMS, sums),
-            (t.PRODUCTS, products),
-        ):
-            head[place] = room.data_ptr()
-        head[t.AREA_OF_SUMS], head[t.AREA_OF_PRODUCTS] = self.plan.area[1:]
-        self.lead(int(head[t.OWN]))

@@ -25,7 +25,15 @@ from hf_stable.kernels.weights import (
     triples_of,
 )
 
-__all__ = ["is_available", "refresh_layers", "refresh_vectors", "step_weights", "takes", "tracks"]
+__all__ = [
+    "is_available",
+    "refresh_layers",
+    "refresh_vectors",
+    "step_weights",
+    "takes",
+    "takes_gradient",
+    "tracks",
+]
 
 DEVICE = "cuda"
 """The kind of device whose weights they are for."""
@@ -56,17 +64,24 @@ def is_readable(tensor: Tensor) -> bool:
 def takes(weight: RuledWeight) -> bool:
     """Say whether `step_weights` can step a weight: none that is new to Rule 1, among others."""
     param, state, dtype = weight.param, weight.state, weight.param.dtype
-    if dtype not in DTYPES or "exempt" not in state:
+    if dtype not in DTYPES or "exempt" not in state or not takes_gradient(weight):
         return False
-    like_param = (weight.grad, state["exp_avg"], state["exp_avg_sq"])
+    like_param = (state["exp_avg"], state["exp_avg_sq"])
     layout = lay_out(param.shape, weight.parts)
     return (
         is_readable(param)
         and all(is_readable(tensor) and tensor.dtype == dtype for tensor in like_param)
         and all(is_readable(state[key]) for key in STATE[2:])
+        and state["exempt"].dtype == torch.bool
+        and all(state[key].dtype == torch.float32 for key in STATE[3:])
         and layout is not None
         and fits(layout)
     )
+
+
+def takes_gradient(weight: RuledWeight) -> bool:
+    """Say as much of what a step brings anew: the gradient."""
+    return weight.grad.dtype == weight.param.dtype and is_readable(weight.grad)
 
 
 @torch.no_grad()

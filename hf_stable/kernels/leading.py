@@ -1,279 +1,147 @@
-"""What one thread does between the passes: sums, sigma, rates, and handing out the next pass."""
+"""What the threads of a call share, task by task, and in which order the tasks come.
+
+A call is one parallel region. Its threads take shares of the task at hand. Who ends the last one
+begins the next task. So nobody waits for a thread that has taken nothing: one that the system lets
+sleep, or starts late, holds nobody up.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from numba import float32, float64, int64, njit
+from numba import float32, njit
 
 from hf_stable.kernels import tables as t
-from hf_stable.kernels.entries import UNWRAPPED
-from hf_stable.kernels.pointers import at, call, cast, doubles, flags, integers, run, singles
-from hf_stable.kernels.rows import (
-    chunk_at,
-    norm_at,
-    option_of,
-    part_at,
-    piece_at,
-    products_of,
-    sums_of,
-    value_at,
-    weight_at,
+from hf_stable.kernels.pointers import (
+    add,
+    call,
+    doubles,
+    integers,
+    load,
+    pause,
+    singles,
+    store,
+    yield_to_others,
 )
+from hf_stable.kernels.rows import batch_at, share_at, weight_at
+from hf_stable.kernels.settling import BETWEEN, keep_ahead, settle_step, settle_triples
 
 __all__ = ["lead_float32", "lead_float64"]
 
-BETWEEN: dict[str, Any] = dict(error_model="numpy") | UNWRAPPED
-"""Without the vector code of the passes it is compiled in half the time, and just as fast."""
+AWAKE = 1 << 12
+"""Looks at what is left before a thread lets others run: about as long as a share takes."""
 
 
 @njit(**BETWEEN)
-def _share(head: Any, batch: Any, task: Any) -> None:
-    """Let threads share the chunks of a batch, and wait for them."""
-    head[t.TICKET], head[t.TASK] = 0, task
-    head[t.BEGIN] = weight_at(head, batch[t.FIRST_WEIGHT])[t.FIRST_CHUNK]
-    head[t.END] = weight_at(head, batch[t.END_WEIGHT] - 1)[t.END_CHUNK]
-    if batch[t.THREADS] == 1:
-        call(head[t.WORKER], head[t.OWN])
+def _offer(head: Any, task: Any, first: Any, end: Any) -> None:
+    """Let threads take the shares of a task."""
+    head[t.TASK], head[t.BEGIN], head[t.END] = task, first, end
+    head[t.MORE] = head[t.DONE] = 0
+    store(head, t.LEFT, end - first)
+
+
+@njit(**BETWEEN)
+def _offer_chunks(head: Any, task: Any) -> None:
+    batch = batch_at(head, head[t.BATCH])
+    _offer(head, task, batch[t.FIRST_OF_CHUNKS], batch[t.END_OF_CHUNKS])
+
+
+@njit(**BETWEEN)
+def _offer_weights(head: Any, task: Any) -> None:
+    batch = batch_at(head, head[t.BATCH])
+    _offer(head, task, batch[t.FIRST_OF_WEIGHTS], batch[t.END_OF_WEIGHTS])
+
+
+@njit(**BETWEEN)
+def _begin_batch(head: Any, index: Any) -> None:
+    """Offer the first task of a batch, or close the call after the last one."""
+    head[t.BATCH], head[t.ROUND] = index, 0
+    if index == head[t.NUM_BATCHES]:
+        store(head, t.LEFT, t.CLOSED)
+    elif head[t.KIND] == t.REFRESH_VECTORS:
+        _offer_chunks(head, t.ITERATE)
     else:
-        run(head[t.RUNNER], head[t.WORKER], head[t.OWN], batch[t.THREADS])
+        batch = batch_at(head, index)
+        for weight in range(batch[t.FIRST_WEIGHT], batch[t.END_WEIGHT]):
+            singles(weight_at(head, weight)[t.STEP])[0] += float32(1)
+        _offer_chunks(head, t.UPDATE)
 
 
 @njit(**BETWEEN)
-def _add(numbers: Any, more: Any, count: Any) -> None:
-    for j in range(count):
-        numbers[j] += more[j]
+def _go_on(head: Any) -> None:
+    """Offer what comes after the task that has ended; numbers are lines of Algorithm 1.
 
-
-@njit(**BETWEEN)
-def _gather(head: Any, weight: Any, matrix: Any, wanted: bool, real: Any) -> None:
-    """Sum what the chunks of a weight have for each of its parts."""
-    for index in range(weight[t.FIRST_PART], weight[t.END_PART]):
-        part_at(head, index)[t.SUM] = 0
-        value_at(head, index)[t.SQUARES] = 0.0
-    for index in range(weight[t.FIRST_CHUNK], weight[t.END_CHUNK]):
-        chunk = chunk_at(head, index)
-        for place in range(chunk[t.PIECE], chunk[t.END_PIECE]):
-            piece = piece_at(head, place)
-            part, value = part_at(head, piece[t.PART]), value_at(head, piece[t.PART])
-            if wanted and not (part[t.WANTED] >> matrix) & 1:
-                continue
-            y = at(products_of(head, chunk, matrix, place), real)
-            for row in range(chunk[t.END_ROW] - chunk[t.ROW]):
-                value[t.SQUARES] += float64(y[row]) * float64(y[row])
-            z = sums_of(head, chunk, matrix) + piece[t.COLUMN] * head[t.REAL_SIZE]
-            if part[t.SUM]:
-                _add(at(part[t.SUM], real), at(z, real), part[t.LENGTH])
-            else:
-                part[t.SUM] = z
-
-
-@njit(**BETWEEN)
-def _settle(part: Any, value: Any, matrix: Any, old: Any, new: Any, real: Any) -> None:
-    """Read sigma off the sums of a part, and write the vector that the iteration leads to.
-
-    What is not finite keeps the old vector. A zero matrix gets a generic one: the old one may be
-    orthogonal to all that the matrix has when it leaves zero.
+    A step: moments and updates (3 to 5), sigma and rates (6 to 9), further iterations with what
+    comes after them, the move (10 to 14), and what it has found out for the next step.
     """
-    count, z = part[t.LENGTH], at(part[t.SUM], real)
-    square = generic = 0.0
-    for j in range(count):
-        square += float64(z[j]) * float64(z[j])
-    length = math.sqrt(square)
-    sigma = length / math.sqrt(value[t.SQUARES]) if value[t.SQUARES] != 0 else 0.0
-    value[matrix] = sigma
-    value[t.COSINE + matrix] = value[t.SQUARES] / length if 0 < sigma < math.inf else 1.0
-    if sigma == 0:
-        for j in range(count):
-            generic += math.cos((j + 1.0) * (j + 1.0)) ** 2
-    for j in range(count):
-        if 0 < sigma < math.inf:
-            new[j] = cast(float64(z[j]) / length, real)
-        elif sigma == 0:
-            new[j] = cast(math.cos((j + 1.0) * (j + 1.0)) / math.sqrt(generic), real)
-        else:
-            new[j] = old[j]
-
-
-@njit(**BETWEEN)
-def _finish(head: Any, weight: Any, matrix: Any, wanted: bool, real: Any) -> None:
-    """End an iteration: set sigma and vector of the parts of a weight, or of those wanted."""
-    if weight[t.IS_VECTOR]:
-        square = 0.0
-        for index in range(weight[t.FIRST_CHUNK], weight[t.END_CHUNK]):
-            square += norm_at(head, index)[matrix]
-        value_at(head, weight[t.FIRST_PART])[matrix] = math.sqrt(square)
-        return
-    _gather(head, weight, matrix, wanted, real)
-    vectors = weight[t.UPDATE_V] if matrix == t.OF_UPDATE else weight[t.WEIGHT_V]
-    for index in range(weight[t.FIRST_PART], weight[t.END_PART]):
-        part = part_at(head, index)
-        if part[t.SUM]:
-            v = at(vectors + part[t.V_AT] * head[t.REAL_SIZE], real)
-            _settle(part, value_at(head, index), matrix, v, v, real)
-
-
-@njit(**BETWEEN)
-def _take_ahead(head: Any, weight: Any, real: Any) -> None:
-    """Use the iteration on a weight that the last step has made."""
-    for index in range(weight[t.FIRST_PART], weight[t.END_PART]):
-        part = part_at(head, index)
-        start = part[t.V_AT] * head[t.REAL_SIZE]
-        v, moved = at(weight[t.WEIGHT_V] + start, real), at(weight[t.AHEAD_V] + start, real)
-        for j in range(part[t.LENGTH]):
-            v[j] = moved[j]
-        value_at(head, index)[t.OF_WEIGHT] = doubles(head[t.AHEAD_SIGMA])[index]
-
-
-@njit(**BETWEEN)
-def _keep_ahead(head: Any, weight: Any, real: Any) -> None:
-    """Keep the iteration on what a weight has become for the next step, apart from its state."""
-    _gather(head, weight, t.OF_WEIGHT, False, real)
-    for index in range(weight[t.FIRST_PART], weight[t.END_PART]):
-        part, value = part_at(head, index), value_at(head, index)
-        start = part[t.V_AT] * head[t.REAL_SIZE]
-        v, moved = at(weight[t.WEIGHT_V] + start, real), at(weight[t.AHEAD_V] + start, real)
-        _settle(part, value, t.OF_WEIGHT, v, moved, real)
-        doubles(head[t.AHEAD_SIGMA])[index] = value[t.OF_WEIGHT]
-
-
-@njit(**BETWEEN)
-def _want(head: Any, batch: Any, done: Any) -> bool:
-    """Mark the parts that need a further iteration; say whether there are any.
-
-    An update that has turned gets one more than the options say: nothing keeps it from jumping.
-    """
-    found = False
-    for index in range(batch[t.FIRST_WEIGHT], batch[t.END_WEIGHT]):
-        weight = weight_at(head, index)
-        left = int64(option_of(head, weight)[t.POWER_ITERATIONS]) - done
-        for place in range(weight[t.FIRST_PART], weight[t.END_PART]):
-            turned = left == 0 and value_at(head, place)[t.COSINE + t.OF_UPDATE] < t.TURNED
-            wanted = 0
-            if left + weight[t.IS_STALE] > 0:
-                wanted |= 1 << t.OF_WEIGHT
-            if left > 0 or turned:
-                wanted |= 1 << t.OF_UPDATE
-            if weight[t.IS_VECTOR]:
-                wanted = 0
-            part_at(head, place)[t.WANTED] = wanted
-            found = found or wanted > 0
-    return found
-
-
-@njit(**BETWEEN)
-def _clip(head: Any, weight: Any, real: Any) -> None:
-    """Set the rate of each part, `min(lr, tau * sigma1(W) / sigma1(U))` (Eq. 6).
-
-    A NaN stays a NaN: an update of unknown size must not pass as a small one.
-    """
-    option, exempt, rates = (
-        option_of(head, weight),
-        flags(weight[t.EXEMPT]),
-        at(weight[t.RATE], real),
-    )
-    for index in range(weight[t.FIRST_PART], weight[t.END_PART]):
-        value, place = value_at(head, index), index - weight[t.FIRST_PART]
-        bound = math.inf
-        if not exempt[place] and value[t.OF_UPDATE] != 0:
-            bound = option[t.TAU] * value[t.OF_WEIGHT] / value[t.OF_UPDATE]
-        rates[place] = cast(option[t.LR] if bound >= option[t.LR] else bound, real)
-        value[t.CLIPPED] = float64(rates[place])
-
-
-@njit(**BETWEEN)
-def _step_batch(head: Any, batch: Any, real: Any) -> None:
-    """Step the weights of a batch; comments name lines of Algorithm 1."""
-    weights = range(batch[t.FIRST_WEIGHT], batch[t.END_WEIGHT])
-    for index in weights:
-        singles(weight_at(head, index)[t.STEP])[0] += float32(1)
-    # Lines 3 to 5.
-    _share(head, batch, t.UPDATE)
-    # Line 6. Paper: prints sigma1 of the last update; its Eq. 6 has that of W_{t-1}, as here.
-    for index in weights:
-        weight = weight_at(head, index)
-        for matrix in (t.OF_WEIGHT, t.OF_UPDATE):
-            if matrix == t.OF_UPDATE or not weight[t.IS_AHEAD]:
-                _finish(head, weight, matrix, False, real)
-            elif not weight[t.IS_STALE]:
-                _take_ahead(head, weight, real)
-    done = 1
-    while _want(head, batch, done):
-        _share(head, batch, t.ITERATE)
-        for index in weights:
-            weight = weight_at(head, index)
-            for matrix in (t.OF_WEIGHT, t.OF_UPDATE):
-                if not weight[t.IS_VECTOR]:
-                    _finish(head, weight, matrix, True, real)
-        done += 1
-    # Lines 7 to 9.
-    for index in weights:
-        _clip(head, weight_at(head, index), real)
-    # Lines 10 to 14.
-    _share(head, batch, t.MOVE)
-    for index in weights:
-        if weight_at(head, index)[t.GOES_AHEAD]:
-            _keep_ahead(head, weight_at(head, index), real)
-
-
-@njit(**BETWEEN)
-def _refresh_batch(head: Any, batch: Any, real: Any) -> None:
-    """Move the vectors of the weights of a batch, and write sigma and both vectors."""
-    weights = range(batch[t.FIRST_WEIGHT], batch[t.END_WEIGHT])
-    for _ in range(head[t.ITERATIONS]):
-        for index in weights:
-            for place in range(
-                weight_at(head, index)[t.FIRST_PART], weight_at(head, index)[t.END_PART]
-            ):
-                part_at(head, place)[t.WANTED] = 1 << t.OF_WEIGHT
-        _share(head, batch, t.ITERATE)
-        for index in weights:
-            _finish(head, weight_at(head, index), t.OF_WEIGHT, True, real)
-    for index in weights:
-        weight = weight_at(head, index)
-        sigma = at(weight[t.RATE], real)
-        for place in range(weight[t.FIRST_PART], weight[t.END_PART]):
-            sigma[place - weight[t.FIRST_PART]] = cast(value_at(head, place)[t.OF_WEIGHT], real)
-        _write_left_vectors(head, weight, real)
-
-
-@njit(**BETWEEN)
-def _write_left_vectors(head: Any, weight: Any, real: Any) -> None:
-    """Write `u = W v / |W v|` of each part, unless its sigma is zero or not finite."""
-    for index in range(weight[t.FIRST_CHUNK], weight[t.END_CHUNK]):
-        chunk = chunk_at(head, index)
-        for place in range(chunk[t.PIECE], chunk[t.END_PIECE]):
-            part, value = (
-                piece_at(head, place)[t.PART],
-                value_at(head, piece_at(head, place)[t.PART]),
-            )
-            if 0 < value[t.OF_WEIGHT] < math.inf:
-                length = math.sqrt(value[t.SQUARES])
-                start = (part_at(head, part)[t.U_AT] + chunk[t.PART_ROW]) * head[t.REAL_SIZE]
-                u = at(weight[t.WEIGHT_U] + start, real)
-                y = at(products_of(head, chunk, t.OF_WEIGHT, place), real)
-                for row in range(chunk[t.END_ROW] - chunk[t.ROW]):
-                    u[row] = cast(float64(y[row]) / length, real)
-
-
-@njit(**BETWEEN)
-def _lead(head: Any, real: Any) -> None:
-    """Do the task that the head names, batch by batch."""
     task = head[t.TASK]
-    for index in range(head[t.NUM_BATCHES]):
-        batch = integers(head[t.BATCHES] + 8 * t.BATCH_SIZE * index)
-        if task == t.STEP_WEIGHTS:
-            _step_batch(head, batch, real)
-        else:
-            _refresh_batch(head, batch, real)
+    if task in (t.UPDATE, t.ITERATE):
+        head[t.ROUND] += 1
+        _offer_weights(head, t.SETTLE)
+    elif task == t.SETTLE and head[t.MORE]:
+        _offer_chunks(head, t.ITERATE)
+    elif task == t.SETTLE and head[t.KIND] == t.STEP_WEIGHTS:
+        _offer_chunks(head, t.MOVE)
+    elif task == t.MOVE:
+        _offer_weights(head, t.KEEP)
+    else:
+        _begin_batch(head, head[t.BATCH] + 1)
+
+
+@njit(**BETWEEN)
+def _do_weights(head: Any, first: Any, end: Any, real: Any) -> None:
+    for index in range(first, end):
+        weight = weight_at(head, index)
+        if head[t.TASK] == t.KEEP:
+            if weight[t.GOES_AHEAD]:
+                keep_ahead(head, weight, real)
+        elif head[t.KIND] == t.STEP_WEIGHTS:
+            if settle_step(head, weight, real):
+                store(head, t.MORE, 1)
+        elif settle_triples(head, weight, real):
+            store(head, t.MORE, 1)
+
+
+@njit(**BETWEEN)
+def _take(head: Any) -> Any:
+    """Return the number of a share of the task at hand, or -1 if none is left."""
+    if load(head, t.LEFT) <= 0:
+        return -1
+    left = add(head, t.LEFT, -1)
+    if left <= 0:
+        return -1
+    # A move goes the other way round: what the pass before came to last is still in the cache.
+    return head[t.BEGIN] + left - 1 if head[t.TASK] == t.MOVE else head[t.END] - left
+
+
+@njit(**BETWEEN)
+def _lead(head: Any, address: Any, real: Any) -> None:
+    """Take shares until the call is closed: what each thread does."""
+    looks = 0
+    while load(head, t.LEFT) > t.CLOSED // 2:
+        taken = _take(head)
+        if taken < 0:
+            looks += 1
+            if looks < AWAKE:
+                pause()
+            else:
+                yield_to_others(head[t.YIELD])
+            continue
+        looks = 0
+        share, number = share_at(head, taken), head[t.END] - head[t.BEGIN]
+        if head[t.TASK] < t.SETTLE:
+            call(head[t.WORKER], address, share[t.FIRST_OF], share[t.END_OF])
+        elif head[t.TASK] < t.START:
+            _do_weights(head, share[t.FIRST_OF], share[t.END_OF], real)
+        if add(head, t.DONE, 1) + 1 == number:  # from here on the next task may have begun
+            _go_on(head)
 
 
 def lead_float32(address: Any) -> None:
-    """Do a task whose vectors are float32."""
-    _lead(integers(address), singles(0))
+    """Do a call whose vectors are float32."""
+    _lead(integers(address), address, singles(0))
 
 
 def lead_float64(address: Any) -> None:
-    """Do a task whose vectors are float64."""
-    _lead(integers(address), doubles(0))
+    """Do a call whose vectors are float64."""
+    _lead(integers(address), address, doubles(0))

@@ -23,7 +23,7 @@ from hf_stable.kernels.entries import (
     move_moments,
     sum_squares,
 )
-from hf_stable.kernels.pointers import at, cast, doubles, halves, integers, singles, take
+from hf_stable.kernels.pointers import at, cast, doubles, halves, integers, singles
 from hf_stable.kernels.rows import (
     chunk_at,
     norm_at,
@@ -224,31 +224,27 @@ def _move_rows(
 
 
 @njit(**COMPILED)
-def _work(head: Any, entry: Any, real: Any) -> None:
-    """Take chunks, one after the other, until none is left: what each thread does."""
-    while True:
-        taken = take(integers(head[t.OWN] + 8 * t.TICKET))
-        if taken >= head[t.END] - head[t.BEGIN]:
-            return
+def _work(head: Any, first: Any, end: Any, entry: Any, real: Any) -> None:
+    """Do the task that the head names for a range of chunks."""
+    for index in range(first, end):
         if head[t.TASK] == t.UPDATE:
-            _update_chunk(head, head[t.BEGIN] + taken, entry, real)
+            _update_chunk(head, index, entry, real)
         elif head[t.TASK] == t.ITERATE:
-            _iterate_chunk(head, head[t.BEGIN] + taken, entry, real)
+            _iterate_chunk(head, index, entry, real)
         else:
-            # The other way round: what the pass before came to last is still in the cache.
-            _move_chunk(head, head[t.END] - 1 - taken, entry, real)
+            _move_chunk(head, index, entry, real)
 
 
-def work_float32(address: Any) -> None:
-    """Take chunks of float32 weights."""
-    _work(integers(address), singles(0), singles(0))
+def work_float32(address: Any, first: Any, end: Any) -> None:
+    """Work on a range of chunks of float32 weights."""
+    _work(integers(address), first, end, singles(0), singles(0))
 
 
-def work_float64(address: Any) -> None:
-    """Take chunks of float64 weights."""
-    _work(integers(address), doubles(0), doubles(0))
+def work_float64(address: Any, first: Any, end: Any) -> None:
+    """Work on a range of chunks of float64 weights."""
+    _work(integers(address), first, end, doubles(0), doubles(0))
 
 
-def work_bfloat16(address: Any) -> None:
-    """Take chunks of bfloat16 weights, whose vectors are float32."""
-    _work(integers(address), halves(0), singles(0))
+def work_bfloat16(address: Any, first: Any, end: Any) -> None:
+    """Work on a range of chunks of bfloat16 weights, whose vectors are float32."""
+    _work(integers(address), first, end, halves(0), singles(0))

@@ -1,7 +1,8 @@
-"""Pointers, bfloat16, a shared counter and foreign functions, which numba does not offer."""
+"""Pointers, bfloat16, shared numbers and foreign functions, which numba does not offer."""
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 from llvmlite import ir
@@ -9,6 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 __all__ = [
+    "add",
     "at",
     "call",
     "cast",
@@ -16,12 +18,21 @@ __all__ = [
     "flags",
     "halves",
     "integers",
+    "load",
     "narrow",
-    "run",
+    "pause",
     "singles",
-    "take",
+    "store",
     "widen",
+    "yield_to_others",
 ]
+
+_ON_X86: tuple[Any, ...] = ("llvm.x86.sse2.pause",)
+_ON_ARM: tuple[Any, ...] = ("llvm.aarch64.hint", 1)
+_PAUSE = {"x86_64": _ON_X86, "amd64": _ON_X86, "aarch64": _ON_ARM, "arm64": _ON_ARM}.get(
+    platform.machine().lower()
+)
+"""LLVM's name of the instruction that eases a loop of looks, and the numbers it takes."""
 
 
 def _pointer_maker(kind: types.Type) -> Any:
@@ -97,41 +108,75 @@ def narrow(typing_context: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
-def take(typing_context: Any, counter: Any) -> Any:
-    """Return a number and count it up, in one step that no other thread can come between."""
+def load(typing_context: Any, numbers: Any, place: Any) -> Any:
+    """Return a number that other threads write."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        one = ir.Constant(ir.IntType(64), 1)
-        return builder.atomic_rmw("add", arguments[0], one, "acq_rel")
+        return builder.load_atomic(builder.gep(arguments[0], [arguments[1]]), "acquire", 8)
 
-    return types.int64(counter), generate
+    return types.int64(numbers, types.intp), generate
 
 
 @intrinsic
-def call(typing_context: Any, worker: Any, head: Any) -> Any:
-    """Call `worker(head)`."""
+def store(typing_context: Any, numbers: Any, place: Any, value: Any) -> Any:
+    """Write a number that other threads read; they see all that was written before it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer])
-        function = builder.inttoptr(arguments[0], kind.as_pointer())
-        builder.call(function, [builder.inttoptr(arguments[1], pointer)])
+        address = builder.gep(arguments[0], [arguments[1]])
+        builder.store_atomic(arguments[2], address, "release", 8)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+    return types.void(numbers, types.intp, types.int64), generate
 
 
 @intrinsic
-def run(typing_context: Any, runner: Any, worker: Any, head: Any, threads: Any) -> Any:
-    """Call `runner(worker, head, threads, 0)`, the signature of GOMP_parallel."""
+def add(typing_context: Any, numbers: Any, place: Any, value: Any) -> Any:
+    """Add to a number and return what it was; no other thread can come between."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, number, number])
+        address = builder.gep(arguments[0], [arguments[1]])
+        return builder.atomic_rmw("add", address, arguments[2], "acq_rel")
+
+    return types.int64(numbers, types.intp, types.int64), generate
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell the core that this thread looks at a number until another one changes it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _PAUSE is not None:
+            name, *numbers = _PAUSE
+            hints = [ir.Constant(ir.IntType(32), number) for number in numbers]
+            kind = ir.FunctionType(ir.VoidType(), [hint.type for hint in hints])
+            builder.call(builder.module.declare_intrinsic(name, fnty=kind), hints)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def call(typing_context: Any, worker: Any, head: Any, first: Any, end: Any) -> Any:
+    """Call `worker(head, first, end)`, a compiled function."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.VoidType(), [word, word, word])
         function = builder.inttoptr(arguments[0], kind.as_pointer())
-        worker, head = (builder.inttoptr(argument, pointer) for argument in arguments[1:3])
-        threads = builder.trunc(arguments[3], number)
-        builder.call(function, [worker, head, threads, ir.Constant(number, 0)])
+        builder.call(function, arguments[1:])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def yield_to_others(typing_context: Any, function: Any) -> Any:
+    """Call a function of the system that lets other threads run; none if its address is zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        with builder.if_then(builder.icmp_unsigned("!=", arguments[0], arguments[0].type(0))):
+            builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate

@@ -11,12 +11,14 @@ from hf_stable.kernels.entries import COMPILED
 from hf_stable.kernels.pointers import doubles, integers
 
 __all__ = [
+    "batch_at",
     "chunk_at",
     "norm_at",
     "option_of",
     "part_at",
     "piece_at",
     "products_of",
+    "share_at",
     "sums_of",
     "value_at",
     "weight_at",
@@ -45,6 +47,18 @@ def piece_at(head: Any, index: Any) -> Any:
 def part_at(head: Any, index: Any) -> Any:
     """Return a row of the table of parts."""
     return integers(head[t.PARTS] + 8 * t.PART_SIZE * index)
+
+
+@njit(**COMPILED)
+def batch_at(head: Any, index: Any) -> Any:
+    """Return a row of the table of batches."""
+    return integers(head[t.BATCHES] + 8 * t.BATCH_SIZE * index)
+
+
+@njit(**COMPILED)
+def share_at(head: Any, index: Any) -> Any:
+    """Return a row of the table of shares."""
+    return integers(head[t.SHARES] + 8 * t.SHARE_SIZE * index)
 
 
 @njit(**COMPILED)

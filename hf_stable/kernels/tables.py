@@ -7,11 +7,13 @@ what does not depend on the step comes from `layouts`.
 from __future__ import annotations
 
 # The head of a call: addresses and counts, and where the loop that runs has come to.
+# Threads count down LEFT and up DONE, each in a cache line of its own.
+LEFT, DONE = 0, 8
 (
-    TICKET, TASK, BEGIN, END, OWN, WORKER, RUNNER, SIZE, REAL_SIZE, ITERATIONS,
-    WEIGHTS, CHUNKS, PIECES, PARTS, BATCHES, NUM_BATCHES, OPTIONS, VALUES, AHEAD_SIGMA, NORMS,
-    UPDATES, SUMS, PRODUCTS, AREA_OF_SUMS, AREA_OF_PRODUCTS, HEAD_SIZE,
-) = range(26)  # fmt: skip
+    TASK, BEGIN, END, BATCH, ROUND, MORE, KIND, WORKER, YIELD, SIZE, REAL_SIZE, ITERATIONS,
+    WEIGHTS, CHUNKS, PIECES, PARTS, BATCHES, NUM_BATCHES, SHARES, OPTIONS, VALUES, AHEAD_SIGMA,
+    NORMS, UPDATES, SUMS, PRODUCTS, AREA_OF_SUMS, AREA_OF_PRODUCTS, HEAD_SIZE,
+) = range(16, 45)  # fmt: skip
 
 # A weight: addresses of its tensors, and what its memory looks like.
 (
@@ -29,8 +31,14 @@ PART, COLUMN, END_COLUMN, PIECE_SIZE = range(4)
 # A part: one matrix of a weight.
 V_AT, LENGTH, U_AT, WANTED, SUM, PART_SIZE = range(6)
 
-# A batch: weights that take each pass together.
-FIRST_WEIGHT, END_WEIGHT, THREADS, BATCH_SIZE = range(4)
+# A batch: weights that take each pass together, and where the shares of its work stand.
+(
+    FIRST_WEIGHT, END_WEIGHT, FIRST_OF_CHUNKS, END_OF_CHUNKS, FIRST_OF_WEIGHTS, END_OF_WEIGHTS,
+    BATCH_SIZE,
+) = range(7)  # fmt: skip
+
+# A share: a range of chunks or of weights, which a thread takes at a time.
+FIRST_OF, END_OF, SHARE_SIZE = range(3)
 
 # Options of a group of weights.
 LR, BETA1, BETA2, EPS, DECAY, TAU, SIGN, POWER_ITERATIONS, OPTION_SIZE = range(9)
@@ -40,8 +48,14 @@ LR, BETA1, BETA2, EPS, DECAY, TAU, SIGN, POWER_ITERATIONS, OPTION_SIZE = range(9
 CLIPPED, SQUARES, COSINE = range(2, 5)
 VALUE_SIZE = 7
 
-# Tasks: those of a call, and what threads share in it.
-STEP_WEIGHTS, REFRESH_VECTORS, UPDATE, ITERATE, MOVE = range(5)
+# Kinds of calls, and the tasks that threads share in them: three chunk by chunk, two weight by
+# weight, and one with nothing to do, with which a call begins.
+STEP_WEIGHTS, REFRESH_VECTORS = range(2)
+UPDATE, ITERATE, MOVE, SETTLE, KEEP, START = range(6)
+
+CLOSED = -(1 << 40)
+"""What LEFT is when nothing comes any more; tasks that are taken leave it at zero or little less.
+"""
 
 # The matrices that are iterated on, W and U: each has sums, products and a bit in `WANTED`.
 OF_WEIGHT, OF_UPDATE = 0, 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import gcd
 from typing import Any
@@ -77,7 +78,7 @@ class Parts:
             return plain
         try:
             shares, repeats, dim, stacked = plain
-            return cls(tuple(shares), repeats, dim, bool(stacked))
+            return _from_plain(tuple(shares), repeats, dim, bool(stacked))
         except TypeError as error:
             raise ValueError(f"{plain!r} says no layout of parts; give a Parts") from error
 
@@ -217,3 +218,9 @@ class Parts:
 
 WHOLE = Parts()
 """One weight, one matrix."""
+
+
+@lru_cache(maxsize=256)
+def _from_plain(shares: tuple[int, ...], repeats: int, dim: int, stacked: bool) -> Parts:
+    """Return the same object for the same layout: the optimizer asks at every step."""
+    return Parts(shares, repeats, dim, stacked)

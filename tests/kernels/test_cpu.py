@@ -19,7 +19,8 @@ from kernel_cases import (
 )
 from torch import nn
 
-from hf_stable.kernels import cpu, reference, threads
+from hf_stable.kernels import calls, cpu, reference, threads
+from hf_stable.kernels.choosing import Workspaces, step_by_kernels
 from hf_stable.kernels.layouts import lay_out
 from hf_stable.measures.parts import Parts
 from hf_stable.measures.power_iteration import power_step
@@ -117,8 +118,7 @@ def test_threads_and_workspaces_change_no_bit(num_threads, monkeypatch):
         num_threads(count)
         runs += [run(make_weights()), run(make_weights(), keep_workspace=False)]
     num_threads(3)
-    address = threads.address_of(threads.THREADS_OF_PYTHON)
-    monkeypatch.setattr(cpu, "runner", lambda: address)
+    monkeypatch.setattr(calls, "run_on_threads", threads.by_threads_of_python)
     runs.append(run(make_weights()))
     for other in runs[1:]:
         assert all(map(same, other, runs[0]))
@@ -203,6 +203,9 @@ def test_zero_matrices_get_a_vector_that_sees_what_comes():
         lambda w: setattr(w, "grad", w.grad.t().contiguous().t()),
         lambda w: setattr(w, "grad", torch.zeros(()).expand_as(w.param)),
         lambda w: w.state.update(exp_avg=w.state["exp_avg"].t().contiguous().t()),
+        lambda w: w.state.update(weight_v=w.state["weight_v"].double()),
+        lambda w: w.state.update(effective_lr=w.state["effective_lr"].double()),
+        lambda w: w.state.update(exempt=w.state["exempt"].float()),
         lambda w: setattr(w, "param", w.param.to_sparse()),
         lambda w: setattr(w, "param", w.param.to("meta")),
         lambda w: setattr(w, "parts", Parts((1, 1), 3, dim=1)),
@@ -213,6 +216,50 @@ def test_what_it_cannot_step_is_left_to_others(spoil):
     assert cpu.takes(weight)
     spoil(weight)
     assert not cpu.takes(weight)
+
+
+def moved(weight):
+    weight.param.data = weight.param.data.clone()
+    weight.state["exp_avg"].data = weight.state["exp_avg"].data.clone()
+
+
+def replaced(weight):
+    weight.state |= {key: value.clone() for key, value in weight.state.items()}
+    weight.state["exp_avg"] *= 2
+
+
+def turned(weight):
+    weight.state["exp_avg"].data = weight.state["exp_avg"].t().contiguous().t()
+    weight.grad = weight.grad.t().contiguous().t()
+
+
+def widened(weight):
+    weight.state["effective_lr"] = weight.state["effective_lr"].double()
+
+
+def cut_otherwise(weight):
+    rows = weight.state["weight_v"]
+    weight.parts = Parts((1, 1))
+    weight.state |= {key: rows.repeat(2, 1) for key in ("weight_v", "update_v")}
+    weight.state |= {key: weight.state[key].repeat(2) for key in ("exempt", "effective_lr")}
+
+
+@pytest.mark.parametrize("change", [moved, replaced, turned, widened, cut_otherwise])
+def test_what_changes_between_steps_is_looked_at_again(change):
+    """Against the same steps by kernels that have seen none of the weights before."""
+    results = []
+    for keeps in (True, False):
+        weights = make_weights(cases=[CASES["small"], CASES["large fused rows"]])
+        generator, workspaces = torch.Generator().manual_seed(1), Workspaces()
+        for step in range(4):
+            set_gradients(weights, generator)
+            if step == 2:
+                before = weights[0].param.clone()
+                change(weights[0])
+            assert step_by_kernels(weights, workspaces if keeps else Workspaces()) == []
+        results.append(weights)
+    assert all(map(same, *results))
+    assert not torch.equal(before, weights[0].param)
 
 
 # ---- sigma's refresh ----

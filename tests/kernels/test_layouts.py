@@ -7,7 +7,8 @@ import torch
 from kernel_cases import CASES, random_case
 
 from hf_stable.kernels import tables as t
-from hf_stable.kernels.layouts import lay_out, make_plan
+from hf_stable.kernels.layouts import lay_out
+from hf_stable.kernels.plans import make_plan
 from hf_stable.measures.parts import Parts
 
 RANDOM = [random_case(seed) for seed in range(60)]
