@@ -82,8 +82,9 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
     and `position_embeddings`) are under the rule, by their l2 norm.
 
     Fused projections that the model's architecture names get `parts` (with `blocks` and
-    `block_dim`, the same in two numbers); of an
-    unregistered architecture, matrices are taken whole.
+    `block_dim`, the same in two numbers), as plain data: any optimizer may take the groups and put
+    them into its state, which is read without a class. Of an unregistered architecture, matrices
+    are taken whole.
     """
     rules: dict[int, dict[str, Any]] = {
         id(param): {"tau": math.inf}
@@ -111,9 +112,7 @@ def parameter_rules(model: nn.Module) -> dict[int, dict[str, Any]]:
         return rules
     for layer in layers:
         if not layer.parts.is_whole and layer.weight is not None:
-            rules.setdefault(
-                id(layer.weight), parts_options({"parts": layer.parts}) | {"parts": layer.parts}
-            )
+            rules.setdefault(id(layer.weight), parts_options({"parts": layer.parts}))
     return rules
 
 

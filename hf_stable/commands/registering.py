@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hf_stable._wording import printable
+
 __all__ = ["register_from"]
+
+PATIENCE = 10.0
+"""Seconds after which a file that still runs is named; imports of a slow disk take some."""
 
 
 def register_from(files: Iterable[str]) -> None:
@@ -37,7 +43,7 @@ def _register_from(file: str) -> None:
         )
     known = set(map(id, registered_entries()))
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _naming_if_slow(file), contextlib.redirect_stdout(sys.stderr):
             runpy.run_path(file, run_name="hf_stable_register")
     except SystemExit as end:
         raise ValueError(
@@ -51,3 +57,23 @@ def _register_from(file: str) -> None:
             f"--register {file}: it ran and registered nothing; its call of "
             'register_architecture has to be reached without __name__ == "__main__"'
         )
+
+
+@contextlib.contextmanager
+def _naming_if_slow(file: str) -> Iterator[None]:
+    """Say on stderr which file it is that a command waits for; it is not ended for that."""
+
+    def name_it() -> None:
+        said = (
+            f"--register {file} has been running for {PATIENCE:g} s, and this command waits for "
+            "its end (Ctrl-C ends both): it has to register and end, not to build or train a model"
+        )
+        print(printable(said), file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, name_it)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -124,6 +124,7 @@ def describe(model: nn.Module) -> PatchReport:
     for config in configs:
         if isinstance(config, SigmaReparamConfig):
             reasons = choose_layers(model, config, layers)[1]
+            otherwise = "not in the part that was patched, or put in since: patch again to take it"
     rows = []
     for layer in layers:
         module: Any = layer.module

@@ -55,6 +55,18 @@ def test_parameters_without_their_model_are_warned_of_once(patched):
     assert "'transformer.h.0.attn.c_attn.weight'" in str(w[0].message)
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, hf_stable.AdamW2])
+def test_the_state_of_any_optimizer_over_the_groups_loads_without_a_class(
+    optimizer_class, tmp_path
+):
+    model = tiny_model("gpt2")
+    optimizer = two_steps(model, optimizer_class(hf_stable.parameter_groups(model)))
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert any(group.get("blocks") == 3 for group in loaded["param_groups"])
+    optimizer_class(hf_stable.parameter_groups(model)).load_state_dict(loaded)
+
+
 def test_groups_that_know_the_parts_are_not_warned_of():
     own = tiny_model("gpt2")
     fused = [block.attn.c_attn.weight for block in own.transformer.h]

@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from exported_cases import ALL, METHODS, export_case, patched, run_script
 from PIL import Image
 from safetensors.torch import load_file
@@ -243,9 +244,7 @@ def test_shards_are_those_of_transformers(tmp_path):
     loaded = load_saved(tmp_path)
     with torch.no_grad():
         batch = tiny_batch(model)
-        torch.testing.assert_close(
-            loaded(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, **SAME)
 
 
 @pytest.mark.parametrize("write", [hf_stable.export, PreTrainedModel.save_pretrained])

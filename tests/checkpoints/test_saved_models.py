@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from exported_cases import patched
 from hub_stand_in import assert_published, card_of, files
 from safetensors.torch import load_file, save_file
@@ -36,7 +37,7 @@ def assert_computes(loaded, model, **tolerance):
     with torch.no_grad():
         expected = model.eval()(**batch).logits
         got = loaded.eval()(**batch).logits.to(expected.dtype)
-    torch.testing.assert_close(got, expected, **(tolerance or dict(rtol=1e-4, atol=1e-5)))
+    torch.testing.assert_close(got, expected, **(tolerance or SAME))
 
 
 def test_a_checkpoint_is_loaded_as_what_it_is(checkpoint, tmp_path):

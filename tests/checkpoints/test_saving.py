@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from safetensors.torch import load_file
 from tiny_models import DEFAULT_HEADS, MODEL_TYPES, sgd_steps, tiny_batch, tiny_model
 from tiny_training import same_state
@@ -22,9 +23,6 @@ from hf_stable._file_names import SIDECAR_FILE
 from hf_stable.checkpoints.sidecar import read_state
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-
-# A folded weight rounds gamma / sigma * W once; on activations the product rounds elsewhere.
-ROUNDING = dict(rtol=1e-4, atol=1e-5)
 
 PLAIN_LOADER = """
 import json, sys, warnings
@@ -42,11 +40,11 @@ with warnings.catch_warnings(record=True) as caught:
         assert not any(info.values()), (folder, info)
         with torch.no_grad():
             logits = model(**torch.load(inputs)).logits
-        torch.testing.assert_close(logits, torch.load(outputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits, torch.load(outputs), **SAME)
 assert not caught and not records, ([str(w) for w in caught], records)
 assert "hf_stable" not in sys.modules
 print("loaded")
-"""
+""".replace("SAME", str(SAME))
 
 
 def weight_files(folder) -> list[Path]:
@@ -147,7 +145,7 @@ def test_a_state_dict_without_buffers_is_that_of_the_model(tmp_path):
     model.save_pretrained(tmp_path, state_dict=dict(model.named_parameters()))
     assert same_state(hf_stable.load(type(model), tmp_path), model)
     plain = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(plain.eval()), logits_of(model), **ROUNDING)
+    torch.testing.assert_close(logits_of(plain.eval()), logits_of(model), **SAME)
 
 
 def test_weights_of_a_patched_model_lie_aligned_wherever_they_come_from(tmp_path):
@@ -177,4 +175,4 @@ def test_blocks_wrapped_for_activation_checkpointing_are_saved_by_their_own_name
     loaded = hf_stable.load(type(model), tmp_path)
     assert torch.equal(logits_of(loaded), expected)
     plain = type(model).from_pretrained(tmp_path)
-    torch.testing.assert_close(logits_of(plain.eval()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_of(plain.eval()), expected, **SAME)

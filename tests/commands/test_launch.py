@@ -22,10 +22,12 @@ from typer.main import get_command
 
 import hf_stable
 from hf_stable._file_names import SIDECAR_FILE
-from hf_stable.commands.conventions import BAD_INPUT
+from hf_stable.commands import registering
+from hf_stable.commands.conventions import BAD_INPUT, SUCCESS
 from hf_stable.commands.launch.command import Launch
 from hf_stable.commands.launch.options import RunOptions
 from hf_stable.commands.main import app, main
+from hf_stable.commands.registering import register_from
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig
 from hf_stable.monitor.log_file import read_log
 
@@ -68,7 +70,8 @@ def launch(monkeypatch, tmp_path, capsys):
         with pytest.MonkeyPatch.context() as trainers:
             for name in ("__init__", "train"):
                 trainers.setattr(Trainer, name, getattr(Trainer, name))
-            main(["run", *map(str, argv)])
+            code = main(["run", *map(str, argv)])
+        assert code in (None, SUCCESS), code
         return capsys.readouterr().err
 
     return run
@@ -325,7 +328,7 @@ OWN_ENTRY = """
 import hf_stable
 from hf_stable import Architecture, Attention, Block
 hf_stable.register_architecture(hf_stable.Architecture(
-    "made-up", Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v"),)),
+    "made-up", Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v", output="o"),)),
 ))
 """
 
@@ -357,6 +360,17 @@ def test_a_file_that_does_not_register_is_refused(tmp_path, capsys, text, messag
     assert main(["run", "--register", str(entry), __file__]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert f"--register {entry}" in line and message in line
+
+
+def test_a_file_that_runs_on_is_named(tmp_path, capsys, own_registry, monkeypatch):
+    monkeypatch.setattr(registering, "PATIENCE", 0.05)
+    quick, slow = tmp_path / "quick.py", tmp_path / "slow.py"
+    quick.write_text(OWN_ENTRY)
+    register_from([str(quick)])
+    slow.write_text(OWN_ENTRY.replace("made-up", "slow") + "import time\ntime.sleep(0.3)\n")
+    register_from([str(slow)])
+    said = capsys.readouterr().err
+    assert f"--register {slow} has been running for 0.05 s" in said and str(quick) not in said
 
 
 # What the script sees of its surroundings

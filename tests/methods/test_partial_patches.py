@@ -120,6 +120,7 @@ def test_what_became_plain_since_is_patched_again():
     model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam")
     hf_stable.fold(model.transformer.h[0])
     assert num_patched(model) == 4
+    assert "put in since: patch again to take it" in str(hf_stable.describe(model))
     hf_stable.patch(model, "sigma_reparam")
     assert num_patched(model) == 8
 

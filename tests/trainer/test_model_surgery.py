@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from tiny_models import DEFAULT_HEADS, add_adapter, sgd_steps, tiny_batch, tiny_model
 
 import hf_stable
@@ -75,7 +76,7 @@ def test_folded_model_takes_an_adapter_and_merges_right():
         adapted = peft.get_peft_model(model, lora(init_lora_weights=False)).eval()
         with_adapter = adapted(**batch).logits
         merged = adapted.merge_and_unload()(**batch).logits
-    torch.testing.assert_close(merged, with_adapter, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged, with_adapter, **SAME)
     assert (merged - plain).abs().max() > 1e-3
 
 
@@ -107,7 +108,7 @@ def test_resizing_keeps_the_function_ties_and_saving(name, size, tmp_path):
         tmp_path, output_loading_info=True
     )
     assert not any(info.values())
-    torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(plain, ids), logits(model, ids), **SAME)
     loaded = hf_stable.load(type(model), tmp_path)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
@@ -125,7 +126,7 @@ def test_resizing_a_reparametrised_head_is_refused_with_the_way_out():
     model.resize_token_embeddings(37)  # as large as it is: nothing is replaced
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     hf_stable.fold(model).resize_token_embeddings(45, mean_resizing=False)
-    torch.testing.assert_close(logits(model, ids)[..., :37], before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model, ids)[..., :37], before, **SAME)
     hf_stable.patch(model, "sigma_reparam", heads="include")
     assert "lm_head" in dict(sigma_layers(model))
 

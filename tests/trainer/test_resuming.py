@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from held_models import Classifier, held_model, held_trainer, texts
 from safetensors.torch import load_file, save_file
 from tiny_training import Interrupt, dropout_model, losses, make_trainer, same_state
@@ -103,7 +104,7 @@ def test_checkpoints_of_a_module_that_holds_a_patched_model_are_plain(tmp_path):
     batch = torch.stack([each["input_ids"] for each in texts(8)])
     with torch.no_grad():
         expected, found = model.eval()(batch)["logits"], plain.eval()(batch)["logits"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, **SAME)
     raw = model.state_dict()["bert.encoder.layer.0.output.dense.weight"]
     assert not torch.allclose(raw, saved["bert.encoder.layer.0.output.dense.weight"], rtol=0.01)
 
@@ -187,7 +188,7 @@ def test_a_model_that_was_compiled_by_hand_is_saved_plain_and_resumes_exactly(tm
     batch = {"input_ids": torch.arange(12)[None]}
     with torch.no_grad():
         expected = whole.model.eval()(**batch).logits
-        torch.testing.assert_close(plain.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain.eval()(**batch).logits, expected, **SAME)
     cut = tmp_path / "cut"
     compiled = torch.compile(patched("gpt2"), backend="eager")
     compiled_trainer(compiled, cut, callbacks=[Interrupt(3)]).train()

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import transformers
+from contract_models import SAME
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from tiny_models import (
@@ -119,7 +120,7 @@ def test_auto_classes_load_it_here_without_remote_code(model_type, also, tmp_pat
         loaded = auto_class(model_type).from_pretrained(tmp_path, **options)
         assert type(loaded) is standalone_class(type(model))
         # Where sigma layers were folded, the product is rounded at another place.
-        tolerance = dict(rtol=1e-4, atol=1e-5) if also else dict(rtol=0, atol=0)
+        tolerance = SAME if also else dict(rtol=0, atol=0)
         torch.testing.assert_close(logits(loaded), logits(model), **tolerance)
 
 
@@ -132,7 +133,7 @@ def test_a_loaded_model_is_patched_trained_and_saved_again(model_type, tmp_path)
     sgd_steps(model)
     model.save_pretrained(tmp_path / "second")
     torch.testing.assert_close(
-        logits(cls.from_pretrained(tmp_path / "second")), logits(model), rtol=1e-4, atol=1e-5
+        logits(cls.from_pretrained(tmp_path / "second")), logits(model), **SAME
     )
     assert read_state(tmp_path / "second").configs == patch_configs(model)
     with pytest.raises(UnsupportedModelError, match="loaded without its norms"):
