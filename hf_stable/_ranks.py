@@ -5,7 +5,8 @@ With one process everything here returns what it is given.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "failing_together",
     "gathered",
     "inner_optimizer",
+    "is_divided",
     "is_partitioned",
     "local_tensor",
     "mean_over_ranks",
@@ -46,6 +49,11 @@ def is_partitioned(value: Any) -> bool:
     is empty then; a model may have empty ones of its own (DINOv3 without register tokens).
     """
     return hasattr(value, "ds_id") and value.numel() == 0
+
+
+def is_divided(value: Any) -> bool:
+    """Say whether processes share a tensor, each with a part of its entries."""
+    return isinstance(value, DTensor) or is_partitioned(value)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -119,6 +127,32 @@ def values_of_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * num_ranks()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def failing_together(is_shared: bool) -> Iterator[None]:
+    """Raise on every rank where the block has raised on one, which others would wait for later on.
+
+    Every rank has to come by here, and nothing in the block may need the others.
+
+    Args:
+        is_shared: whether the ranks work together. Otherwise nothing is asked of them.
+
+    Raises:
+        RuntimeError: naming the rank that failed and why, on those that did not.
+    """
+    own: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        own = error
+    said = None if own is None else f"{type(own).__name__}: {own}"
+    everyone = values_of_all_ranks(said) if is_shared else [said]
+    if own is not None:
+        raise own
+    for rank, why in enumerate(everyone):
+        if why is not None:
+            raise RuntimeError(f"rank {rank} could not do its part, so that none does: {why}")
 
 
 def inner_optimizer(optimizer: Any) -> Any:

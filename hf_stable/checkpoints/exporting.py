@@ -22,8 +22,8 @@ from hf_stable.checkpoints.saving import check_writable
 from hf_stable.checkpoints.weight_files import WEIGHT_PATTERNS, remove_stale_weights
 from hf_stable.measures.matrices import spectral_dtype
 from hf_stable.methods.config import CONFIGS_ATTRIBUTE
+from hf_stable.methods.sigma_reparam.folding import fold_layer
 from hf_stable.methods.sigma_reparam.method import sigma_layers
-from hf_stable.methods.sigma_reparam.swapping import fold_layer
 
 __all__ = ["CARD_FILE", "export", "plain_copy", "push_to_hub"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._ranks import gathered, whole_shape
+from hf_stable._ranks import failing_together, gathered, is_divided, whole_shape
 from hf_stable.architectures.paths import owner_of
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.checkpoints.continuing import naming_damaged_weights
@@ -105,9 +105,10 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
         saved: the sidecar.
         may_differ: whether a layer of another size counts as another layer.
     """
-    placing = _Placing()
+    placing, is_shared = _Placing(), any(map(is_divided, model.parameters()))
     for key in saved.layers:
-        tensors, parts = saved.layer(key), saved.parts_of(key)
+        with failing_together(is_shared):  # each rank reads the file
+            tensors, parts = saved.layer(key), saved.parts_of(key)
         module: Any
         name, module, parameter = _find_place(model, key, parts) or ("", None, "")
         weight: Any = getattr(module, parameter, None)
@@ -115,7 +116,7 @@ def _place(model: nn.Module, saved: SavedState, may_differ: bool) -> _Placing:
             placing.left_out.append(key)
             continue
         check_plain(module, name, parameter)
-        with gathered(weight, written=True):
+        with gathered(weight, written=True), failing_together(is_shared):
             saved.check_folds_to(weight, key)
             # Copies, for what safetensors hands out lies unaligned in the memory of the file.
             own = {part: tensor.to(weight.device, copy=True) for part, tensor in tensors.items()}

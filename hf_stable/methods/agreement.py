@@ -13,9 +13,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from hf_stable._ranks import is_partitioned, num_ranks, values_of_all_ranks
+from hf_stable._ranks import is_divided, num_ranks, values_of_all_ranks
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.layernorms.removal import removed_norms
 from hf_stable.methods.sigma_reparam.method import sigma_layers
@@ -49,7 +48,7 @@ def refuse_different_configs(
     Raises:
         ValueError: naming both configs.
     """
-    if not any(isinstance(p, DTensor) or is_partitioned(p) for p in model.parameters()):
+    if not any(map(is_divided, model.parameters())):
         return
     mine = [*sorted(map(repr, configs)), *sorted(f"{config}, in force" for config in present)]
     for rank, theirs in enumerate(values_of_all_ranks(mine)):

@@ -11,10 +11,15 @@ from torch import nn
 
 from hf_stable._file_names import SIDECAR_FILE
 from hf_stable._late_changes import make_late_changes
+from hf_stable._ranks import failing_together, is_divided
 from hf_stable._wording import nearest
 from hf_stable.architectures.paths import join, plain_name
 from hf_stable.architectures.registry import require_model
-from hf_stable.methods.agreement import note_patch, refuse_different_configs
+from hf_stable.methods.agreement import (
+    note_patch,
+    refuse_different_configs,
+    refuse_different_patches,
+)
 from hf_stable.methods.config import (
     CONFIGS_ATTRIBUTE,
     MethodConfig,
@@ -30,9 +35,9 @@ from hf_stable.methods.layernorms.removal import (
 )
 from hf_stable.methods.layernorms.standalone import is_standalone
 from hf_stable.methods.patchable_models import refuse_unpatchable
+from hf_stable.methods.sigma_reparam.folding import fold_layer
 from hf_stable.methods.sigma_reparam.method import SigmaReparamConfig, sigma_layers
 from hf_stable.methods.sigma_reparam.planning import plan_sigma_reparam
-from hf_stable.methods.sigma_reparam.swapping import fold_layer
 from hf_stable.methods.sigma_reparam.triples import settle
 from hf_stable.methods.undoing import Undo, keep_attributes, undoing
 
@@ -120,23 +125,30 @@ def fold(model: nn.Module) -> nn.Module:
     warning says so: a norm is no weight that could be folded.
 
     The model is folded whole or not at all: where Ctrl-C or a lack of memory comes in between, it
-    is as it was. The raw weights are kept on the CPU until all is done.
+    is as it was. The raw weights are kept on the CPU until all is done. Every rank of a sharded
+    model has to call it; where one of them fails, all do.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: if accelerate offloads a weight. Nothing has changed then.
+        ValueError: if ranks that share the weights have patched the model differently.
+        RuntimeError: if another rank that shares them has failed, naming it.
     """
     require_model(model, "fold")
     layers = [layer for _, layer in sigma_layers(model)]
+    is_shared = any(map(is_divided, model.parameters()))
+    if is_shared:
+        refuse_different_patches(model)
     for layer in layers:
         settle(layer)
     with undoing() as undo:
         for layer in layers:
             fold_layer(layer, undo)
-        remember_folded(model, SigmaReparamConfig, undo)
-        take_out_configs(model, SigmaReparamConfig, undo)
+        with failing_together(is_shared):
+            remember_folded(model, SigmaReparamConfig, undo)
+            take_out_configs(model, SigmaReparamConfig, undo)
     if removed := removed_norms(model):
         warnings.warn(
             f"fold keeps the {len(removed)} removed LayerNorms removed: the model is no plain one "

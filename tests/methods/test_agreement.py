@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from faults import check_told, told_where_memory_ends
 from gloo_ranks import run_ranks
 from tiny_models import tiny_batch, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,6 +56,27 @@ def on_ranks():
     return told
 
 
+FAULTS = {
+    "hf_stable.methods.sigma_reparam.triples.sigma_of": 2,
+    "hf_stable.methods.sigma_reparam.folding._local_effective_weight": 2,
+}
+
+
+def fold_on_ranks():
+    """What each rank is told by a fold that fails on the first alone, and what is left."""
+    model = hf_stable.patch(tiny_model("gpt2"), "sigma_reparam", init="one")
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    before = {name: tensor.full_tensor() for name, tensor in model.named_parameters()}
+    told = {
+        path: told_where_memory_ends(path, at, 0, lambda: hf_stable.fold(model))
+        for path, at in FAULTS.items()
+    }
+    after = {name: tensor.full_tensor() for name, tensor in model.named_parameters()}
+    same = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    hf_stable.fold(model)
+    return {"told": told, "same": same, "patched": hf_stable.is_patched(model)}
+
+
 def early(rank):
     """One rank comes to its first forward before the other has begun to patch."""
     model = tiny_model("gpt2")
@@ -94,3 +116,10 @@ def test_ranks_that_patched_differently_are_told_before_the_first_forward():
     for said in told:
         for case in ("the same", "plain", "of its own"):
             assert said[case] == pytest.approx(expected, rel=1e-6), case  # float32 rounds
+
+
+def test_a_fold_that_fails_on_one_rank_fails_on_all_and_changes_nothing():
+    found = run_ranks(fold_on_ranks, 2)
+    for path in FAULTS:
+        check_told([each["told"][path] for each in found], path, 0)
+    assert [(each["same"], each["patched"]) for each in found] == [(True, False)] * 2

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_stable
@@ -72,3 +76,35 @@ def list_lines(work: Callable[[], Any]) -> list[str]:
 def count_lines(work: Callable[[], Any]) -> int:
     """The number of lines of the package that a piece of work runs."""
     return len(list_lines(work))
+
+
+def told_where_memory_ends(path: str, at: int, rank: int, work: Callable[[], Any]) -> str:
+    """What this rank is told by a piece of work of all ranks that ends on one of them.
+
+    Args:
+        path: of the function that runs out of memory, as it is imported.
+        at: which call of it, from 1.
+        rank: where.
+        work: that every rank does.
+    """
+    original, calls = pkgutil.resolve_name(path), itertools.count(1)
+
+    def out_of_memory(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise torch.OutOfMemoryError(f"injected into {path}")
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(path, out_of_memory)
+        with pytest.raises((torch.OutOfMemoryError, RuntimeError)) as error:
+            work()
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def check_told(told: Sequence[str], path: str, rank: int) -> None:
+    """Assert that all ranks were told of what `told_where_memory_ends` has made fail."""
+    own = f"OutOfMemoryError: injected into {path}"
+    for number, said in enumerate(told):
+        theirs = f"RuntimeError: rank {rank} could not do its part, so that none does: {own}"
+        assert said == (own if number == rank else theirs)

@@ -23,6 +23,7 @@ from deepspeed_runs import (
     train,
     whole,
 )
+from faults import check_told, told_where_memory_ends
 from gloo_ranks import run_ranks
 from tiny_models import tiny_batch
 from transformers import TrainingArguments
@@ -67,6 +68,7 @@ def on_ranks(folder):
     found["bf16"] = continued_in_bfloat16(folder)
     found["folded"] = folded(folder)
     found["undone"] = undone(folder)
+    found["failed"] = failed(folder)
     found["unsaved"] = unsaved(folder)
     return found
 
@@ -87,6 +89,10 @@ def trained(folder, name, **zero):
     }
 
 
+def load_patched(path, **given):
+    return hf_stable.load(type(make_model("gpt2")), path, **given)
+
+
 def continued_in_bfloat16(folder):
     """Steps with float32 masters under dropout; half of them again, loaded as it is patched."""
     world = dist.get_world_size()
@@ -96,12 +102,8 @@ def continued_in_bfloat16(folder):
         "gpt2", folder / "whole", world, model, save_strategy="steps", save_steps=HALF, **options
     )
     checkpoint = folder / "whole" / f"checkpoint-{HALF}"
-
-    def load(path, **given):
-        return hf_stable.load(type(make_model("gpt2")), path, **given)
-
     unset_hf_deepspeed_config()
-    model = load_partitioned(checkpoint, "gpt2", "bf16", load=load)
+    model = load_partitioned(checkpoint, "gpt2", "bf16", load=load_patched)
     again = train("gpt2", folder / "again", world, model, resume=str(checkpoint), **options)
     return {
         "dtypes": sorted({str(p.dtype) for p in first.model.parameters()}),
@@ -121,9 +123,7 @@ def folded(folder):
     described = str(hf_stable.describe(model))
     hf_stable.fold(model)
     partitioned = all(not param.numel() for param in model.parameters())
-    with whole(model):
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return {"weights": weights, "described": described, "partitioned": partitioned}
+    return {"weights": weights_of(model), "described": described, "partitioned": partitioned}
 
 
 def undone(folder):
@@ -133,6 +133,52 @@ def undone(folder):
     with pytest.raises(ValueError) as error:
         hf_stable.patch(model, "sigma_reparam")
     return {"told": str(error.value), "patched": hf_stable.is_patched(model)}
+
+
+ROOM = "hf_stable.methods.sigma_reparam"
+FOLD_FAULTS = {
+    f"{ROOM}.triples.sigma_of": 3,
+    f"{ROOM}.folding._local_effective_weight": 3,
+    f"{ROOM}.folding.forget": 3,
+    "hf_stable.methods.patching.take_out_configs": 1,
+}
+"""Functions that fail in a fold, at which call of them."""
+
+PATCH_FAULT, LOAD_FAULT = (
+    (f"{ROOM}.swapping.leading_triple", 3),
+    ("hf_stable.checkpoints.saved_state.SavedState.check_folds_to", 3),
+)
+
+
+def failed(folder):
+    """What every rank is told where one runs out of memory, and what it leaves of the model."""
+    unset_hf_deepspeed_config()
+    model = load_partitioned(folder / "gpt2", "gpt2")
+    told = {
+        PATCH_FAULT[0]: told_where_memory_ends(
+            *PATCH_FAULT, 1, lambda: hf_stable.patch(model, "sigma_reparam")
+        )
+    }
+    touched = hf_stable.is_patched(model)
+    hf_stable.patch(model, "sigma_reparam", init="one")
+    before, gammas = weights_of(model), digest(model)
+    for path, at in FOLD_FAULTS.items():
+        told[path] = told_where_memory_ends(path, at, 1, lambda: hf_stable.fold(model))
+        after = weights_of(model)
+        touched |= any(not torch.equal(before[key], after[key]) for key in before | after)
+        touched |= digest(model) != gammas or len(sigma_layers(model)) != 8
+    hf_stable.fold(model)
+    checkpoint = folder / "whole" / f"checkpoint-{HALF}"
+    unset_hf_deepspeed_config()
+    told[LOAD_FAULT[0]] = told_where_memory_ends(
+        *LOAD_FAULT, 1, lambda: load_partitioned(checkpoint, "gpt2", "bf16", load=load_patched)
+    )
+    return {"told": told, "touched": touched, "weights": weights_of(model)}
+
+
+def weights_of(model):
+    with whole(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def unsaved(folder):
@@ -246,6 +292,16 @@ def test_it_is_described_and_folded_in_place(ran):
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-6, atol=0)
         assert torch.equal(weight, other["folded"]["weights"][name])
     assert sum(not torch.equal(before[name], expected[name]) for name in before) == 8
+
+
+def test_what_fails_on_one_rank_is_said_on_both_and_changes_nothing(ran):
+    both = [ran[0]["failed"], ran[2]["failed"]]
+    for path in (PATCH_FAULT[0], *FOLD_FAULTS, LOAD_FAULT[0]):
+        check_told([found["told"][path] for found in both], path, 1)
+    for found in both:
+        assert not found["touched"]
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, ran[0]["folded"]["weights"][name]), name
 
 
 def test_what_cannot_work_is_said_on_every_rank(ran):

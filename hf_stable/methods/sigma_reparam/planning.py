@@ -10,9 +10,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from hf_stable._ranks import is_partitioned
+from hf_stable._ranks import is_divided
 from hf_stable._wording import nearest
 from hf_stable.architectures.coverage import find_uncovered
 from hf_stable.architectures.finding import FoundLayer, find_layers
@@ -217,5 +216,4 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _is_local(layer: FoundLayer) -> bool:
     """Say whether a weight is all on this process's CPU."""
     weight = layer.weight
-    elsewhere = isinstance(weight, DTensor) or is_partitioned(weight)
-    return weight is not None and weight.is_cpu and not elsewhere
+    return weight is not None and weight.is_cpu and not is_divided(weight)

@@ -1,4 +1,4 @@
-"""Turning plain layers into sigma layers and back, in place: prepare, install, fold.
+"""Turning plain layers into sigma layers in place: prepare, install. `folding` turns them back.
 
 `prepare` computes everything and touches nothing, so that a patch can fail before it has begun.
 The layer stays the same object, also to what has taken hold of its `forward`: accelerate's hooks.
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_stable._ranks import gathered, is_partitioned, local_tensor, whole_shape, whole_tensor
+from hf_stable._ranks import failing_together, is_divided, whole_shape, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError, is_plain_linear
 from hf_stable.measures.leading import leading_triple
-from hf_stable.measures.matrices import local_matrices, spread_values
+from hf_stable.measures.matrices import local_matrices
 from hf_stable.measures.matrix_shards import is_shared
 from hf_stable.measures.parts import WHOLE, Parts
 from hf_stable.methods.sigma_reparam.class_swapping import cell_of_forward, swap_class
-from hf_stable.methods.sigma_reparam.folded_gammas import note_folded
 from hf_stable.methods.sigma_reparam.layers import (
     SigmaConv1D,
     SigmaConv1d,
@@ -33,35 +32,21 @@ from hf_stable.methods.sigma_reparam.layers import (
     SigmaLinear,
 )
 from hf_stable.methods.sigma_reparam.part_arithmetic import as_rows
-from hf_stable.methods.sigma_reparam.stacks import (
-    SigmaStack,
-    put_stack,
-    take_stack_out,
-)
+from hf_stable.methods.sigma_reparam.stacks import put_stack
 from hf_stable.methods.sigma_reparam.steps import follow, forget
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, as_tensor
-from hf_stable.methods.sigma_reparam.triples import check_own, mark_settled, settle
+from hf_stable.methods.sigma_reparam.triples import check_own, mark_settled
 from hf_stable.methods.undoing import Undo, keep_attributes
 
 __all__ = [
     "SigmaState",
     "check_plain",
-    "fold_layer",
     "install",
     "prepare",
     "sigma_class_of",
 ]
 
 _ALIGNMENT = 64  # bytes, of what torch allocates
-_OWN_ATTRIBUTES = (
-    "parts",
-    "power_iterations",
-    "plain_class",
-    "layer_name",
-    "serial_number",
-    "settled_for",
-    "seen_entries",
-)
 
 SIGMA_CLASSES: dict[type, type] = {
     nn.Linear: SigmaLinear,
@@ -169,12 +154,13 @@ def prepare(
             "evaluation transformers hands the layer a part of the weight without saying which. "
             "Give it one gamma for the whole matrix (fused_qkv='joint') or exclude it"
         )
-    triples = []
-    for matrix in local_matrices(whole_tensor(weight).detach(), parts):
-        try:
-            triples.append(leading_triple(matrix))
-        except ValueError as error:
-            raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
+    whole, triples = whole_tensor(weight).detach(), []
+    with failing_together(is_divided(weight)):
+        for matrix in local_matrices(whole, parts):
+            try:
+                triples.append(leading_triple(matrix))
+            except ValueError as error:
+                raise ValueError(f"cannot reparametrise {name or 'a layer'}: {error}") from error
     sigma = torch.stack([triple.sigma for triple in triples])
     u, v = as_rows([triple.u for triple in triples]), as_rows([triple.v for triple in triples])
     if not (sigma > 0).all():
@@ -208,8 +194,7 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
         layer = module
         layer.plain_class = plain_class
     gamma = nn.Parameter(state.gamma.clone(), requires_grad=layer.weight.requires_grad)
-    elsewhere = isinstance(layer.weight, DTensor) or is_partitioned(layer.weight)
-    if not elsewhere and layer.weight.data_ptr() % _ALIGNMENT:
+    if not is_divided(layer.weight) and layer.weight.data_ptr() % _ALIGNMENT:
         # It lies as safetensors found it in the file. Products with vectors round otherwise there,
         # and a run would depend on whether its weights were just initialised or loaded.
         layer.weight.data = layer.weight.data.clone()
@@ -227,69 +212,6 @@ def install(module: nn.Module, state: SigmaState, undo: Undo) -> SigmaLayer:
     follow(layer)
     mark_settled(layer)
     return layer
-
-
-def fold_layer(layer: SigmaLayer, undo: Undo | None = None) -> nn.Module:
-    """Turn a sigma layer into the plain layer that computes the same, in place.
-
-    `weight` keeps its identity, so optimizers, adapters and sharding that hold it go on.
-
-    Args:
-        layer: the layer.
-        undo: what to call if something fails later; see `undoing`. It holds the raw weight, on the
-            CPU, where there is room. Without one nothing is kept: of a copy that nobody else has.
-
-    Returns:
-        The layer; of experts in one parameter, the module that has it again.
-
-    Raises:
-        UnsupportedModelError: if the weight is offloaded.
-    """
-    settle(layer)
-    note_folded(layer.gamma)
-    undo = _fold_weight(layer, undo)
-    if isinstance(layer, SigmaStack):
-        undo.append(keep_attributes(layer.holder))
-        plain = take_stack_out(layer, undo)
-    else:
-        plain_class = layer.plain_class
-        for name in (*layer.sigma_tensors, *_OWN_ATTRIBUTES):
-            delattr(layer, name)
-        swap_class(layer, plain_class, undo)
-        plain = layer
-    forget(layer)
-    return plain
-
-
-@torch.no_grad()
-def _fold_weight(layer: SigmaLayer, undo: Undo | None) -> Undo:
-    """Fold the weight alone, and return what undoes it besides what was to be undone."""
-    with gathered(layer.weight, written=True):
-        weight = local_tensor(layer.weight)
-        folded = _local_effective_weight(layer)
-        if undo is None:
-            undo = []
-        else:
-            raw = weight.to("cpu", copy=True)
-            undo += [keep_attributes(layer), partial(follow, layer)]
-            undo.append(partial(_write, layer.weight, raw))
-        weight.copy_(folded)
-    return undo
-
-
-@torch.no_grad()
-def _write(weight: Tensor, values: Tensor) -> None:
-    with gathered(weight, written=True):
-        local_tensor(weight).copy_(values)
-
-
-def _local_effective_weight(layer: SigmaLayer) -> Tensor:
-    """Return `gamma / sigma * W`, rounded once, of the rows that this process holds."""
-    weight, gamma = layer.weight, whole_tensor(layer.gamma)
-    sigma = layer.sigma.to(gamma.device)  # gamma and the weight may be offloaded
-    scale = spread_values(gamma / sigma, weight, layer.parts)
-    weight = local_tensor(weight)
-    return (weight.to(scale.dtype) * scale).to(weight.dtype)
 
 
 def _weight(layer: nn.Module, parameter: str) -> Tensor:

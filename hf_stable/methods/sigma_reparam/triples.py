@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_stable._ranks import is_partitioned, whole_tensor
+from hf_stable._ranks import failing_together, is_divided, is_partitioned, whole_tensor
 from hf_stable.architectures.registry import UnsupportedModelError
 from hf_stable.kernels.weights import PLAIN, TrackedWeight
 from hf_stable.measures.leading import leading_triple
@@ -169,7 +169,15 @@ def settle(layer: LayerWithTriple) -> None:
         check_own(layer, layer.layer_name)
     check_present(layer)
     weight: Any = layer.weight
-    whole = whole_tensor(weight).to(layer.sigma.device)  # an offloaded shard is on the CPU
+    whole = whole_tensor(weight)
+    with failing_together(is_divided(weight)):
+        _settle_to(layer, whole.to(layer.sigma.device))  # an offloaded shard is on the CPU
+    mark_settled(layer)
+    if not is_divided(weight):
+        layer.seen_entries = _some_entries(weight, layer.parts).clone()
+
+
+def _settle_to(layer: LayerWithTriple, whole: Tensor) -> None:
     with torch.autocast(whole.device.type, enabled=False):
         now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.parts)
     if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
@@ -183,9 +191,6 @@ def settle(layer: LayerWithTriple) -> None:
                 v.copy_(triple.v)
             else:  # the vectors stay, as in `steps`
                 layer.sigma[part] = now[part]
-    mark_settled(layer)
-    if not isinstance(weight, DTensor) and not is_partitioned(weight):
-        layer.seen_entries = _some_entries(weight, layer.parts).clone()
 
 
 def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:

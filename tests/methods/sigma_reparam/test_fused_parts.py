@@ -11,10 +11,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_stable.measures.parts import Parts
+from hf_stable.methods.sigma_reparam.folding import fold_layer
 from hf_stable.methods.sigma_reparam.layers import SigmaLayer
 from hf_stable.methods.sigma_reparam.steps import install_hooks
 from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR, parts_of_stored
-from hf_stable.methods.sigma_reparam.swapping import fold_layer, install, prepare
+from hf_stable.methods.sigma_reparam.swapping import install, prepare
 from hf_stable.methods.sigma_reparam.triples import mark_moved, settle
 
 CASES = {  # rows of each part, and where they lie

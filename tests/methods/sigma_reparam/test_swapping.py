@@ -11,9 +11,10 @@ from single_layers import equal_parts, moved_layer, sigma_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_stable.methods.sigma_reparam.folding import fold_layer
 from hf_stable.methods.sigma_reparam.layers import SigmaConv1D, SigmaConv2d, SigmaLinear
 from hf_stable.methods.sigma_reparam.steps import live_layers
-from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, fold_layer, install, prepare
+from hf_stable.methods.sigma_reparam.swapping import SIGMA_CLASSES, install, prepare
 
 
 def test_preparing_touches_nothing_and_installing_keeps_identities(made):
