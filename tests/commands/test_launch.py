@@ -328,7 +328,8 @@ OWN_ENTRY = """
 import hf_stable
 from hf_stable import Architecture, Attention, Block
 hf_stable.register_architecture(hf_stable.Architecture(
-    "made-up", Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v", output="o"),)),
+    "made-up",
+    Block("MadeUpBlock", (Attention("attn", query="q", key="k", value="v", output="o"),)),
 ))
 """
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from hf_stable.adamw2.planning import plan_tau  # noqa: E402
-from recipes.evidence import tau  # noqa: E402
+from recipes.evidence import short_runs, tau  # noqa: E402
 
 
 def test_what_is_committed_is_counted_from_its_runs_and_stands_in_the_card():
@@ -60,7 +60,7 @@ def test_better_and_worse_are_counted_by_set_up():
 
 
 def test_runs_that_are_done_are_taken_and_seeds_differ(tmp_path):
-    setup = tau.Setup("ViT", "scratch", 1e-2, 3)
+    setup = short_runs.Setup("ViT", "scratch", 1e-2, 3)
     runs = [(setup, method, seed) for method in (tau.PLANNED, tau.DEFAULT) for seed in (0, 1)]
     rows = tau.do(tmp_path / "work.jsonl", runs[:3])
     assert [row["tau"] for row in rows] == [plan_tau(2)] * 2 + [0.01]
@@ -76,9 +76,9 @@ def test_runs_that_are_done_are_taken_and_seeds_differ(tmp_path):
 @pytest.mark.slow
 def test_fine_tuning_starts_from_what_was_learnt_with_a_fresh_head():
     model = "ViT"
-    fresh, other = (tau.start_of(tau.Setup(model, start, 1e-3, 1), 0)
+    fresh, other = (short_runs.start_of(short_runs.Setup(model, start, 1e-3, 1), 0)
                     for start in ("scratch", "fine-tuned"))  # fmt: skip
-    learnt = tau.pretrained(model)
+    learnt = short_runs.pretrained(model)
     inside = other.base_model.state_dict()
     assert all(inside[name].equal(value) for name, value in learnt.items())
     head = set(other.state_dict()) - {f"{other.base_model_prefix}.{name}" for name in inside}
