@@ -32,6 +32,7 @@ from hf_stable.methods.sigma_reparam.stored_parts import PARTS_TENSOR
 from hf_stable.methods.sigma_reparam.triples import (
     SIGMA_TENSORS,
     mark_moved,
+    settle_cast,
     settle_if_moved,
     settle_loaded,
 )
@@ -188,7 +189,10 @@ class SigmaLayer(nn.Module):
                 return tensor.to(device=result.device, dtype=dtype)
             return result
 
+        before = self.weight.dtype
         super()._apply(keep_precision, recurse)
+        if self.weight.dtype != before:
+            settle_cast(self, before)
         return self
 
     def extra_repr(self) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "mark_moved",
     "mark_settled",
     "settle",
+    "settle_cast",
     "settle_given",
     "settle_if_moved",
     "settle_loaded",
@@ -38,7 +39,8 @@ SIGMA_TENSORS = ("gamma", "sigma", "sigma_u", "sigma_v")
 """What a sigma layer has beside the tensors of the plain layer."""
 
 TOLERANCE = 1e-5
-"""A stored sigma this close to `u.T W v` (relative) is that of W: float32 rounds to about 1e-6."""
+"""A stored sigma this close to `u.T W v` (relative) is that of W: float32 rounds to about 1e-6.
+A W of less precision may be the rounding of one whose sigma it is: see `_tolerance`."""
 
 MOVED = -1
 
@@ -180,7 +182,7 @@ def settle(layer: LayerWithTriple) -> None:
 def _settle_to(layer: LayerWithTriple, whole: Tensor) -> None:
     with torch.autocast(whole.device.type, enabled=False):
         now = sigma_of(whole, layer.sigma_u, layer.sigma_v, layer.parts)
-    if not torch.allclose(now, layer.sigma, rtol=TOLERANCE, atol=0, equal_nan=True):
+    if not torch.allclose(now, layer.sigma, rtol=_tolerance(whole.dtype), atol=0, equal_nan=True):
         matrices = local_matrices(whole, layer.parts)
         vectors = vectors_of(layer.sigma_u, layer.sigma_v, matrices)
         for part, (matrix, (u, v)) in enumerate(zip(matrices, vectors, strict=True)):
@@ -191,6 +193,36 @@ def _settle_to(layer: LayerWithTriple, whole: Tensor) -> None:
                 v.copy_(triple.v)
             else:  # the vectors stay, as in `steps`
                 layer.sigma[part] = now[part]
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Return how far sigma may be from `u.T W v` where W was cast, and nothing else has happened.
+
+    A cast model computes what it computed, up to the rounding of its weights. In training sigma is
+    late, so an exact one in its place would change a layer by some ten percent.
+    """
+    return max(TOLERANCE, torch.finfo(dtype).eps / 2)  # a cast rounds to the nearest
+
+
+@torch.no_grad()
+def settle_cast(layer: LayerWithTriple, before: torch.dtype) -> None:
+    """Take `u.T W v` for sigma where a weight was cast to more precision, as which nothing rounds.
+
+    A triple that fitted no more before the cast is left to `settle`.
+
+    Args:
+        layer: after the cast.
+        before: dtype of its weight before.
+    """
+    weight: Any = layer.weight
+    if weight.is_meta or isinstance(weight, DTensor) or is_partitioned(weight):
+        return
+    if _tolerance(before) <= _tolerance(weight.dtype):
+        return
+    with torch.autocast(weight.device.type, enabled=False):
+        now = sigma_of(weight, layer.sigma_u, layer.sigma_v, layer.parts)
+    if torch.allclose(now, layer.sigma, rtol=_tolerance(before), atol=0):
+        layer.sigma.copy_(now)
 
 
 def settle_given(layer: LayerWithTriple, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -165,10 +165,14 @@ def test_casting_a_model_keeps_gamma_and_the_triple_precise(
     cast(nn.Sequential(layer))
     assert layer.weight.dtype == weights
     assert isinstance(layer.gamma, nn.Parameter) and layer.gamma.requires_grad
+    was_rounded = weights == torch.float32 and not torch.equal(layer.weight, before["weight"])
     for name in SigmaLayer.SIGMA_TENSORS:
         value = getattr(layer, name)
         assert value.dtype == spectra
-        assert torch.equal(value.float(), before[name])
+        if name == "sigma" and was_rounded:  # of the rounded weight: by bfloat16's half a digit
+            torch.testing.assert_close(value, before[name], rtol=2**-9, atol=0)
+        else:
+            assert torch.equal(value.float(), before[name])
     if with_gradients:
         assert layer.gamma.grad.dtype == spectra and layer.weight.grad.dtype == weights
     output = layer(inputs.to(weights))

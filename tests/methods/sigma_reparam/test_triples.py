@@ -271,6 +271,48 @@ def test_looking_moves_nothing_in_a_running_training(model_type):
     assert all(map(torch.equal, run(evaluating=True), run(evaluating=False)))
 
 
+def late_model(model_type: str = "gpt2") -> nn.Module:
+    """A model in training, whose sigma is some percent behind its weights."""
+    model = patched(model_type)
+    sgd_steps(model, lr=3.0)
+    assert staleness(model) > 0.05
+    return model.eval()
+
+
+def effective_weights(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.effective_weight().detach().float() for _, layer in sigma_layers(model)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_rounds_the_weights_of_a_running_training_and_moves_no_sigma(dtype, tmp_path):
+    model = late_model()
+    expected = effective_weights(model)
+    there = copy.deepcopy(model).to(dtype)
+    back = copy.deepcopy(there).float()
+    state = patched().to(dtype).eval()
+    state.load_state_dict(model.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = hf_stable.load(type(model), tmp_path, dtype=dtype)
+    # A weight is rounded when it is cast, its product with a scale once more, and the scale moves
+    # by less than one rounding.
+    rounding = 3 * torch.finfo(dtype).eps / 2
+    for cast in (there, back, state, loaded):
+        for got, whole in zip(effective_weights(cast), expected, strict=True):
+            # float16 has fewer digits below 6e-5; entries here are of order 0.1.
+            torch.testing.assert_close(got, whole, rtol=rounding, atol=1e-6)
+
+
+def test_a_cast_hides_no_weight_that_has_moved_before():
+    model = patched().eval()
+    before = effective_weights(model)
+    for _, layer in sigma_layers(model):
+        layer.weight.data.mul_(3)
+    cast = model.to(torch.bfloat16)
+    assert staleness(cast.float()) < 0.01  # three roundings to bfloat16, of 0.2 % each
+    for got, whole in zip(effective_weights(cast), before, strict=True):
+        torch.testing.assert_close(got, whole, rtol=0.01, atol=1e-4)
+
+
 def test_a_weight_that_turned_non_finite_shows_and_heals():
     model = patched()
     _, layer = sigma_layers(model)[0]
