@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from recipes import augmentation, full_scale  # noqa: E402
+from recipes import augmentation, full_scale, full_texts  # noqa: E402
 from recipes.arguments import training_arguments  # noqa: E402
 from recipes.full_scale import gpu_hours  # noqa: E402
 from recipes.models import build_empty  # noqa: E402
@@ -136,7 +136,7 @@ def write_shards(tmp_path, num_shards=NUM_SHARDS):
         # datasets sleeps for five seconds after shuffled shards of parquet.
         name = f"train-{shard:05d}-of-{num_shards:05d}.jsonl"
         Dataset.from_dict({"text": texts}).to_json(tmp_path / "data" / name)
-    full_scale._local_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    full_texts.local_tokenizer().save_pretrained(tmp_path / "tokenizer")
     return Settings(
         model="gpt2", model_config={"n_positions": CONTEXT}, data=str(tmp_path / "data"),
         text_column="text", tokenizer=str(tmp_path / "tokenizer"),
@@ -158,7 +158,7 @@ def numbers_of(rows, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_no_text_is_both_trained_and_tested_on(shards, workers):
     task = full_scale.load(shards)
-    tokenizer = full_scale._tokenizer(shards.tokenizer)
+    tokenizer = full_texts.tokenizer_of(shards.tokenizer)
     tested = set(numbers_in(task.test, tokenizer))
     in_order = numbers_in(task.train, tokenizer, workers)
     trained = set(in_order)
@@ -166,7 +166,7 @@ def test_no_text_is_both_trained_and_tested_on(shards, workers):
     # No other text is lost, but at the end of what each worker reads.
     missing = set(range(NUM_SHARDS * TEXTS_IN_SHARD)) - tested - trained
     assert len(missing) <= max(1, workers) + 1
-    held_out = {n for n in missing | tested if full_scale.is_held_out(f"<{n}>" * TIMES, 256)}
+    held_out = {n for n in missing | tested if full_texts.is_held_out(f"<{n}>" * TIMES, 256)}
     assert held_out >= tested
     task.train.set_epoch(1)
     again = numbers_in(task.train, tokenizer, workers)
@@ -191,7 +191,7 @@ def first_pass(settings, workers, folder):
             rows.append(batch["input_ids"][0])
         if len(places) == max(1, workers) and all(place.epoch for place in places.values()):
             break
-    return numbers_of(rows, full_scale._tokenizer(settings.tokenizer))
+    return numbers_of(rows, full_texts.tokenizer_of(settings.tokenizer))
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def first_pass(settings, workers, folder):
 def test_two_processes_share_a_stream_and_lose_nothing(num_shards, workers, tmp_path):
     settings = write_shards(tmp_path, num_shards)
     seen = run_ranks(first_pass, 2, settings, workers, tmp_path / "out")
-    alone = numbers_in(full_scale.load(settings).train, full_scale._tokenizer(settings.tokenizer))
+    alone = numbers_in(full_scale.load(settings).train, full_texts.tokenizer_of(settings.tokenizer))
     ours, theirs = map(set, seen)
     assert ours and theirs and not ours & theirs
     # But for what does not fill a window at the end of what each worker reads.
@@ -240,9 +240,9 @@ def test_a_stream_goes_on_where_it_was_left(shards, workers, tmp_path, monkeypat
     resumed.load(tmp_path / "checkpoint")
     tokenised = []
     if not workers:
-        kept = full_scale.is_held_out
+        kept = full_texts.is_held_out
         monkeypatch.setattr(
-            full_scale, "is_held_out", lambda *args: tokenised.append(args) or kept(*args)
+            full_texts, "is_held_out", lambda *args: tokenised.append(args) or kept(*args)
         )
     rest = list(itertools.islice(resumed, 4))
     for ours, theirs in zip(whole[37:], rest, strict=True):
