@@ -115,9 +115,9 @@ def summary(run: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "settings": {key: settings[key] for key in ("model", "seed")},
         "lowest_entropy": min((value for _, value in lowest), default=None),
-        **{key: run[key] for key in ("test_loss", "accuracy", "reference", "seconds")},
+        **{key: run[key] for key in ("test_loss", "reference", "seconds")},
     }
-    found |= {key: run[key] for key in SCORES if key in run}
+    found |= {key: _short(run[key]) for key in ("accuracy", *SCORES) if key in run}
     if not probes:
         return found
     sigmas = [max(values) for p in probes if (values := _finite(p["sigma_qk"]))]
@@ -272,6 +272,11 @@ def _finite(values: Iterable[float | None]) -> list[float]:
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _short(share: float | None) -> float | None:
+    """Return a share without the digits that stand for no image and no letter."""
+    return None if share is None else float(f"{share:.6g}")
 
 
 def _size(entry: Mapping[str, Any]) -> tuple[bool, int, int]:

@@ -540,22 +540,22 @@ def causal(*, sharp, control, saved, held=0.9, entropy=0.1):
 
 def test_claim_16_asks_for_both_directions():
     word, said = judged("16", causal(sharp=NOTHING, control=0.5, saved=0.5))
-    assert word == "reproduced" and "saves 2 of 2 set-ups that crash; 0 crash with" in said
+    assert word == "reproduced" and "saves 2 of 2 set-ups that crash; 0 crash with it" in said
     word, said = judged("16", causal(sharp=0.5, control=0.5, saved=NOTHING))
-    assert word == "refuted" and "saves 0 of 2 set-ups that crash; 2 crash with" in said
+    assert word == "refuted" and "saves 0 of 2 set-ups that crash; 2 crash with it" in said
     # A control that fails as well says that the size of the blow does it, not the collapse.
     word, said = judged("16", causal(sharp=NOTHING, control=NOTHING, saved=0.5))
-    assert word == "partly" and "collapse from outside does not harm runs" in said
+    assert word == "partly" and "leaves runs that train no more than 5 % worse" in said
     # What is worse but not lost is said to be so; what did not collapse says nothing.
     word, said = judged("16", causal(sharp=0.7, control=0.5, saved=NOTHING))
-    assert word == "partly" and "collapse from outside makes worse runs" in said
+    assert word == "partly" and "leaves runs that train more than 5 % worse" in said
     assert judged("16", causal(sharp=NOTHING, control=0.5, saved=NOTHING, entropy=0.7))[0] == (
         "refuted"
     )
     # A remedy under which entropy fell after all is none.
     word, said = judged("16", causal(sharp=0.5, control=0.5, saved=0.5, held=0.1))
     assert word == "not at this scale" and "saves 0 of 2" in said
-    # Of the decoders, whose runs are fewer, the same is asked.
+    # Of the decoders the same is asked.
     assert judged("16-llama", causal(sharp=NOTHING, control=0.5, saved=0.5))[0] == "reproduced"
     assert judged("16-gpt2", causal(sharp=0.5, control=0.5, saved=NOTHING))[0] == "refuted"
 
