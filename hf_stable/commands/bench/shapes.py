@@ -125,7 +125,7 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
         multiplied=sum(layer.weight.numel() for layer in layers),
         groups=tuple(_group_shape(group, numbers) for group in parameter_groups(model)),
         reparametrised=tuple(
-            _weight_shape(weight, rules.get(id(weight), {}).get("parts", WHOLE), numbers)
+            _weight_shape(weight, Parts.of(rules.get(id(weight), {}).get("parts", WHOLE)), numbers)
             for weight in (layer.weight for layer in chosen)
         ),
         layers=config.num_hidden_layers,
@@ -137,7 +137,7 @@ def measure_shape(model: PreTrainedModel, sequence: int | None = None) -> ModelS
 
 
 def _group_shape(group: dict[str, Any], numbers: dict[int, int]) -> tuple[WeightShape, ...]:
-    parts = None if math.isinf(group.get("tau", 0.0)) else group.get("parts", WHOLE)
+    parts = None if math.isinf(group.get("tau", 0.0)) else Parts.of(group.get("parts", WHOLE))
     return tuple(_weight_shape(param, parts, numbers) for _, param in group["params"])
 
 
