@@ -241,8 +241,16 @@ def section() -> list[str]:
         for key, made in by_claim.items():
             command = f"python recipes/evidence/larger.py {flag}{key}"
             took = f"seed {SEED}, {made['seconds'] / 60:.0f} minutes"
-            lines.append(f"- Claim {key} (`{command}`, {took}): {' '.join(made['said'])}")
+            lines.append(
+                f"- Claim {key} (`{command}`, {took}; small models: {_small_verdict(key)}): "
+                f"{' '.join(made['said'])}"
+            )
     return lines
+
+
+def _small_verdict(key: str) -> str:
+    content = records.read(CLAIMS[key])
+    return content["verdict"] if content else "not run"
 
 
 if __name__ == "__main__":

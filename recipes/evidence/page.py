@@ -28,8 +28,8 @@ others used as well.
 
 `python recipes/evidence/larger.py` has set-ups of claims 1, 6 and 7 with 3 to 5 M parameters, and
 with `--gpu` ViT-S and GPT-2 small for six minutes of one GPU. What was run of them stands
-[below](#beside-the-claims); the rest was tried dry. One run of a kind is no verdict: nothing here
-says whether those of the small models hold past their scale.
+[below](#beside-the-claims), each beside the verdict on the small models; the rest was tried dry.
+One run of a kind is a sign of whether that verdict holds past their scale, and no verdict itself.
 """
 
 RUNS = [

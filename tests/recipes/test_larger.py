@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 from recipes import data  # noqa: E402
 from recipes.data import CONTEXT, Task  # noqa: E402
-from recipes.evidence import larger  # noqa: E402
+from recipes.evidence import larger, records  # noqa: E402
+from recipes.evidence.claims import CLAIMS  # noqa: E402
 from recipes.models import CLASSES, SMALL  # noqa: E402
 
 
@@ -58,9 +59,12 @@ def test_what_was_made_whole_is_kept_and_stands_on_the_page(tmp_path, monkeypatc
     assert larger.section() == []
     larger._keep("cpu", "6", {"said": ["it holds."], "seconds": 120})
     larger._keep("gpu", "1", {"said": ["it does not."], "seconds": 60})
+    verdicts = {key: records.read(CLAIMS[key])["verdict"] for key in ("1", "6")}
     assert larger.section() == [
-        "- Claim 6 (`python recipes/evidence/larger.py 6`, seed 0, 2 minutes): it holds.",
-        "- Claim 1 (`python recipes/evidence/larger.py --gpu 1`, seed 0, 1 minutes): it does not.",
+        "- Claim 6 (`python recipes/evidence/larger.py 6`, seed 0, 2 minutes; small models: "
+        f"{verdicts['6']}): it holds.",
+        "- Claim 1 (`python recipes/evidence/larger.py --gpu 1`, seed 0, 1 minutes; small models: "
+        f"{verdicts['1']}): it does not.",
     ]
 
 
