@@ -6,7 +6,6 @@ So the ranks compare what they are about to do first, and every one of them is t
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -14,6 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import nn
 
+from hf_stable._json import from_json, to_json
 from hf_stable._ranks import is_divided, num_ranks, values_of_all_ranks
 from hf_stable.methods.config import MethodConfig
 from hf_stable.methods.layernorms.removal import removed_norms
@@ -94,13 +94,14 @@ def refuse_different_shards(model: nn.Module, ranks: Sequence[int]) -> None:
     _num_compared[group] += 1
     place = f"{_POSTED}/{'-'.join(map(str, group))}/{_num_compared[group]}"
     mine = _described(model)
-    store.set(f"{place}/{rank}", json.dumps(mine))
+    store.set(f"{place}/{rank}", to_json(mine))
     others = [each for each in group if each != rank]
     if not mine and not any(store.check([f"{_POSTED}/by/{each}"]) for each in others):
         return
     for each in others:
         _wait_for(store, f"{place}/{each}", each)
-    _compare(mine, {each: json.loads(store.get(f"{place}/{each}")) for each in others})
+    theirs = {each: from_json(store.get(f"{place}/{each}").decode()) for each in others}
+    _compare(mine, theirs)
 
 
 def _wait_for(store: dist.Store, key: str, rank: int) -> None:

@@ -66,7 +66,7 @@ def test_a_layout_that_no_kernel_takes_goes_to_the_reference(relay, monkeypatch)
     weight.param, weight.grad = relay(weight.param), relay(weight.grad)
     for key in ("exp_avg", "exp_avg_sq"):
         weight.state[key] = relay(weight.state[key])
-    assert choosing.step_by_kernels([weight, usual], {}) == []
+    assert choosing.step_by_kernels([weight, usual], choosing.Workspaces()) == []
     usual.param = usual.param.to(weight.param.dtype)
     # Weight, gradient and moments are rounded once each, the second moment twice: four half units
     # in the last place. The kernel sums in another order, over rows of 36 entries.
@@ -74,5 +74,5 @@ def test_a_layout_that_no_kernel_takes_goes_to_the_reference(relay, monkeypatch)
     assert max(errors(weight, usual).values()) < tolerance
     before = copy_weight(weight)
     monkeypatch.setenv(choosing.SWITCH, "torch")
-    assert choosing.step_by_kernels([weight], {}) == [weight]
+    assert choosing.step_by_kernels([weight], choosing.Workspaces()) == [weight]
     assert same(weight, before)
