@@ -810,15 +810,16 @@ def test_runs_are_kept_shared_by_settings_and_done_again_only_if_settings_change
 
 
 @pytest.mark.slow
-def test_the_quick_set_shows_the_signs_of_claims_1_4_and_6(tmp_path):
+def test_the_quick_set_shows_the_signs_of_claims_4_and_6(tmp_path):
+    command = [sys.executable, ROOT / "recipes" / "evidence" / "run.py", "--quick", "4", "6"]
     done = subprocess.run(
-        [sys.executable, ROOT / "recipes" / "evidence" / "run.py", "--quick", "--work", tmp_path],
+        [*command, "--work", tmp_path],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    for key in ("1", "4", "6"):
+    for key in ("4", "6"):
         shows = rf"claim {key}, seed 0: (reproduced|partly) \(in full: (reproduced|partly)\)"
         assert re.search(shows, done.stdout), done.stdout

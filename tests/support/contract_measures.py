@@ -25,6 +25,7 @@ import hf_stable
 from hf_stable.adamw2.groups import parameter_rules
 from hf_stable.architectures.finding import FoundLayer, find_blocks, find_layers, find_norms
 from hf_stable.measures.matrices import local_matrices
+from hf_stable.measures.parts import Parts
 from hf_stable.methods.sigma_reparam.method import sigma_layers
 
 HIDES_QUERIES = "deberta-v2"
@@ -115,7 +116,7 @@ def bounded(name: str, folder: Path) -> str:
         if rule.get("tau") == torch.inf or layer.weight.grad is None:
             continue
         seen += 1
-        assert rule.get("parts", layer.parts) == layer.parts
+        assert Parts.of(rule.get("parts", layer.parts)) == layer.parts
         sides = (before[layer.name], layer.weight.detach())
         pairs = list(zip(*(local_matrices(side, layer.parts) for side in sides), strict=True))
         own = rates[names[id(layer.weight)]]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from recipes.evidence.claim import (
     WORSE,
@@ -100,7 +100,7 @@ def _judge_pair(results: Results, bad: str, good: str) -> _Pair:
         for fall, crash in zip(falls, crashes, strict=True)
     )
     own, others = (
-        {key: median(run[key] for run in results[name]) for key in COLLAPSED}
+        {key: median(_reached(run, key) for run in results[name]) for key in COLLAPSED}
         for name in (bad, good)
     )
     crashes_alone = mostly_fails(results, bad) and not mostly_fails(results, good)
@@ -127,6 +127,15 @@ def _judge_pair(results: Results, bad: str, good: str) -> _Pair:
     )
 
 
+def _reached(run: Mapping[str, Any], key: str) -> float:
+    """Return a figure of a run; spectra have no bound where attention ended in NaN.
+
+    How far they had grown by the last probe before that depends on the processor's rounding.
+    """
+    has_ended = key == "sigma_growth" and run.get("modes", {}).get("undefined", 0) > 0
+    return math.inf if has_ended else float(run[key])
+
+
 def _median_step(results: Results, name: str) -> float:
     """Return the median step at which attention fell; infinite where it mostly did not."""
     steps = (run["fall_step"] for run in results[name])
@@ -143,9 +152,11 @@ def _collapses_more(first: Mapping[str, float], second: Mapping[str, float], *ke
 
 
 def _attention(found: Mapping[str, float]) -> str:
+    growth = found["sigma_growth"]
     return (
         f"The lowest entropy share is {found['lowest_entropy']:.2g}, the highest SEC "
-        f"{found['highest_sec']:.2f}; sigma1(Wq^T Wk) grows {found['sigma_growth']:.3g}-fold."
+        f"{found['highest_sec']:.2f}; sigma1(Wq^T Wk) grows "
+        f"{'without bound' if math.isinf(growth) else f'{growth:.3g}-fold'}."
     )
 
 
