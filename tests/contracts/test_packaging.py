@@ -22,8 +22,6 @@ CORE_TESTS = [
     "tests/measures/test_parts.py",
     "tests/measures/test_power_iteration.py",
     "tests/methods/sigma_reparam/test_layers.py",
-    "tests/methods/sigma_reparam/test_steps.py",
-    "tests/methods/test_patching.py",
     "tests/checkpoints/test_saving.py",
     "tests/checkpoints/test_loading.py",
     "tests/checkpoints/test_sidecar.py",
