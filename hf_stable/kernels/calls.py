@@ -56,7 +56,7 @@ class Call:
         head = self.head
         head[t.OPTIONS] = options.__array_interface__["data"][0]
         head[t.KIND], head[t.TASK], head[t.BATCH] = kind, t.START, -1
-        head[t.BEGIN] = head[t.DONE] = 0
+        head[t.BEGIN] = head[t.DONE] = head[t.FRONT] = head[t.BACK] = head[t.COME] = 0
         head[t.LEFT] = head[t.END] = 1
         for place, room in (
             (t.UPDATES, updates),
@@ -65,5 +65,5 @@ class Call:
         ):
             head[place] = room.data_ptr()
         head[t.AREA_OF_SUMS], head[t.AREA_OF_PRODUCTS] = self.plan.area[1:]
-        threads = min(torch.get_num_threads(), self.plan.most_threads)
+        head[t.TEAM] = threads = min(torch.get_num_threads(), self.plan.most_threads)
         run_on_threads(self.lead, head.__array_interface__["data"][0], threads)

@@ -36,7 +36,7 @@ AWAKE = 1 << 12
 def _offer(head: Any, task: Any, first: Any, end: Any) -> None:
     """Let threads take the shares of a task."""
     head[t.TASK], head[t.BEGIN], head[t.END] = task, first, end
-    head[t.MORE] = head[t.DONE] = 0
+    head[t.MORE] = head[t.DONE] = head[t.FRONT] = head[t.BACK] = 0
     store(head, t.LEFT, end - first)
 
 
@@ -103,23 +103,27 @@ def _do_weights(head: Any, first: Any, end: Any, real: Any) -> None:
 
 
 @njit(**BETWEEN)
-def _take(head: Any) -> Any:
-    """Return the number of a share of the task at hand, or -1 if none is left."""
-    if load(head, t.LEFT) <= 0:
+def _take(head: Any, side: Any) -> Any:
+    """Return the number of a share of the task at hand, or -1 if none is left.
+
+    Half of the threads take from the front and half from the back, in every task: what a thread has
+    written lies in a cache near its core, and is slow to reach from another one.
+    """
+    if load(head, t.LEFT) <= 0 or add(head, t.LEFT, -1) <= 0:
         return -1
-    left = add(head, t.LEFT, -1)
-    if left <= 0:
-        return -1
-    # A move goes the other way round: what the pass before came to last is still in the cache.
-    return head[t.BEGIN] + left - 1 if head[t.TASK] == t.MOVE else head[t.END] - left
+    # A single thread moves the other way round: what it came to last is still in its first cache.
+    turns = head[t.TASK] == t.MOVE and head[t.TEAM] == 1
+    if (side == 1) != turns:
+        return head[t.END] - 1 - add(head, t.BACK, 1)
+    return head[t.BEGIN] + add(head, t.FRONT, 1)
 
 
 @njit(**BETWEEN)
 def _lead(head: Any, address: Any, real: Any) -> None:
     """Take shares until the call is closed: what each thread does."""
-    looks = 0
+    looks, side = 0, add(head, t.COME, 1) % 2
     while load(head, t.LEFT) > t.CLOSED // 2:
-        taken = _take(head)
+        taken = _take(head, side)
         if taken < 0:
             looks += 1
             if looks < AWAKE:

@@ -7,13 +7,14 @@ what does not depend on the step comes from `layouts`.
 from __future__ import annotations
 
 # The head of a call: addresses and counts, and where the loop that runs has come to.
-# Threads count down LEFT and up DONE, each in a cache line of its own.
-LEFT, DONE = 0, 8
+# Threads count down LEFT and up the others, each in a cache line of its own: shares that are done,
+# that were taken from the front and from the back, and threads that have come.
+LEFT, DONE, FRONT, BACK, COME = 0, 8, 16, 24, 32
 (
-    TASK, BEGIN, END, BATCH, ROUND, MORE, KIND, WORKER, YIELD, SIZE, REAL_SIZE, ITERATIONS,
+    TEAM, TASK, BEGIN, END, BATCH, ROUND, MORE, KIND, WORKER, YIELD, SIZE, REAL_SIZE, ITERATIONS,
     WEIGHTS, CHUNKS, PIECES, PARTS, BATCHES, NUM_BATCHES, SHARES, OPTIONS, VALUES, AHEAD_SIGMA,
     NORMS, UPDATES, SUMS, PRODUCTS, AREA_OF_SUMS, AREA_OF_PRODUCTS, HEAD_SIZE,
-) = range(16, 45)  # fmt: skip
+) = range(40, 70)  # fmt: skip
 
 # A weight: addresses of its tensors, and what its memory looks like.
 (
