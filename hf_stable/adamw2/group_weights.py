@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_stable._ranks import is_partitioned, placed_like
-from hf_stable.adamw2.options import refuse_flattened, refuse_resized
+from hf_stable.adamw2.replaced_weights import refuse_flattened, refuse_resized
 from hf_stable.adamw2.weights import Weight
 from hf_stable.measures.parts import Parts
 

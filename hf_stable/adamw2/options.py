@@ -13,6 +13,7 @@ from hf_stable._ranks import whole_shape
 from hf_stable._wording import nearest
 from hf_stable.adamw2.merged_rule import check_factors
 from hf_stable.adamw2.planning import AUTO
+from hf_stable.adamw2.replaced_weights import refuse_flattened
 from hf_stable.measures.parts import WHOLE, Parts
 
 __all__ = [
@@ -22,8 +23,6 @@ __all__ = [
     "check_options",
     "parse_options",
     "parts_options",
-    "refuse_flattened",
-    "refuse_resized",
 ]
 
 GROUP_DEFAULTS: dict[str, Any] = {
@@ -246,38 +245,6 @@ def _check_param(param: Tensor, options: dict[str, Any]) -> None:
             f"{parts} does not fit a parameter of shape {tuple(shape)}: {error}. Give such "
             "weights a group of their own"
         ) from error
-
-
-def refuse_flattened(param: Tensor, *, replaced: bool = False) -> None:
-    """Raise ValueError for a parameter that another library has flattened: it has no spectrum.
-
-    Args:
-        param: to be stepped.
-        replaced: whether the optimizer was built with a parameter of another shape in its place.
-    """
-    if replaced or getattr(param, "_fsdp_flattened", False):
-        raise ValueError(
-            "AdamW2 needs to know the weight matrices, and these parameters were flattened or "
-            "replaced. FSDP1 does that: use FSDP2's fully_shard, DDP or DeepSpeed. DeepSpeed ZeRO "
-            "says where the matrices are when its engine is built: import deepspeed before the "
-            "optimizer is built, and give the engine the optimizer"
-        )
-
-
-def refuse_resized(param: Tensor, shape: Sequence[int]) -> None:
-    """Raise ValueError for a weight that has other rows or columns than its state.
-
-    Args:
-        param: to be stepped.
-        shape: of it when the optimizer was built.
-    """
-    if len(param.shape) == len(shape) > 1 and param.shape != shape:
-        raise ValueError(
-            f"a weight of shape {tuple(shape)} has become {tuple(param.shape)} since the optimizer "
-            "was built: its moments fit no longer, and layers that came with it "
-            "(resize_token_embeddings replaces an untied head) are in no group. Build the "
-            "optimizer, and its scheduler, once the model has its last shape"
-        )
 
 
 def parse_options(texts: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hf_stable.adamw2.group_weights import note_lr
 from hf_stable.adamw2.loaded_states import rule_entry
-from hf_stable.adamw2.options import refuse_flattened
 from hf_stable.adamw2.partitions import MATRICES, Partition, rates_of, step_partition
+from hf_stable.adamw2.replaced_weights import refuse_flattened
 from hf_stable.kernels.choosing import Workspaces
 
 __all__ = ["PartitionedGroups", "take_matrices_out"]

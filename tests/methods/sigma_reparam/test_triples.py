@@ -310,6 +310,7 @@ def test_a_cast_hides_no_weight_that_has_moved_before():
     cast = model.to(torch.bfloat16)
     assert staleness(cast.float()) < 0.01  # three roundings to bfloat16, of 0.2 % each
     for got, whole in zip(effective_weights(cast), before, strict=True):
+        # The same three roundings; atol is a thousandth of what entries are.
         torch.testing.assert_close(got, whole, rtol=0.01, atol=1e-4)
 
 
