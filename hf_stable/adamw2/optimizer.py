@@ -69,7 +69,7 @@ class AdamW2(Optimizer):
         weight_decay: decoupled decay; the clipped rate multiplies it too (Algorithm 1, line 11).
         tau: bound on the relative change of sigma1 in one step. The paper uses 0.004 for ViT and
             Swin, 0.01 for GPT. `inf` gives torch's fused AdamW, bit for bit. "auto" derives it from
-            `total_steps`, by `planning.plan_tau`; `print(optimizer)` shows it. A state keeps its own.
+            `total_steps` (`planning.plan_tau`); `print(optimizer)` shows it. A state keeps its own.
         total_steps: of the planned run, for `tau="auto"` alone. Where a schedule lowers the rate,
             give the sum over the steps of the rate over the highest one: half of the steps for a
             linear or a cosine schedule. The Trainer does so itself.
